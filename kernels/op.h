@@ -1,0 +1,95 @@
+// execute(): the one place where an op meets its backend, and the cost it declares.
+//
+// An op is an args struct (views and scalars), `check_args`, `cost`, `visit_views`, and two
+// implementations of the same contract: reference::op(args, workers) and cuda::op(args, stream).
+// Calling op(args, context) goes through `execute`, whose switch picks one of three executions.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "src/base/stream.h"
+#include "src/base/view.h"
+
+namespace cambium {
+
+#ifdef CAMBIUM_HAS_CUDA
+inline constexpr bool kHasCuda = true;
+#else
+inline constexpr bool kHasCuda = false;
+#endif
+
+// What one call of an op does. `op` has static lifetime; `shape_key` is what cost tables are
+// indexed by (the extents that decide the time, 0 where unused).
+struct Cost {
+  const char* op = "";
+  std::array<int64_t, 6> shape_key{};
+  int64_t flops = 0;
+  int64_t bytes = 0;
+  int64_t workspace_bytes = 0;
+};
+
+enum class Backend { reference, cuda, shape_only };
+
+// Sums of `Cost` by op name: what tests assert per rank, and what reports print.
+struct OpTotals {
+  int64_t calls = 0;
+  int64_t flops = 0;
+  int64_t bytes = 0;
+};
+
+// What an op needs beside its args. One per rank and stream; passed explicitly.
+struct OpContext {
+  Backend backend = Backend::reference;
+  Stream* stream = nullptr;
+  std::map<std::string, OpTotals>* totals = nullptr;  // null = not counted
+  // Shape-only execution charges costs here.
+  void (*charge)(void* clock, const Cost& cost) = nullptr;
+  void* clock = nullptr;
+};
+
+// Stands where an op has no CUDA kernel yet (`CPU_ONLY` in kernels/ops.cmake).
+inline constexpr std::nullptr_t kCpuOnly = nullptr;
+
+template <class Args, class CudaFunction>
+void execute(const Args& args, OpContext& context, void (*reference)(const Args&, Workers&),
+             CudaFunction cuda) {
+  check_args(args);
+  const Cost call = cost(args);
+  if (context.totals != nullptr) {
+    OpTotals& sum = (*context.totals)[call.op];
+    ++sum.calls;
+    sum.flops += call.flops;
+    sum.bytes += call.bytes;
+  }
+  switch (context.backend) {
+    case Backend::reference:
+      context.stream->enqueue(call.op, reference, args);
+      return;
+    case Backend::cuda:
+      if constexpr (kHasCuda && !std::is_same_v<CudaFunction, std::nullptr_t>) {
+        cuda(args, *context.stream);
+        return;
+      }
+      fail(ExitCode::usage, "op '{}' has no CUDA kernel in this build; set run.device = \"cpu\"",
+           call.op);
+    case Backend::shape_only:
+      CHECK(context.charge != nullptr);
+      context.charge(context.clock, call);
+      return;
+  }
+}
+
+// Helpers of check_args: a message with the op, the view and both values.
+inline void check_shape(const char* op, const char* view_name, const RawView& view, Shape want) {
+  if (view.shape == want) return;
+  auto show = [](const Shape& shape) {
+    return fmt::format("[{},{},{},{}] rank {}", shape[0], shape[1], shape[2], shape[3], shape.rank);
+  };
+  fail(ExitCode::internal, "{}: {} has shape {}, expected {}", op, view_name, show(view.shape),
+       show(want));
+}
+
+}  // namespace cambium

@@ -1,0 +1,1 @@
+# One line per op; the order is that of the forward pass.

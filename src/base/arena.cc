@@ -1,0 +1,146 @@
+#include "src/base/arena.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace cambium {
+
+namespace {
+
+constexpr int64_t kAlignment = 256;  // a GPU's coalescing unit and more than any vector load
+constexpr int64_t kReserve = int64_t{1} << 40;  // address space only; pages come on first touch
+constexpr uint32_t kPoisonWord = 0x7fc0dead;    // a quiet NaN in fp32; its halves are NaN or huge
+
+int64_t aligned(int64_t bytes) {
+  return (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+void fill_poison(std::byte* data, int64_t bytes) {
+  auto* words = reinterpret_cast<uint32_t*>(data);
+  std::fill(words, words + bytes / 4, kPoisonWord);
+}
+
+}  // namespace
+
+const char* memory_class_name(MemoryClass memory_class) {
+  constexpr const char* kNames[kMemoryClasses] = {"weights",     "gradients", "optimizer",
+                                                  "activations", "workspace", "communication"};
+  return kNames[static_cast<int>(memory_class)];
+}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  if (this != &other) {
+    reset();
+    arena_ = std::exchange(other.arena_, nullptr);
+    data_ = std::exchange(other.data_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+    class_ = other.class_;
+  }
+  return *this;
+}
+
+void Buffer::reset() {
+  if (data_ != nullptr) arena_->release(data_, bytes_, class_);
+  data_ = nullptr;
+  bytes_ = 0;
+}
+
+Arena::Arena(int64_t limit_bytes, Poison poison) : limit_(limit_bytes), poison_(poison) {
+  for (reserved_ = kReserve; reserved_ >= (int64_t{1} << 34); reserved_ /= 2) {
+    void* base = mmap(nullptr, static_cast<size_t>(reserved_), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base != MAP_FAILED) {
+      base_ = static_cast<std::byte*>(base);
+      return;
+    }
+  }
+  fail(ExitCode::out_of_memory, "cannot reserve address space for a rank's arena");
+}
+
+Arena::~Arena() {
+  if (base_ != nullptr) munmap(base_, static_cast<size_t>(reserved_));
+}
+
+Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what) {
+  CHECK_GE(bytes, 0);
+  const int64_t need = aligned(bytes);
+  if (used_ + need > limit_) {
+    fail(ExitCode::out_of_memory,
+         "out of memory: '{}' ({}) needs {} bytes, {} of {} are in use; next: fewer "
+         "train.micro_batch_sequences, or more ranks",
+         what, memory_class_name(memory_class), bytes, used_, limit_);
+  }
+  auto best = free_.end();
+  for (auto it = free_.begin(); it != free_.end(); ++it) {
+    if (it->second >= need && (best == free_.end() || it->second < best->second)) best = it;
+  }
+  int64_t offset = top_;
+  if (best != free_.end()) {
+    offset = best->first;
+    const int64_t rest = best->second - need;
+    free_.erase(best);
+    if (rest > 0) free_[offset + need] = rest;
+  } else {
+    CHECK_LE(top_ + need, reserved_);
+    top_ += need;
+  }
+  used_ += need;
+  by_class_[static_cast<int>(memory_class)] += need;
+  if (used_ > peak_) {
+    peak_ = used_;
+    peak_by_class_ = by_class_;
+  }
+  if (poison_ == Poison::on) fill_poison(base_ + offset, need);
+  Buffer buffer;
+  buffer.arena_ = this;
+  buffer.data_ = base_ + offset;
+  buffer.bytes_ = bytes;
+  buffer.class_ = memory_class;
+  return buffer;
+}
+
+void Arena::release(void* data, int64_t bytes, MemoryClass memory_class) {
+  const int64_t offset = static_cast<std::byte*>(data) - base_;
+  const int64_t size = aligned(bytes);
+  used_ -= size;
+  by_class_[static_cast<int>(memory_class)] -= size;
+  if (poison_ == Poison::on) {
+    quarantine_.emplace_back(offset, size);
+  } else {
+    insert_free(offset, size);
+  }
+}
+
+void Arena::insert_free(int64_t offset, int64_t bytes) {
+  auto next = free_.lower_bound(offset);
+  if (next != free_.end() && offset + bytes == next->first) {
+    bytes += next->second;
+    next = free_.erase(next);
+  }
+  if (next != free_.begin()) {
+    auto previous = std::prev(next);
+    if (previous->first + previous->second == offset) {
+      previous->second += bytes;
+      return;
+    }
+  }
+  free_[offset] = bytes;
+}
+
+void Arena::reclaim() {
+  for (auto [offset, bytes] : quarantine_) insert_free(offset, bytes);
+  quarantine_.clear();
+}
+
+int64_t Arena::used_bytes(MemoryClass memory_class) const {
+  return by_class_[static_cast<int>(memory_class)];
+}
+
+void Arena::reset_peak() {
+  peak_ = used_;
+  peak_by_class_ = by_class_;
+}
+
+}  // namespace cambium

@@ -1,0 +1,166 @@
+// The configuration: plain structs, one per TOML section (design.md section 5).
+//
+// `src/config/schema.cc` holds the one table of keys (name, type, default, range, meaning) that the
+// parser, `config schema`, the nearest-name errors and the resolved file are made from.
+// `derive()` (derive.h) computes every dependent number and checks every rule between keys.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace cambium {
+
+enum class Sharding { none, zero1, zero2, full };
+enum class PipelineSchedule { gpipe, one_f_one_b, interleaved_1f1b, zb_h1, zb_v, dualpipev };
+enum class ComputeType { fp32, bf16 };
+enum class ReductionMode { exact, fast };
+enum class DeviceKind { cpu, cuda };
+enum class Transport { automatic, sim, nccl };
+enum class BalanceLoss { none, sequence, global_batch, global_batch_lagged, micro_batch };
+enum class ScheduleKind { constant, cosine, wsd };
+enum class RecomputeMode { none, swiglu, full_layer };
+enum class DecayRule { matrices, all };
+enum class ModelFamily { qwen3_moe, mixtral, olmoe };
+enum class QkNorm { none, per_head, full_width };
+enum class TokenizerKind { bytes, sentencepiece };
+
+// Dimensions and options of a decoder-only MoE transformer. Lengths in elements.
+struct ModelConfig {
+  std::string preset;  // name of a built-in model; empty when given inline or by path
+  std::string path;    // directory with a Hugging Face config.json
+  ModelFamily family = ModelFamily::qwen3_moe;
+  int64_t layers = 0;
+  int64_t hidden = 0;         // D
+  int64_t heads = 0;          // H
+  int64_t kv_heads = 0;       // G
+  int64_t head_dim = 0;       // Q
+  int64_t experts = 0;        // E
+  int64_t top_k = 0;          // K
+  int64_t expert_hidden = 0;  // F
+  int64_t vocab = 0;          // V
+  int64_t max_positions = 0;
+  double rope_theta = 10000.0;
+  double norm_epsilon = 1e-6;
+  double init_std = 0.02;
+  bool normalize_top_k = true;  // router weights renormalised over the selected experts
+  bool tie_embeddings = false;
+  QkNorm qk_norm = QkNorm::per_head;
+};
+
+struct DataConfig {
+  std::vector<std::string> train;       // .h5 token files, .txt, .jsonl, .jsonl.zst
+  std::vector<std::string> validation;  // same; empty = a held-out tail of `train`
+  double validation_fraction = 0.05;    // of the training documents' tokens, when none is named
+  TokenizerKind tokenizer = TokenizerKind::bytes;
+  std::string tokenizer_path;   // SentencePiece .model; empty = trained into data/cache
+  int64_t tokenizer_vocab = 0;  // of a tokenizer trained here; 0 = model.vocab
+  bool document_mask = true;    // attention does not cross a document's end
+};
+
+struct TrainConfig {
+  int64_t steps = 100;
+  int64_t global_batch_sequences = 8;
+  int64_t micro_batch_sequences = 1;  // per data rank
+  int64_t sequence_length = 128;
+  int64_t eval_every_steps = 0;  // 0 = only at the end
+  int64_t eval_sequences = 64;
+  int64_t sample_tokens = 200;  // length of samples.txt's text; 0 = no sample
+};
+
+struct OptimizerConfig {
+  std::string name = "adamw";
+  double lr = 1e-3;
+  double beta1 = 0.9;
+  double beta2 = 0.95;
+  double epsilon = 1e-8;
+  double weight_decay = 0.1;
+  DecayRule decay = DecayRule::matrices;
+  double clip = 1.0;  // global gradient norm; 0 = off
+};
+
+struct ScheduleConfig {
+  ScheduleKind kind = ScheduleKind::cosine;
+  int64_t warmup_steps = 0;
+  int64_t decay_steps = 0;    // wsd: length of the decay; 0 = 20 % of train.steps
+  double min_lr_ratio = 0.1;  // final lr / optimizer.lr
+};
+
+struct ParallelConfig {
+  int64_t pp = 1;
+  int64_t dp = 1;  // every data-parallel rank
+  int64_t cp = 1;
+  int64_t ep = 1;  // folded over dp*cp
+  Sharding sharding = Sharding::zero1;
+  PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
+  int64_t virtual_stages = 2;
+};
+
+struct BalanceConfig {
+  BalanceLoss loss = BalanceLoss::none;
+  double loss_weight = 0.01;
+  double z_loss_weight = 0.0;
+  double bias_update_rate = 0.0;  // 0 = no selection bias
+};
+
+struct RecomputeConfig {
+  RecomputeMode mode = RecomputeMode::none;
+};
+
+struct NumericsConfig {
+  ComputeType compute = ComputeType::fp32;
+  ReductionMode reduction = ReductionMode::exact;  // default: exact on cpu, fast on cuda
+  int64_t block_tokens = 32;
+};
+
+struct CheckpointConfig {
+  int64_t every_steps = 0;  // 0 = only the last step
+  int64_t keep = 2;         // newest kept; 0 = all
+};
+
+struct LoggingConfig {
+  int64_t digest_every_steps = 1;
+  int64_t every_steps = 1;
+  bool tensorboard = true;
+};
+
+struct RunConfig {
+  uint64_t seed = 1;
+  DeviceKind device = DeviceKind::cpu;
+  int64_t workers = 0;  // worker threads; 0 = the machine's cores
+  std::string out;      // run directory; empty = runs/<config name>-<UTC time>
+  Transport transport = Transport::automatic;
+  bool allow_faults = false;  // `train` refuses [[faults]] without it
+};
+
+struct PlanConfig {
+  std::string machine;
+};
+
+// One injected fault (design.md section 4, `check`): the kind, and where it strikes.
+struct FaultConfig {
+  std::string kind;  // wrong_count swapped_collectives skipped_collective expert_gradient_scale
+                     // rng_rank routing_order
+  int64_t rank = 0;
+  int64_t step = 1;
+};
+
+struct Config {
+  std::string name;  // stem of the file
+  ModelConfig model;
+  DataConfig data;
+  TrainConfig train;
+  OptimizerConfig optimizer;
+  ScheduleConfig schedule;
+  ParallelConfig parallel;
+  BalanceConfig balance;
+  RecomputeConfig recompute;
+  NumericsConfig numerics;
+  CheckpointConfig checkpoint;
+  LoggingConfig logging;
+  RunConfig run;
+  PlanConfig plan;
+  std::vector<FaultConfig> faults;
+};
+
+}  // namespace cambium
