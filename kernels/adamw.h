@@ -1,0 +1,71 @@
+// AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), in PyTorch's order:
+//
+//   g = grad * scale_1                      (1/N and the clip factor: kernels/grad_norm.h)
+//   p = p * (1 - lr * weight_decay)
+//   m = m + (1 - beta1) * (g - m)
+//   v = v * beta2 + (1 - beta2) * g * g
+//   p = p - (lr / bias_correction1) * m / (sqrt(v) / sqrt(bias_correction2) + epsilon)
+//
+// A scale_1 that is NaN means "no update": clip_scale stores NaN when the norm is not finite, and
+// param, m, v and the compute copy then keep every bit.
+// Coefficients are formed in fp64 and rounded once to fp32, as PyTorch does; elements are fp32.
+// Napkin: 28 N bytes (30 with the bf16 copy), 15 N FLOPs; memory bound.
+#pragma once
+
+#include "kernels/op.h"
+
+namespace cambium {
+
+struct AdamwArgs {
+  InOut<float> param_N;
+  InOut<float> m_N;
+  InOut<float> v_N;
+  In<float> grad_N;
+  In<float> scale_1;    // on the device; NaN = no update
+  Out<Real> compute_N;  // optional: the parameters in compute precision
+  double lr = 0;
+  double beta1 = 0;
+  double beta2 = 0;
+  double epsilon = 0;
+  double weight_decay = 0;
+  double bias_correction1 = 1;  // 1 - beta1^step
+  double bias_correction2 = 1;  // 1 - beta2^step
+};
+
+inline void check_args(const AdamwArgs& a) {
+  const int64_t N = a.param_N.elements();
+  check_shape("adamw", "param_N", a.param_N, Shape(N));
+  check_shape("adamw", "m_N", a.m_N, Shape(N));
+  check_shape("adamw", "v_N", a.v_N, Shape(N));
+  check_shape("adamw", "grad_N", a.grad_N, Shape(N));
+  check_shape("adamw", "scale_1", a.scale_1, Shape(1));
+  if (!a.compute_N.empty()) check_shape("adamw", "compute_N", a.compute_N, Shape(N));
+  CHECK_GT(a.bias_correction1, 0.0);
+  CHECK_GT(a.bias_correction2, 0.0);
+}
+
+inline Cost cost(const AdamwArgs& a) {
+  const int64_t N = a.param_N.elements();
+  const int64_t copy = a.compute_N.empty() ? 0 : dtype_bytes(a.compute_N.dtype);
+  return {"adamw", {N}, 15 * N, (28 + copy) * N, 0};
+}
+
+template <class Visitor>
+void visit_views(const AdamwArgs& a, Visitor&& visit) {
+  visit("param_N", a.param_N);
+  visit("m_N", a.m_N);
+  visit("v_N", a.v_N);
+  visit("grad_N", a.grad_N);
+  visit("scale_1", a.scale_1);
+  visit("compute_N", a.compute_N);
+}
+
+namespace reference {
+void adamw(const AdamwArgs& args, Workers& workers);
+}
+
+inline void adamw(const AdamwArgs& args, OpContext& context) {
+  execute(args, context, reference::adamw, kCpuOnly);
+}
+
+}  // namespace cambium
