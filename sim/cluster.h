@@ -1,0 +1,90 @@
+// run_cluster: a whole cluster in this process, one fiber per rank, one scheduler.
+//
+// Every rank runs the same `main(RankEnvironment&)`. A rank's host code runs on the calling thread
+// until it waits for an event that is not complete; when no rank can go on, all streams with
+// runnable tasks are drained on the worker threads until nothing can run; then the ranks whose
+// events completed go on, in rank order. Given the options, every choice is fixed, and no result
+// depends on the number of worker threads.
+//
+// With a schedule seed, fibers and single stream tasks run in a seeded random order instead: any
+// order that the events and collectives allow (schedule exploration). A correct program gives the
+// same bits for every seed.
+//
+// Errors (all as cambium::Error, the message headed by rank, step and seed):
+//   22 collective mismatch: two ranks' n-th calls of a communicator differ; found at arrival.
+//   23 deadlock: nothing ready, nothing runnable, ranks unfinished; exact, without a timeout.
+//   A rank's own error ends the run; the other ranks' stacks are unwound.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "src/comm/rank_environment.h"
+
+namespace cambium::sim {
+
+// Reductions: `rank` adds contributions 0, 1, .. n-1 in fp32 and rounds once; `ring` adds chunk c
+// from rank (c+1) % n on, rounding to the dtype at every hop, as NCCL's ring does.
+enum class ReductionOrder { rank, ring };
+
+// Faults at the communicator, each injected by one line at its site (sim/sim_communicator.cc).
+enum class CommFaultKind { wrong_count, swapped_collectives, skipped_collective };
+// The kind of that name in `[[faults]]`; an Error with exit code 2 for other names.
+CommFaultKind comm_fault_kind(const std::string& name);
+const char* comm_fault_name(CommFaultKind kind);
+
+// One fault: strikes once, at the first call that fits on `rank` in `step` (set_step), in groups
+// of two ranks or more. A run in which it finds no place ends with an Error of exit code 2.
+//   wrong_count: posts one element more.
+//   swapped_collectives: two consecutive calls on one stream, without a host wait between them,
+//     are posted in the other order (calls that differ, or two groups that share a peer).
+//   skipped_collective: does not post; without `communicator` only a payload (f32, bf16)
+//     all_to_all_v is skipped, as by a rank that has no tokens to send.
+struct CommFault {
+  CommFaultKind kind = CommFaultKind::wrong_count;
+  int rank = 0;
+  int64_t step = 1;
+  std::string communicator;  // empty = any
+  int64_t skip_calls = 0;    // fitting calls that are left alone first
+};
+
+struct ClusterOptions {
+  int ranks = 1;
+  Workers* workers = nullptr;  // null = a pool of `worker_threads` for this run
+  int worker_threads = 1;
+  uint64_t schedule_seed = 0;  // 0 = rank order
+  Poison poison = Poison::off;
+  ReductionOrder reduction_order = ReductionOrder::rank;
+  std::vector<CommFault> faults;
+  int64_t stack_bytes = 1 << 20;  // per rank; only touched pages cost memory
+};
+
+// What a run did, for tests and benchmarks.
+struct ClusterReport {
+  int64_t fiber_switches = 0;
+  int64_t compute_phases = 0;
+  int64_t tasks = 0;
+};
+
+namespace cluster_detail {
+using RankMain = void (*)(void* body, RankEnvironment& environment);
+ClusterReport run(const ClusterOptions& options, RankMain main, void* body);
+}  // namespace cluster_detail
+
+// Runs body(environment) once per rank and returns when all returned. All streams of a rank must be
+// idle when its body returns (wait for the last event): its buffers die with it.
+// NOTE: a body never waits inside `catch`: store what is needed and wait after the handler.
+template <class Body>
+ClusterReport run_cluster(const ClusterOptions& options, Body&& body) {
+  using Stored = std::remove_reference_t<Body>;
+  return cluster_detail::run(
+      options,
+      [](void* stored, RankEnvironment& environment) {
+        (*static_cast<Stored*>(stored))(environment);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace cambium::sim
