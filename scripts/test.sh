@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# test.sh [--full]: set-up and tests. Exit 0 only when everything that ran passed.
+#
+# Without options: the commit tier. The cpu preset, its tests and tidy, and the source format.
+# --full: also the cuda preset with its GPU tests and the sanitizer presets; what .ci/run calls.
+# Whatever is left out is printed as `skipped: why`; with CI=true a missing toolkit is a failure.
+set -euo pipefail
+export LC_ALL=C.UTF-8
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec </dev/null
+
+full=no
+for argument in "$@"; do
+  case "$argument" in
+    --full) full=yes ;;
+    --help) echo "usage: scripts/test.sh [--full]"; exit 0 ;;
+    *) echo "scripts/test.sh: unknown option '$argument' (there is --full)" >&2; exit 2 ;;
+  esac
+done
+
+jobs=$(nproc)
+failures=()
+skips=()
+started=$SECONDS
+
+# stage NAME COMMAND...: runs it, prints how long it took, and notes a failure without stopping.
+stage() {
+  local name=$1 begin=$SECONDS status=0
+  shift
+  echo "== $name"
+  "$@" || status=$?
+  echo "== $name: exit $status after $((SECONDS - begin)) s"
+  if [ "$status" -ne 0 ]; then failures+=("$name"); fi
+}
+
+skip() {
+  echo "skipped: $1"
+  skips+=("$1")
+}
+
+build() {  # build PRESET [TARGET...]
+  local preset=$1
+  shift
+  if [ ! -f "build/$preset/build.ninja" ]; then cmake --preset "$preset" || return 1; fi
+  cmake --build --preset "$preset" ${1:+--target "$@"}
+}
+
+check_format() {
+  find src kernels reference sim tests bench -name '*.cc' -o -name '*.h' -o -name '*.cu' |
+    xargs clang-format --dry-run -Werror
+}
+
+cpu_tests() { build cpu && ctest --preset cpu -j "$jobs"; }
+
+cuda_release() {  # 13 for CUDA 13.0; nothing without nvcc
+  nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\..*/\1/p'
+}
+
+cuda_tests() { build cuda cambium test_ops && ctest --preset cuda -R '^gpu$' -V; }
+
+sanitizer_tests() { build "$1" "small_$1" && ctest --preset "$1"; }
+
+bash scripts/setup.sh
+if command -v clang-format >/dev/null; then
+  stage "format" check_format
+else
+  skip "no clang-format"
+fi
+if [ "$full" = yes ]; then
+  if [ -d /usr/local/cuda/bin ]; then export PATH="$PATH:/usr/local/cuda/bin"; fi
+  release=$(cuda_release || true)
+  if [ "${release:-0}" -ge 13 ]; then
+    stage "cuda" cuda_tests
+    if ! nvidia-smi -L >/dev/null 2>&1; then skip "no GPU"; fi
+  elif [ "${CI:-}" = true ]; then
+    echo "no CUDA toolkit (nvcc >= 13), which CI=true requires"
+    failures+=("cuda toolkit")
+  else
+    skip "no CUDA toolkit"
+  fi
+  stage "asan" sanitizer_tests asan
+  stage "tsan" sanitizer_tests tsan
+fi
+stage "cpu" cpu_tests
+
+for reason in ${skips[@]+"${skips[@]}"}; do echo "skipped: $reason"; done
+for name in ${failures[@]+"${failures[@]}"}; do echo "failed: $name"; done
+echo "test.sh: $((SECONDS - started)) s, ${#failures[@]} stages failed"
+[ ${#failures[@]} -eq 0 ]
