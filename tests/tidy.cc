@@ -174,7 +174,10 @@ void check_lengths(const SourceFile& source, Findings& findings) {
 }
 
 void check_head(const SourceFile& source, Findings& findings) {
-  if (source.lines.empty() || !starts_with(source.lines[0], "//")) {
+  const std::string first = source.lines.empty() ? "" : source.lines[0];
+  const std::string stem = source.path.substr(0, source.path.rfind('.'));
+  const bool own_header = first == "#include \"" + stem + ".h\"";  // which holds the comment
+  if (!starts_with(first, "//") && !own_header) {
     findings.add(source, 1, "purpose", "begin the file with a comment: what it is and why");
   }
   if (!is_header(source.path)) return;

@@ -2,6 +2,7 @@
 #include "tests/tidy_scan.h"
 
 #include <cctype>
+#include <utility>
 
 namespace tidy {
 namespace {
@@ -118,6 +119,10 @@ Scope classify(const std::string& head) {
   if (head.back() == '=' || head.back() == ',' || head.back() == '(') return Scope::initializer;
   if (starts_with(head, "extern")) return Scope::name_space;  // extern "C" {
   const bool has_call = head.find('(') != std::string::npos;
+  // A member's braces in a constructor's initialiser list; the body's brace follows ')' or '}'.
+  if (head.find(") : ") != std::string::npos && is_identifier(head.back())) {
+    return Scope::initializer;
+  }
   for (const char* word : {"class", "struct", "union", "enum"}) {
     if (has_word(head, word) && !has_call) return Scope::type;
   }
@@ -125,6 +130,62 @@ Scope classify(const std::string& head) {
   if (has_call && has_word(head, "operator")) return Scope::function;
   return has_call && head.find(" = ") > head.find('(') ? Scope::function : Scope::initializer;
 }
+
+// Follows the braces; letters come one by one with their line.
+class Outliner {
+ public:
+  void take(char letter, int line) {
+    if (letter == '{') {
+      open(line);
+    } else if (letter == '}') {
+      close(line);
+    } else if (in(Scope::initializer)) {
+      return;
+    } else if (letter == ';') {
+      if (in_namespace()) result_.statements.push_back({trimmed(head_), head_line_});
+      head_.clear();
+    } else {
+      if (trimmed(head_).empty()) head_line_ = line;
+      head_ += letter;
+    }
+  }
+  Outline take_result() { return std::move(result_); }
+
+ private:
+  bool in(Scope scope) const { return !scopes_.empty() && scopes_.back() == scope; }
+  bool in_namespace() const { return scopes_.empty() || in(Scope::name_space); }
+
+  void open(int line) {
+    const bool nested = in(Scope::function) || in(Scope::initializer);
+    const Scope scope = nested ? scopes_.back() : classify(trimmed(head_));
+    if (!nested && scope == Scope::function) {
+      result_.functions.push_back({trimmed(head_), line, 0});
+      function_depth_ = scopes_.size();
+    }
+    scopes_.push_back(scope);
+    if (scope != Scope::initializer) head_.clear();  // an initialiser belongs to its statement
+  }
+
+  void close(int line) {
+    if (scopes_.empty()) return;
+    const Scope scope = scopes_.back();
+    scopes_.pop_back();
+    if (scope == Scope::function && scopes_.size() == function_depth_) {
+      result_.functions.back().end_line = line;
+    }
+    if (scope != Scope::initializer) {
+      head_.clear();
+    } else if (!in(Scope::initializer)) {
+      head_ += "{}";
+    }
+  }
+
+  Outline result_;
+  std::vector<Scope> scopes_;
+  std::string head_;
+  int head_line_ = 0;
+  size_t function_depth_ = 0;
+};
 
 }  // namespace
 
@@ -161,10 +222,7 @@ SourceFile make_source(const std::string& path, const std::string& text) {
 }
 
 Outline outline(const SourceFile& source) {
-  Outline result;
-  std::vector<Scope> scopes;
-  std::string head;
-  int head_line = 0;
+  Outliner outliner;
   bool preprocessor = false;
   for (size_t index = 0; index < source.code.size(); ++index) {
     const std::string& line = source.code[index];
@@ -174,38 +232,10 @@ Outline outline(const SourceFile& source) {
       preprocessor = ends_with(line, "\\");
       continue;
     }
-    const int number = static_cast<int>(index) + 1;
-    for (const char letter : line) {
-      const bool in_code = !scopes.empty() && scopes.back() >= Scope::function;
-      const bool in_namespace = scopes.empty() || scopes.back() == Scope::name_space;
-      if (letter == '{') {
-        Scope scope = in_code ? scopes.back() : classify(trimmed(head));
-        if (!in_code && scope == Scope::function) {
-          result.functions.push_back({trimmed(head), number, 0});
-        }
-        if (in_namespace && scope == Scope::initializer) {
-          result.statements.push_back({trimmed(head), head_line});
-        }
-        scopes.push_back(scope);
-        head.clear();
-      } else if (letter == '}') {
-        const bool function_end =
-            !scopes.empty() && scopes.back() == Scope::function &&
-            (scopes.size() < 2 || scopes[scopes.size() - 2] < Scope::function);
-        if (function_end) result.functions.back().end_line = number;
-        if (!scopes.empty()) scopes.pop_back();
-        head.clear();
-      } else if (letter == ';') {
-        if (in_namespace) result.statements.push_back({trimmed(head), head_line});
-        head.clear();
-      } else {
-        if (trimmed(head).empty()) head_line = number;
-        head += letter;
-      }
-    }
-    head += ' ';
+    for (const char letter : line) outliner.take(letter, static_cast<int>(index) + 1);
+    outliner.take(' ', static_cast<int>(index) + 1);
   }
-  return result;
+  return outliner.take_result();
 }
 
 }  // namespace tidy
