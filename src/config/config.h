@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -146,7 +147,7 @@ struct FaultConfig {
 };
 
 struct Config {
-  std::string name;  // stem of the file
+  std::string name;  // run.name; the stem of the file when not given
   ModelConfig model;
   DataConfig data;
   TrainConfig train;
@@ -162,5 +163,42 @@ struct Config {
   PlanConfig plan;
   std::vector<FaultConfig> faults;
 };
+
+// The text of a value as the configuration file spells it, such as "1f1b" or "zero1".
+const char* choice_name(Sharding value);
+const char* choice_name(PipelineSchedule value);
+const char* choice_name(ComputeType value);
+const char* choice_name(ReductionMode value);
+const char* choice_name(DeviceKind value);
+const char* choice_name(Transport value);
+const char* choice_name(BalanceLoss value);
+const char* choice_name(ScheduleKind value);
+const char* choice_name(RecomputeMode value);
+const char* choice_name(DecayRule value);
+const char* choice_name(ModelFamily value);
+const char* choice_name(QkNorm value);
+const char* choice_name(TokenizerKind value);
+
+// Reads a TOML file, then `--set` texts ("train.steps=20"; a later one wins), and checks every
+// value alone: type, range, choice. Errors have exit code 2 and name key and file:line:column.
+// It touches nothing but the file and, for `model.path`, the config.json there. Call derive() next.
+Config load_config(const std::string& path, std::span<const std::string> sets);
+
+// The same from text that is not in a file; `origin` stands for the path in messages.
+Config parse_config(const std::string& text, const std::string& origin,
+                    std::span<const std::string> sets);
+
+// The whole configuration as TOML: parsing it gives the same Config, doubles bit for bit.
+std::string resolved_toml(const Config& config);
+
+// Every key with type, default, range and meaning, for people and as one JSON object.
+std::string schema_text();
+std::string schema_json();
+
+// Keys whose change between a saved and a given configuration a resume does not allow, as
+// "key = saved, now given" texts. [parallel] [run] [checkpoint] [logging] [recompute],
+// train.micro_batch_sequences and train.steps may differ; model.preset and model.path are names of
+// dimensions that are compared one by one.
+std::vector<std::string> resume_differences(const Config& saved, const Config& given);
 
 }  // namespace cambium

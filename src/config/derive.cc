@@ -1,0 +1,271 @@
+// The rules, section by section, then the numbers. Rules come first: no division meets a zero.
+#include "src/config/derive.h"
+
+#include <algorithm>
+
+#include "fmt/format.h"
+#include "src/base/check.h"
+#include "src/config/schema.h"
+
+namespace cambium {
+
+namespace {
+
+constexpr int64_t kMaxRanks = 65536;
+constexpr double kMaxParameters = 1e15;
+constexpr int64_t kMaxTokensPerStep = int64_t{1} << 40;
+constexpr int64_t kByteTokens = 256;  // a bytes tokenizer has one id per byte and an end of text
+
+// "2 or 4": the numbers nearest to `value`, one below and one above, that divide `whole`.
+std::string nearest_divisors(int64_t value, int64_t whole) {
+  int64_t below = 0, above = 0;
+  for (int64_t candidate = 1; candidate <= whole / candidate; ++candidate) {
+    if (whole % candidate != 0) continue;
+    for (const int64_t divisor : {candidate, whole / candidate}) {
+      if (divisor < value) below = std::max(below, divisor);
+      if (divisor > value && (above == 0 || divisor < above)) above = divisor;
+    }
+  }
+  if (below == 0) return fmt::format("{}", above);
+  return above == 0 ? fmt::format("{}", below) : fmt::format("{} or {}", below, above);
+}
+
+// "96 or 128": the multiples of `unit` nearest to `value`.
+std::string nearest_multiples(int64_t value, int64_t unit) {
+  const int64_t below = value / unit * unit;
+  if (below == 0) return fmt::format("{}", unit);
+  return fmt::format("{} or {}", below, below + unit);
+}
+
+struct DivisibilityRule {
+  const char* divisor_key;
+  int64_t divisor;
+  const char* whole_key;
+  int64_t whole;
+};
+
+// The divisor is what the user should change.
+void check_divides(const DivisibilityRule& rule) {
+  if (rule.whole % rule.divisor == 0) return;
+  fail(ExitCode::usage, "{} = {} does not divide {} = {}; nearest: {}", rule.divisor_key,
+       rule.divisor, rule.whole_key, rule.whole, nearest_divisors(rule.divisor, rule.whole));
+}
+
+// The whole is what the user should change.
+void check_multiple(const DivisibilityRule& rule) {
+  if (rule.whole % rule.divisor == 0) return;
+  fail(ExitCode::usage, "{} = {} is not a multiple of {} = {}; nearest: {}", rule.whole_key,
+       rule.whole, rule.divisor_key, rule.divisor, nearest_multiples(rule.whole, rule.divisor));
+}
+
+double parameter_estimate(const ModelConfig& model) {
+  const double width = static_cast<double>(model.hidden);
+  const double attention = width * static_cast<double>(model.head_dim) * 2.0 *
+                           static_cast<double>(model.heads + model.kv_heads);
+  const double experts = static_cast<double>(model.experts) * width *
+                         (3.0 * static_cast<double>(model.expert_hidden) + 1.0);
+  return static_cast<double>(model.layers) * (attention + experts) +
+         2.0 * static_cast<double>(model.vocab) * width;
+}
+
+void check_model(const Config& config) {
+  const ModelConfig& model = config.model;
+  check_divides({"model.kv_heads", model.kv_heads, "model.heads", model.heads});
+  if (model.head_dim % 2 != 0) {
+    fail(ExitCode::usage,
+         "model.head_dim = {} is odd, but rotary positions turn pairs; nearest: {}", model.head_dim,
+         nearest_multiples(model.head_dim, 2));
+  }
+  if (model.top_k > model.experts) {
+    fail(ExitCode::usage, "model.top_k = {} is above model.experts = {}", model.top_k,
+         model.experts);
+  }
+  const QkNorm of_family = model.family == ModelFamily::qwen3_moe ? QkNorm::per_head
+                           : model.family == ModelFamily::olmoe   ? QkNorm::full_width
+                                                                  : QkNorm::none;
+  if (model.qk_norm != of_family) {
+    fail(ExitCode::usage, "model.qk_norm = {} does not go with model.family = {}, which has {}",
+         choice_name(model.qk_norm), choice_name(model.family), choice_name(of_family));
+  }
+  if (parameter_estimate(model) > kMaxParameters) {
+    fail(ExitCode::usage,
+         "model.layers = {}, model.hidden = {}, model.experts = {}, model.expert_hidden = {}: "
+         "{:.1e} parameters, more than {:.0e}",
+         model.layers, model.hidden, model.experts, model.expert_hidden, parameter_estimate(model),
+         kMaxParameters);
+  }
+  if (config.train.sequence_length > model.max_positions) {
+    fail(ExitCode::usage, "train.sequence_length = {} is above model.max_positions = {}",
+         config.train.sequence_length, model.max_positions);
+  }
+}
+
+void check_data(const Config& config) {
+  const DataConfig& data = config.data;
+  if (data.tokenizer == TokenizerKind::bytes && config.model.vocab < kByteTokens + 1) {
+    fail(ExitCode::usage, "model.vocab = {} is too small for data.tokenizer = bytes: at least {}",
+         config.model.vocab, kByteTokens + 1);
+  }
+  if (data.tokenizer_vocab > config.model.vocab) {
+    fail(ExitCode::usage, "data.tokenizer_vocab = {} is above model.vocab = {}",
+         data.tokenizer_vocab, config.model.vocab);
+  }
+  if (data.validation.empty() && data.validation_fraction == 0.0 && !data.train.empty()) {
+    fail(ExitCode::usage,
+         "data.validation_fraction = 0 leaves nothing to validate on: set it above 0, such as "
+         "0.05, or name data.validation");
+  }
+}
+
+// What the layout asks of sizes. pp, dp, cp, ep are at least 1 by the key table.
+void check_layout(const Config& config) {
+  const ParallelConfig& parallel = config.parallel;
+  const TrainConfig& train = config.train;
+  const int64_t data_ranks = parallel.dp * parallel.cp;
+  if (data_ranks > kMaxRanks || parallel.pp * data_ranks > kMaxRanks) {
+    fail(ExitCode::usage,
+         "parallel.pp = {}, parallel.dp = {}, parallel.cp = {}: more than {} ranks", parallel.pp,
+         parallel.dp, parallel.cp, kMaxRanks);
+  }
+  check_divides({"parallel.ep", parallel.ep, "model.experts", config.model.experts});
+  check_divides({"parallel.ep", parallel.ep, "parallel.dp * parallel.cp", data_ranks});
+  check_divides(
+      {"parallel.dp", parallel.dp, "train.global_batch_sequences", train.global_batch_sequences});
+  const int64_t sequences = train.global_batch_sequences / parallel.dp;
+  if (sequences % train.micro_batch_sequences != 0) {
+    fail(ExitCode::usage,
+         "train.micro_batch_sequences = {} does not divide the {} sequences of a data rank "
+         "(train.global_batch_sequences = {} / parallel.dp = {}); nearest: {}",
+         train.micro_batch_sequences, sequences, train.global_batch_sequences, parallel.dp,
+         nearest_divisors(train.micro_batch_sequences, sequences));
+  }
+  check_multiple({"numerics.block_tokens", config.numerics.block_tokens, "train.sequence_length",
+                  train.sequence_length});
+  if (parallel.cp > 1) {
+    check_multiple({"2 * parallel.cp * numerics.block_tokens",
+                    2 * parallel.cp * config.numerics.block_tokens, "train.sequence_length",
+                    train.sequence_length});
+  }
+  if (train.global_batch_sequences > kMaxTokensPerStep / train.sequence_length) {
+    fail(ExitCode::usage,
+         "train.global_batch_sequences = {} of train.sequence_length = {}: more than 2^40 tokens",
+         train.global_batch_sequences, train.sequence_length);
+  }
+}
+
+void check_balance(const Config& config) {
+  const BalanceLoss loss = config.balance.loss;
+  const bool layout_dependent =
+      loss == BalanceLoss::micro_batch || loss == BalanceLoss::global_batch;
+  if (layout_dependent && config.numerics.reduction == ReductionMode::exact) {
+    fail(ExitCode::usage,
+         "balance.loss = {} depends on the layout, but numerics.reduction = exact promises the "
+         "same bits for every layout: use balance.loss = {}, or numerics.reduction = fast",
+         choice_name(loss), loss == BalanceLoss::global_batch ? "global_batch_lagged" : "sequence");
+  }
+}
+
+// What other parts of this build cannot do yet: refused, never downgraded.
+void check_supported(const Config& config) {
+  const ParallelConfig& parallel = config.parallel;
+  const auto refuse = [](const std::string& what, const std::string& nearest) {
+    fail(ExitCode::usage, "{} is not supported yet; nearest supported: {}", what, nearest);
+  };
+  if (parallel.pp > 1) {
+    refuse(fmt::format("parallel.pp = {}", parallel.pp),
+           fmt::format("parallel.pp = 1, parallel.dp = {}", parallel.dp * parallel.pp));
+  }
+  if (parallel.cp > 1) {
+    refuse(fmt::format("parallel.cp = {}", parallel.cp),
+           fmt::format("parallel.cp = 1, parallel.dp = {}", parallel.dp * parallel.cp));
+  }
+  const bool shards_more =
+      parallel.sharding == Sharding::zero2 || parallel.sharding == Sharding::full;
+  if (shards_more && parallel.dp * parallel.cp > 1) {
+    refuse(fmt::format("parallel.sharding = {} at parallel.dp = {}", choice_name(parallel.sharding),
+                       parallel.dp),
+           "parallel.sharding = zero1");
+  }
+  if (config.recompute.mode != RecomputeMode::none) {
+    refuse(fmt::format("recompute.mode = {}", choice_name(config.recompute.mode)),
+           "recompute.mode = none");
+  }
+  if (config.run.device == DeviceKind::cuda) refuse("run.device = cuda", "run.device = cpu");
+  if (config.run.transport == Transport::nccl)
+    refuse("run.transport = nccl", "run.transport = sim");
+}
+
+void count_model(const Config& config, Derived* derived) {
+  const ModelConfig& model = config.model;
+  const int64_t query_width = model.heads * model.head_dim;
+  const int64_t kv_width = model.kv_heads * model.head_dim;
+  int64_t norms = 2 * model.hidden;
+  if (model.qk_norm == QkNorm::per_head) norms += 2 * model.head_dim;
+  if (model.qk_norm == QkNorm::full_width) norms += query_width + kv_width;
+  const int64_t attention = model.hidden * (2 * query_width + 2 * kv_width);
+  const int64_t router = model.hidden * model.experts;
+  const int64_t expert = 3 * model.hidden * model.expert_hidden;
+  const int64_t embedding = model.vocab * model.hidden;
+
+  const int64_t layer = attention + router + norms + model.experts * expert;
+  const int64_t active_matrices =
+      model.layers * (attention + router + model.top_k * expert) + embedding;
+  derived->expert_parameters = expert;
+  derived->parameters =
+      model.layers * layer + model.hidden + (model.tie_embeddings ? 1 : 2) * embedding;
+  derived->active_parameters = active_matrices + model.layers * norms + model.hidden;
+
+  const double keys = (static_cast<double>(config.train.sequence_length) + 1.0) / 2.0;
+  const double scores = 4.0 * static_cast<double>(query_width) * keys;
+  derived->forward_flops_per_token =
+      2.0 * static_cast<double>(active_matrices) + static_cast<double>(model.layers) * scores;
+  derived->training_flops_per_token = 3.0 * derived->forward_flops_per_token;
+}
+
+void cut_intervals(const Config& config, Derived* derived) {
+  const int64_t steps = config.train.steps;
+  const auto interval = [steps](int64_t given) {
+    return given == 0 ? steps : std::min(given, steps);
+  };
+  derived->warmup_steps = std::min(config.schedule.warmup_steps, steps);
+  const int64_t decay = config.schedule.decay_steps == 0 ? std::max<int64_t>(steps / 5, 1)
+                                                         : config.schedule.decay_steps;
+  derived->decay_steps = std::min(decay, steps - derived->warmup_steps);
+  derived->checkpoint_every_steps = interval(config.checkpoint.every_steps);
+  derived->eval_every_steps = interval(config.train.eval_every_steps);
+}
+
+}  // namespace
+
+Derived derive(const Config& config) {
+  check_model(config);
+  check_layout(config);
+  check_balance(config);
+  check_data(config);
+  check_supported(config);
+
+  Derived derived;
+  derived.data_ranks = config.parallel.dp * config.parallel.cp;
+  derived.ranks = config.parallel.pp * derived.data_ranks;
+  derived.edp = derived.data_ranks / config.parallel.ep;
+  derived.experts_per_rank = config.model.experts / config.parallel.ep;
+
+  const TrainConfig& train = config.train;
+  derived.sequences_per_data_rank = train.global_batch_sequences / config.parallel.dp;
+  derived.micro_batches = derived.sequences_per_data_rank / train.micro_batch_sequences;
+  derived.tokens_per_micro_batch =
+      train.micro_batch_sequences * train.sequence_length / config.parallel.cp;
+  derived.tokens_per_step = train.global_batch_sequences * train.sequence_length;
+  derived.blocks_per_sequence = train.sequence_length / config.numerics.block_tokens;
+  derived.blocks_per_micro_batch = train.micro_batch_sequences * derived.blocks_per_sequence;
+  derived.total_blocks = train.global_batch_sequences * derived.blocks_per_sequence;
+  CHECK_EQ(derived.edp * config.parallel.ep, derived.data_ranks);
+  CHECK_EQ(derived.total_blocks,
+           derived.blocks_per_micro_batch * derived.micro_batches * config.parallel.dp);
+
+  cut_intervals(config, &derived);
+  count_model(config, &derived);
+  return derived;
+}
+
+}  // namespace cambium
