@@ -1,0 +1,50 @@
+// What the checkpoint tests share: temporary directories and the exit code of an expression.
+#pragma once
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+
+#include "src/base/check.h"
+
+namespace cambium {
+
+// A fresh directory, removed at the end.
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    std::string pattern = std::filesystem::temp_directory_path() / "cambium-test-XXXXXX";
+    CHECK(::mkdtemp(pattern.data()) != nullptr);
+    path_ = pattern;
+  }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+  ~TemporaryDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+struct Outcome {
+  int code = 0;
+  std::string message;
+};
+
+// 0, or the exit code and message of the Error that `body` throws.
+template <class Body>
+Outcome outcome_of(Body&& body) {
+  try {
+    body();
+    return {};
+  } catch (const Error& error) {
+    return {static_cast<int>(error.exit_code()), error.what()};
+  }
+}
+
+}  // namespace cambium
