@@ -1,0 +1,50 @@
+// Copies and zero fills in stream order (uploads, buffers that accumulate, table resets).
+// Napkin: 2 N bytes for a copy, N for a fill.
+#pragma once
+
+#include "kernels/op.h"
+
+namespace cambium {
+
+struct CopyBytesArgs {
+  In<uint8_t> from_N;
+  Out<uint8_t> to_N;
+};
+struct ZeroBytesArgs {
+  Out<uint8_t> to_N;
+};
+
+inline void check_args(const CopyBytesArgs& a) {
+  check_shape("copy_bytes", "to_N", a.to_N, Shape(a.from_N[0]));
+}
+inline void check_args(const ZeroBytesArgs& a) {
+  check_shape("zero_bytes", "to_N", a.to_N, Shape(a.to_N[0]));
+}
+inline Cost cost(const CopyBytesArgs& a) {
+  return {"copy_bytes", {a.from_N[0]}, 0, 2 * a.from_N[0], 0};
+}
+inline Cost cost(const ZeroBytesArgs& a) { return {"zero_bytes", {a.to_N[0]}, 0, a.to_N[0], 0}; }
+
+template <class Visitor>
+void visit_views(const CopyBytesArgs& a, Visitor&& visit) {
+  visit("from_N", a.from_N);
+  visit("to_N", a.to_N);
+}
+template <class Visitor>
+void visit_views(const ZeroBytesArgs& a, Visitor&& visit) {
+  visit("to_N", a.to_N);
+}
+
+namespace reference {
+void copy_bytes(const CopyBytesArgs& args, Workers& workers);
+void zero_bytes(const ZeroBytesArgs& args, Workers& workers);
+}  // namespace reference
+
+inline void copy_bytes(const CopyBytesArgs& args, OpContext& context) {
+  execute(args, context, reference::copy_bytes, kCpuOnly);
+}
+inline void zero_bytes(const ZeroBytesArgs& args, OpContext& context) {
+  execute(args, context, reference::zero_bytes, kCpuOnly);
+}
+
+}  // namespace cambium

@@ -1,0 +1,138 @@
+#include "src/parallel/grad_forest.h"
+
+#include <algorithm>
+#include <bit>
+#include <optional>
+
+#include "src/base/check.h"
+
+namespace cambium {
+
+int64_t canonical_split(int64_t count) {
+  CHECK_GE(count, 2);
+  return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(count - 1)));
+}
+
+namespace {
+
+void cover_node(BlockRange node, BlockRange range, std::vector<BlockRange>& nodes) {
+  if (range.end <= node.first || range.first >= node.end) return;
+  if (range.first <= node.first && node.end <= range.end) {
+    nodes.push_back(node);
+    return;
+  }
+  const int64_t middle = node.first + canonical_split(node.count());
+  cover_node({node.first, middle}, range, nodes);
+  cover_node({middle, node.end}, range, nodes);
+}
+
+// The sibling and the parent of a canonical node; none for the root.
+struct Family {
+  BlockRange sibling;
+  BlockRange parent;
+};
+std::optional<Family> family_of(int64_t total_blocks, BlockRange node) {
+  BlockRange at{0, total_blocks};
+  std::optional<Family> family;
+  while (at != node) {
+    const int64_t middle = at.first + canonical_split(at.count());
+    const BlockRange left{at.first, middle}, right{middle, at.end};
+    const bool goes_left = node.first < middle;
+    family = Family{goes_left ? right : left, at};
+    at = goes_left ? left : right;
+    CHECK(at.first <= node.first && node.end <= at.end);
+  }
+  return family;
+}
+
+}  // namespace
+
+std::vector<BlockRange> canonical_cover(int64_t total_blocks, std::vector<BlockRange> ranges) {
+  std::vector<BlockRange> joined;
+  for (const BlockRange& range : ranges) {
+    if (range.count() == 0) continue;
+    CHECK(range.first >= 0 && range.end <= total_blocks);
+    if (!joined.empty() && joined.back().end == range.first) {
+      joined.back().end = range.end;
+    } else {
+      CHECK(joined.empty() || joined.back().end < range.first);
+      joined.push_back(range);
+    }
+  }
+  std::vector<BlockRange> nodes;
+  for (const BlockRange& range : joined) cover_node({0, total_blocks}, range, nodes);
+  return nodes;
+}
+
+int32_t GradForest::take_slot() {
+  if (free_slots_.empty()) return slots_++;
+  const int32_t slot = free_slots_.back();
+  free_slots_.pop_back();
+  return slot;
+}
+
+std::vector<NodePlan> GradForest::add(std::vector<BlockRange> ranges) {
+  std::vector<NodePlan> plans;
+  std::vector<ForestNode> added;
+  std::vector<int32_t> freed;
+  for (const BlockRange& range : canonical_cover(total_blocks_, std::move(ranges))) {
+    NodePlan plan{range, 0, {}};
+    BlockRange grown = range;
+    for (auto family = family_of(total_blocks_, grown); family;
+         family = family_of(total_blocks_, grown)) {
+      // NOTE: addition commutes, so a right sibling that came first folds like a left one.
+      auto held = std::find_if(nodes_.begin(), nodes_.end(), [&](const ForestNode& node) {
+        return node.range == family->sibling;
+      });
+      if (held == nodes_.end()) break;
+      plan.folds.push_back(held->slot);
+      nodes_.erase(held);
+      grown = family->parent;
+    }
+    if (plan.folds.empty()) {
+      plan.destination = take_slot();
+    } else {
+      plan.destination = plan.folds.back();
+      freed.insert(freed.end(), plan.folds.begin(), plan.folds.end() - 1);
+    }
+    added.push_back({grown, plan.destination});
+    plans.push_back(std::move(plan));
+  }
+  // Slots freed by this call are reused by later calls only: its nodes may run in any order.
+  free_slots_.insert(free_slots_.end(), freed.begin(), freed.end());
+  std::sort(free_slots_.rbegin(), free_slots_.rend());
+  nodes_.insert(nodes_.end(), added.begin(), added.end());
+  std::sort(nodes_.begin(), nodes_.end(),
+            [](const ForestNode& a, const ForestNode& b) { return a.range.first < b.range.first; });
+  return plans;
+}
+
+void GradForest::clear() {
+  for (const ForestNode& node : nodes_) free_slots_.push_back(node.slot);
+  std::sort(free_slots_.rbegin(), free_slots_.rend());
+  nodes_.clear();
+}
+
+namespace {
+
+int32_t merge_node(BlockRange node, const std::vector<BlockRange>& nodes, MergePlan& plan) {
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (nodes[i] == node) return static_cast<int32_t>(i);
+  }
+  CHECK_GE(node.count(), 2);  // otherwise a block is missing
+  const int64_t middle = node.first + canonical_split(node.count());
+  const int32_t left = merge_node({node.first, middle}, nodes, plan);
+  const int32_t right = merge_node({middle, node.end}, nodes, plan);
+  plan.steps.push_back({left, right});
+  return left;
+}
+
+}  // namespace
+
+MergePlan plan_merges(int64_t total_blocks, const std::vector<BlockRange>& nodes) {
+  MergePlan plan;
+  plan.root = merge_node({0, total_blocks}, nodes, plan);
+  return plan;
+}
+
+}  // namespace cambium

@@ -1,0 +1,49 @@
+#include "src/parallel/mesh.h"
+
+#include "src/base/check.h"
+
+namespace cambium {
+
+Mesh make_mesh(const ParallelConfig& parallel) {
+  Mesh mesh{parallel.pp, parallel.dp, parallel.cp, 1, parallel.ep};
+  CHECK_EQ(mesh.stage_ranks() % mesh.ep, 0);
+  mesh.edp = mesh.stage_ranks() / mesh.ep;
+  return mesh;
+}
+
+MeshCoordinates mesh_coordinates(const Mesh& mesh, int64_t rank) {
+  CHECK(rank >= 0 && rank < mesh.ranks());
+  MeshCoordinates at;
+  at.rank = rank;
+  at.pp_index = rank / mesh.stage_ranks();
+  const int64_t within = rank % mesh.stage_ranks();
+  at.dp_index = within / mesh.cp;
+  at.cp_index = within % mesh.cp;
+  at.edp_index = within / mesh.ep;
+  at.ep_index = within % mesh.ep;
+  return at;
+}
+
+namespace {
+
+std::vector<int> strided(int64_t first, int64_t count, int64_t stride) {
+  std::vector<int> ranks;
+  for (int64_t i = 0; i < count; ++i) ranks.push_back(static_cast<int>(first + i * stride));
+  return ranks;
+}
+
+}  // namespace
+
+std::vector<int> data_group(const Mesh& mesh, const MeshCoordinates& at) {
+  return strided(at.pp_index * mesh.stage_ranks(), mesh.stage_ranks(), 1);
+}
+
+std::vector<int> expert_group(const Mesh& mesh, const MeshCoordinates& at) {
+  return strided(at.pp_index * mesh.stage_ranks() + at.edp_index * mesh.ep, mesh.ep, 1);
+}
+
+std::vector<int> expert_data_group(const Mesh& mesh, const MeshCoordinates& at) {
+  return strided(at.pp_index * mesh.stage_ranks() + at.ep_index, mesh.edp, mesh.ep);
+}
+
+}  // namespace cambium

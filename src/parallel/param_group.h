@@ -1,0 +1,110 @@
+// ParamGroup: the parameters that one set of ranks replicates, flat, with gradients and AdamW state.
+//
+// A rank has two groups: `dense` (everything but experts, replicated over the dp x cp ranks) and
+// `expert` (this rank's experts, replicated over the edp ranks). Tensors lie in one flat fp32 buffer,
+// each at an offset that is a multiple of 4,096 elements, so shards cut on blocks and one contiguous
+// range of the buffer is a shard. Gradients: in exact mode a GradForest of slots, each as large as
+// the buffer, with presence flags (one per tensor; the embedding has one per token id); in fast mode
+// slot 0 accumulates.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/grad_target.h"
+#include "src/model/tensors.h"
+#include "src/parallel/grad_forest.h"
+#include "src/parallel/rank.h"
+
+namespace cambium {
+
+struct ParamTensor {
+  CanonicalTensor canonical;
+  int64_t offset = 0;      // elements, multiple of 4,096
+  int64_t elements = 0;
+  int64_t first_flag = 0;  // presence flags of this tensor
+  int64_t flags = 1;
+  int64_t first_norm_block = 0;  // in the model-wide table of 4,096-element blocks
+};
+
+// A piece of one tensor that lies in a shard. Block-aligned within the tensor.
+struct ParamPiece {
+  const ParamTensor* tensor = nullptr;
+  int64_t first_element = 0;  // within the tensor
+  int64_t elements = 0;
+  int64_t flat_offset() const { return tensor->offset + first_element; }
+};
+
+class ParamGroup {
+ public:
+  // `replicas` are the ranks that hold this group; `source_ranks` are the data ranks whose tokens
+  // reach these parameters on this rank (itself, or its expert group).
+  ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> tensors,
+             Communicator& replicas);
+
+  const ParamTensor& tensor(TensorRole role, int64_t layer = -1) const;
+  // Compute weights of one tensor, or of `experts` equally strided ones from this tensor on.
+  In<Real> weight(const ParamTensor& tensor, Shape shape, int64_t stride = -1) const;
+  // Gradient slots and presence of a tensor (or of the experts from it on).
+  InOut<float> grad_slots(const ParamTensor& tensor, Shape per_slot) const;
+  InOut<uint8_t> grad_present(const ParamTensor& tensor, int64_t flags) const;
+  const GradTarget& target() const { return target_; }
+
+  // A micro-batch begins: its tokens cover `ranges` of canonical blocks.
+  void begin_micro_batch(std::vector<BlockRange> ranges);
+  // A step begins.
+  void begin_step();
+  // Sums gradients over replicas; afterwards `gradient()` holds this rank's shard (or all).
+  // `forest_of(replica)` is the forest that a replica holds at the end of a step.
+  void reduce_gradients(const std::vector<std::vector<BlockRange>>& replica_nodes);
+
+  const std::string& name() const { return name_; }
+  const std::vector<ParamTensor>& tensors() const { return tensors_; }
+  int64_t padded_elements() const { return padded_; }
+  int64_t shard_elements() const { return padded_ / shards_; }
+  int64_t shard_first() const { return shard_elements() * replicas_.rank(); }
+  // Pieces this rank owns under zero1's partition (norms, digests, checkpoints), and pieces it
+  // optimizes (the same, or all with sharding none).
+  const std::vector<ParamPiece>& owned_pieces() const { return owned_; }
+  const std::vector<ParamPiece>& optimized_pieces() const { return optimized_; }
+  Communicator& replicas() const { return replicas_; }
+
+  float* weights() const { return weights_.f32(); }
+  // Final gradient (sum over tokens, undivided) at a flat offset.
+  float* gradient(int64_t flat_offset) const;
+  float* moment1(int64_t flat_offset) const { return moment1_.f32() + flat_offset - state_first_; }
+  float* moment2(int64_t flat_offset) const { return moment2_.f32() + flat_offset - state_first_; }
+  // bf16 copy's address of a flat offset; null when compute is fp32.
+  uint16_t* compute_copy(int64_t flat_offset) const;
+  // After the optimizer: every replica gets every shard.
+  void gather_weights();
+  // After loading: the bf16 copy follows the fp32 weights.
+  void refresh_compute_copy();
+
+ private:
+  std::vector<ParamPiece> pieces_in(int64_t first, int64_t end) const;
+  void reduce_exact(const std::vector<std::vector<BlockRange>>& replica_nodes);
+  void reduce_fast();
+  void merge_nodes(const std::vector<BlockRange>& nodes, float* data, uint8_t* flags,
+                   int64_t stride);
+
+  Rank& rank_;
+  std::string name_;
+  std::vector<ParamTensor> tensors_;
+  Communicator& replicas_;
+  int64_t shards_ = 1;
+  int64_t padded_ = 0;
+  int64_t flags_ = 0;
+  int64_t state_first_ = 0;
+  std::vector<ParamPiece> owned_, optimized_;
+  Buffer weights_, compute_, moment1_, moment2_, slots_, present_, reduced_, full_gradient_;
+  Buffer node_table_;
+  int64_t slot_count_ = 1;
+  const float* gradient_data_ = nullptr;
+  int64_t gradient_first_ = 0;
+  GradForest forest_;
+  GradTarget target_;
+};
+
+}  // namespace cambium

@@ -1,0 +1,70 @@
+// Rank: everything one rank's trainer code uses, passed explicitly. No globals, no thread-locals.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/op.h"
+#include "src/base/arena.h"
+#include "src/comm/comm.h"
+#include "src/comm/rank_environment.h"
+#include "src/config/config.h"
+#include "src/config/derive.h"
+#include "src/parallel/mesh.h"
+
+namespace cambium {
+
+class Rank {
+ public:
+  Rank(const Config& run_config, const Derived& run_derived, RankEnvironment& rank_environment,
+       Poison poison);
+  Rank(const Rank&) = delete;
+  Rank& operator=(const Rank&) = delete;
+
+  const Config& config;
+  const Derived& derived;
+  RankEnvironment& environment;
+  Host& host;
+  Mesh mesh;
+  MeshCoordinates at;
+  Arena arena;
+  Stream& compute;  // stages 1, 3, 5
+  Stream& comm;     // stages 2, 4, gradient and parameter collectives
+  std::unique_ptr<Communicator> data;         // dp x cp ranks of this pipeline stage
+  std::unique_ptr<Communicator> expert;       // ep
+  std::unique_ptr<Communicator> expert_data;  // edp
+  std::map<std::string, OpTotals> totals;     // by op, since construction
+  OpContext ops;                              // on `compute`
+  int64_t step = 0;                           // 1-based while a step runs
+
+  bool is_first() const { return at.rank == 0; }
+  bool has_fault(const char* kind) const;  // a [[faults]] entry strikes this rank in this step
+
+  Buffer activation(int64_t bytes, const char* what) {
+    return arena.allocate(bytes, MemoryClass::activations, what);
+  }
+  Buffer workspace(int64_t bytes, const char* what) {
+    return arena.allocate(bytes, MemoryClass::workspace, what);
+  }
+  // Host data to the device in stream order. The copy of `source` lives until `finish_step`.
+  Buffer upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what);
+  template <class T>
+  Buffer upload(const std::vector<T>& values, const char* what) {
+    return upload(values.data(), static_cast<int64_t>(values.size() * sizeof(T)),
+                  MemoryClass::activations, what);
+  }
+  // Fills a buffer's bytes in stream order.
+  void zero(const Buffer& buffer);
+  // `compute` waits for `ticket`, or `comm` for everything computed so far.
+  void compute_waits(const Ticket& ticket) { compute.wait(ticket); }
+  void comm_waits_for_compute() { comm.wait(compute.record()); }
+  // Everything queued has run; staging and quarantined memory return.
+  void finish_step();
+
+ private:
+  std::vector<std::unique_ptr<std::byte[]>> staging_;
+};
+
+}  // namespace cambium
