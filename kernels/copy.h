@@ -1,4 +1,4 @@
-// Copies and zero fills in stream order (uploads, buffers that accumulate, table resets).
+// Copies, zero fills and casts in stream order (uploads, accumulators, bf16 copies of weights).
 // Napkin: 2 N bytes for a copy, N for a fill.
 #pragma once
 
@@ -13,12 +13,23 @@ struct CopyBytesArgs {
 struct ZeroBytesArgs {
   Out<uint8_t> to_N;
 };
+struct CastRealArgs {
+  In<Real> from_N;
+  Out<Real> to_N;  // rounded to nearest-even when bf16
+};
 
 inline void check_args(const CopyBytesArgs& a) {
   check_shape("copy_bytes", "to_N", a.to_N, Shape(a.from_N[0]));
 }
 inline void check_args(const ZeroBytesArgs& a) {
   check_shape("zero_bytes", "to_N", a.to_N, Shape(a.to_N[0]));
+}
+inline void check_args(const CastRealArgs& a) {
+  check_shape("cast_real", "to_N", a.to_N, Shape(a.from_N[0]));
+}
+inline Cost cost(const CastRealArgs& a) {
+  return {"cast_real", {a.from_N[0]}, 0,
+          a.from_N[0] * (dtype_bytes(a.from_N.dtype) + dtype_bytes(a.to_N.dtype)), 0};
 }
 inline Cost cost(const CopyBytesArgs& a) {
   return {"copy_bytes", {a.from_N[0]}, 0, 2 * a.from_N[0], 0};
@@ -31,6 +42,11 @@ void visit_views(const CopyBytesArgs& a, Visitor&& visit) {
   visit("to_N", a.to_N);
 }
 template <class Visitor>
+void visit_views(const CastRealArgs& a, Visitor&& visit) {
+  visit("from_N", a.from_N);
+  visit("to_N", a.to_N);
+}
+template <class Visitor>
 void visit_views(const ZeroBytesArgs& a, Visitor&& visit) {
   visit("to_N", a.to_N);
 }
@@ -38,6 +54,7 @@ void visit_views(const ZeroBytesArgs& a, Visitor&& visit) {
 namespace reference {
 void copy_bytes(const CopyBytesArgs& args, Workers& workers);
 void zero_bytes(const ZeroBytesArgs& args, Workers& workers);
+void cast_real(const CastRealArgs& args, Workers& workers);
 }  // namespace reference
 
 inline void copy_bytes(const CopyBytesArgs& args, OpContext& context) {
@@ -45,6 +62,9 @@ inline void copy_bytes(const CopyBytesArgs& args, OpContext& context) {
 }
 inline void zero_bytes(const ZeroBytesArgs& args, OpContext& context) {
   execute(args, context, reference::zero_bytes, kCpuOnly);
+}
+inline void cast_real(const CastRealArgs& args, OpContext& context) {
+  execute(args, context, reference::cast_real, kCpuOnly);
 }
 
 }  // namespace cambium

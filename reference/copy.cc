@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "reference/rounding.h"
+
 namespace cambium::reference {
 
 namespace {
@@ -25,6 +27,12 @@ void zero_bytes(const ZeroBytesArgs& args, Workers& workers) {
     std::memset(args.to_N.pointer() + first, 0,
                 static_cast<size_t>(std::min(kChunkBytes, bytes - first)));
   });
+}
+
+void cast_real(const CastRealArgs& args, Workers&) {
+  const ReadF32 from(args.from_N);
+  const WriteF32 to(args.to_N);
+  std::copy(from.data, from.data + args.from_N[0], to.data);
 }
 
 }  // namespace cambium::reference

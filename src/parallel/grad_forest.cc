@@ -1,17 +1,12 @@
 #include "src/parallel/grad_forest.h"
 
 #include <algorithm>
-#include <bit>
 #include <optional>
 
+#include "kernels/grad_target.h"
 #include "src/base/check.h"
 
 namespace cambium {
-
-int64_t canonical_split(int64_t count) {
-  CHECK_GE(count, 2);
-  return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(count - 1)));
-}
 
 namespace {
 
@@ -73,7 +68,6 @@ int32_t GradForest::take_slot() {
 
 std::vector<NodePlan> GradForest::add(std::vector<BlockRange> ranges) {
   std::vector<NodePlan> plans;
-  std::vector<ForestNode> added;
   std::vector<int32_t> freed;
   for (const BlockRange& range : canonical_cover(total_blocks_, std::move(ranges))) {
     NodePlan plan{range, 0, {}};
@@ -95,13 +89,12 @@ std::vector<NodePlan> GradForest::add(std::vector<BlockRange> ranges) {
       plan.destination = plan.folds.back();
       freed.insert(freed.end(), plan.folds.begin(), plan.folds.end() - 1);
     }
-    added.push_back({grown, plan.destination});
+    // NOTE: rows of a node table run in order, so a later node of this call may fold this one.
+    nodes_.push_back({grown, plan.destination});
     plans.push_back(std::move(plan));
   }
-  // Slots freed by this call are reused by later calls only: its nodes may run in any order.
   free_slots_.insert(free_slots_.end(), freed.begin(), freed.end());
   std::sort(free_slots_.rbegin(), free_slots_.rend());
-  nodes_.insert(nodes_.end(), added.begin(), added.end());
   std::sort(nodes_.begin(), nodes_.end(),
             [](const ForestNode& a, const ForestNode& b) { return a.range.first < b.range.first; });
   return plans;

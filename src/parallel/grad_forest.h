@@ -20,9 +20,6 @@ struct BlockRange {
   bool operator==(const BlockRange&) const = default;
 };
 
-// The largest power of two below `count` (count >= 2): where a node of the tree splits.
-int64_t canonical_split(int64_t count);
-
 // The fewest canonical nodes that tile `ranges` (ascending, disjoint; neighbours are joined).
 std::vector<BlockRange> canonical_cover(int64_t total_blocks, std::vector<BlockRange> ranges);
 

@@ -38,10 +38,11 @@ struct ParamPiece {
 
 class ParamGroup {
  public:
-  // `replicas` are the ranks that hold this group; `source_ranks` are the data ranks whose tokens
-  // reach these parameters on this rank (itself, or its expert group).
+  // `replicas` are the ranks that hold this group. ranges[replica][micro_batch] are the canonical
+  // blocks whose tokens reach these parameters on that replica (BatchLayout).
+  using ReplicaRanges = std::vector<std::vector<std::vector<BlockRange>>>;
   ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> tensors,
-             Communicator& replicas);
+             Communicator& replicas, ReplicaRanges ranges);
 
   const ParamTensor& tensor(TensorRole role, int64_t layer = -1) const;
   // Compute weights of one tensor, or of `experts` equally strided ones from this tensor on.
@@ -51,13 +52,11 @@ class ParamGroup {
   InOut<uint8_t> grad_present(const ParamTensor& tensor, int64_t flags) const;
   const GradTarget& target() const { return target_; }
 
-  // A micro-batch begins: its tokens cover `ranges` of canonical blocks.
-  void begin_micro_batch(std::vector<BlockRange> ranges);
-  // A step begins.
+  // A step begins, then each of its micro-batches: `target()` is where their gradients go.
   void begin_step();
+  void begin_micro_batch(int64_t micro_batch);
   // Sums gradients over replicas; afterwards `gradient()` holds this rank's shard (or all).
-  // `forest_of(replica)` is the forest that a replica holds at the end of a step.
-  void reduce_gradients(const std::vector<std::vector<BlockRange>>& replica_nodes);
+  void reduce_gradients();
 
   const std::string& name() const { return name_; }
   const std::vector<ParamTensor>& tensors() const { return tensors_; }
@@ -84,7 +83,7 @@ class ParamGroup {
 
  private:
   std::vector<ParamPiece> pieces_in(int64_t first, int64_t end) const;
-  void reduce_exact(const std::vector<std::vector<BlockRange>>& replica_nodes);
+  void reduce_exact();
   void reduce_fast();
   void merge_nodes(const std::vector<BlockRange>& nodes, float* data, uint8_t* flags,
                    int64_t stride);
@@ -104,6 +103,8 @@ class ParamGroup {
   const float* gradient_data_ = nullptr;
   int64_t gradient_first_ = 0;
   GradForest forest_;
+  ReplicaRanges ranges_;
+  std::vector<std::vector<BlockRange>> replica_nodes_;  // held at the end of a step
   GradTarget target_;
 };
 
