@@ -1,0 +1,126 @@
+// The MoE decoder layer of Qwen3-MoE as five stages, each with explicit forward and backward.
+//
+//   1 attend     norm, qkv, q/k norm + RoPE, attention, out + residual, norm, router, dispatch plan
+//   2 dispatch   all-to-all: each token once per destination rank, with its routing weights
+//   3 expert     grouped GEMM up + SwiGLU, grouped GEMM down, weights applied expert-side
+//   4 combine    all-to-all back: fast one partial sum per (token, rank), exact one row per (token, k)
+//   5 aggregate  sum in k order, residual
+//
+// With ep = 1 stages 2 and 4 are empty and nothing waits on the host. Mixtral and OLMoE differ in
+// options of ModelConfig alone (src/model/mixtral.cc, olmoe.cc). What runs is what is written: there
+// is no tape; `LayerState` is what forward saves for backward.
+#pragma once
+
+#include <vector>
+
+#include "src/parallel/param_group.h"
+#include "src/parallel/rank.h"
+
+namespace cambium {
+
+// Tensors of one micro-batch that every layer reads.
+struct MicroBatch {
+  int64_t tokens = 0;  // T on this rank
+  int64_t sequence_length = 0;
+  int64_t first_block = 0;  // canonical number of token 0's block
+  Buffer token_T, target_T, position_T, document_start_T, token_block_T;
+  double balance_gradient_scale = 0;  // per sequence, times N (design.md section 3)
+  double z_gradient_scale = 0;        // per token, times N
+  InOut<float> metric_leaf_BM;        // this micro-batch's rows of the metrics table
+};
+
+// Columns of the metrics table.
+enum MetricColumn : int { kMetricLoss, kMetricBalance, kMetricZ, kMetricColumns };
+
+// Weights of one layer: where its tensors lie in the two groups.
+struct LayerTensors {
+  const ParamTensor* attn_norm = nullptr;
+  const ParamTensor* qkv = nullptr;
+  const ParamTensor* q_norm = nullptr;  // null without q/k norm
+  const ParamTensor* k_norm = nullptr;
+  const ParamTensor* attn_out = nullptr;
+  const ParamTensor* mlp_norm = nullptr;
+  const ParamTensor* router = nullptr;
+  const ParamTensor* gate_up = nullptr;  // first local expert; the others follow
+  const ParamTensor* down = nullptr;
+};
+
+// State of the routers that no gradient trains, and the loads of the running step.
+struct RouterState {
+  Buffer select_bias_LE;      // empty unless balance.bias_update_rate > 0
+  Buffer fraction_LE;         // balance loss `global_batch_lagged`: the previous step's loads
+  Buffer count_LE;            // int32, this step so far, this rank
+  Buffer global_fraction_E;   // balance loss `global_batch`: work space
+};
+
+// What the stages of one layer share.
+struct LayerContext {
+  Rank& rank;
+  const ModelConfig& model;
+  ParamGroup& dense;
+  ParamGroup& expert;
+  RouterState& router;
+  In<float> cos_SQ2, sin_SQ2;
+  LayerTensors tensors;
+  int64_t layer = 0;
+
+  DType dtype() const;  // of activations
+  Buffer real(Shape shape, const char* what) const;
+  In<Real> in(const Buffer& buffer, Shape shape, int64_t stride = -1) const;
+  Out<Real> out(const Buffer& buffer, Shape shape, int64_t stride = -1) const;
+};
+
+// Tokens on their way to experts and back: counts are per rank of the expert group.
+struct DispatchState {
+  Buffer send_count_P2, recv_count_P2, send_token_M, send_expert_MK, send_weight_MK;
+  Buffer return_row_TK, token_part_TP;
+  Ticket counts_ticket;
+  std::vector<int64_t> send_tokens, send_rows, recv_tokens, recv_rows;  // host, per rank
+  int64_t sent = 0, received = 0, rows = 0;  // M, M', R
+  // On the expert side. With ep = 1 they are the local tokens (no copies).
+  Buffer recv_x_MD, recv_expert_MK, recv_weight_MK, recv_block_M;
+};
+
+struct ExpertState {
+  Buffer expert_offset_e1, row_token_R, row_slot_R, ordered_row_R, slot_row_MK, row_block_R;
+  Buffer weight_R, x_RD, gate_up_RN, y_RD;
+};
+
+// Saved by forward, consumed by backward. Freed piece by piece in program order.
+struct LayerState {
+  Buffer x_TD, attn_rstd_T, normed_TD, qkv_TC, q_THQ, k_TGQ, q_rstd, k_rstd, o_TC, lse_TH;
+  Buffer sum_TD, mlp_rstd_T, mlp_normed_TD;
+  Buffer probs_TE, expert_index_TK, weight_TK, d_probs_TE, d_logits_TE;
+  DispatchState dispatch;
+  ExpertState expert;
+  Buffer returned;  // stage 4's rows or parts on the token side
+};
+
+enum class Keep { for_backward, nothing };  // `nothing`: evaluation
+
+// Forward stages. `attend_forward` takes the layer's input, `aggregate_forward` returns its output.
+void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s);
+void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
+void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s, Keep keep);
+void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
+Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
+
+// Gradients between backward stages.
+struct LayerGradients {
+  Buffer d_out_TD;     // of the layer's output; the residual's part of d_sum_TD
+  Buffer d_y_RD;       // of the experts' weighted rows
+  Buffer d_x_RD, d_weight_R, d_gate_up_RN, weighted_h_RF;
+  Buffer d_returned;   // rows or parts of d_x on the token side
+  Buffer d_returned_weight;
+};
+
+void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
+                        LayerGradients& g);  // stages 5 and 4: gradients travel to the experts
+void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients& g);
+void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g);
+void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g);  // stage 2
+// Stage 1, input and weight gradients; returns the gradient of the layer's input.
+Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
+                       LayerGradients& g);
+
+}  // namespace cambium
