@@ -28,8 +28,11 @@ inline void check_args(const CastRealArgs& a) {
   check_shape("cast_real", "to_N", a.to_N, Shape(a.from_N[0]));
 }
 inline Cost cost(const CastRealArgs& a) {
-  return {"cast_real", {a.from_N[0]}, 0,
-          a.from_N[0] * (dtype_bytes(a.from_N.dtype) + dtype_bytes(a.to_N.dtype)), 0};
+  return {"cast_real",
+          {a.from_N[0]},
+          0,
+          a.from_N[0] * (dtype_bytes(a.from_N.dtype) + dtype_bytes(a.to_N.dtype)),
+          0};
 }
 inline Cost cost(const CopyBytesArgs& a) {
   return {"copy_bytes", {a.from_N[0]}, 0, 2 * a.from_N[0], 0};

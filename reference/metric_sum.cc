@@ -12,4 +12,15 @@ void metric_sum(const MetricSumArgs& args, Workers&) {
   }
 }
 
+void count_fraction(const CountFractionArgs& args, Workers&) {
+  const int64_t experts = args.count_E[0];
+  const int32_t* count = args.count_E.pointer();
+  int64_t total = 0;
+  for (int64_t e = 0; e < experts; ++e) total += count[e];
+  for (int64_t e = 0; e < experts; ++e) {
+    args.fraction_E.pointer()[e] =
+        total == 0 ? 0.0f : static_cast<float>(count[e]) / static_cast<float>(total);
+  }
+}
+
 }  // namespace cambium::reference

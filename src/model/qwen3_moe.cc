@@ -88,6 +88,11 @@ QkNormKind qk_norm_kind(QkNorm norm) {
   return QkNormKind::none;
 }
 
+// 1 / sqrt(Q): the softmax temperature of attention.
+float attention_scale(int64_t head_dim) {
+  return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(head_dim)));
+}
+
 bool is_exact(const LayerContext& c) {
   return c.rank.config.numerics.reduction == ReductionMode::exact;
 }
@@ -181,10 +186,9 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
             .loss_T = out_f32(loss, Shape(x.T)),
             .d_logits_TE = out_f32(s.d_logits_TE, Shape(x.T, x.E))},
            c.rank.ops);
-    metric_sum({.value_N = in_f32(loss, Shape(x.T)),
-                .leaf_BM = batch.metric_leaf_BM,
-                .column = kMetricZ},
-               c.rank.ops);
+    metric_sum(
+        {.value_N = in_f32(loss, Shape(x.T)), .leaf_BM = batch.metric_leaf_BM, .column = kMetricZ},
+        c.rank.ops);
   }
 }
 
@@ -206,6 +210,7 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
          ops);
   s.q_THQ = c.real(Shape(x.T, x.H, x.Q), "q");
   s.k_TGQ = c.real(Shape(x.T, x.G, x.Q), "k");
+  const bool normed = c.model.qk_norm != QkNorm::none;
   const bool per_head = c.model.qk_norm == QkNorm::per_head;
   s.q_rstd = floats(c, x.T * (per_head ? x.H : 1), "q rstd");
   s.k_rstd = floats(c, x.T * (per_head ? x.G : 1), "k rstd");
@@ -213,13 +218,13 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
                 .k_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, x.H * x.Q, x.G),
                 .q_gain = gain(c, c.tensors.q_norm),
                 .k_gain = gain(c, c.tensors.k_norm),
-                .cos_SQ2 = c.cos_SQ2,
-                .sin_SQ2 = c.sin_SQ2,
+                .cos_SC = c.cos_SC,
+                .sin_SC = c.sin_SC,
                 .position_T = in_i32(batch.position_T, Shape(x.T)),
                 .q_out_THQ = c.out(s.q_THQ, Shape(x.T, x.H, x.Q)),
                 .k_out_TGQ = c.out(s.k_TGQ, Shape(x.T, x.G, x.Q)),
-                .q_rstd = out_f32(s.q_rstd, Shape(x.T, per_head ? x.H : 1)),
-                .k_rstd = out_f32(s.k_rstd, Shape(x.T, per_head ? x.G : 1)),
+                .q_rstd = normed ? out_f32(s.q_rstd, Shape(x.T, per_head ? x.H : 1)) : Out<float>(),
+                .k_rstd = normed ? out_f32(s.k_rstd, Shape(x.T, per_head ? x.G : 1)) : Out<float>(),
                 .epsilon = static_cast<float>(c.model.norm_epsilon),
                 .kind = qk_norm_kind(c.model.qk_norm)},
                ops);
@@ -268,14 +273,14 @@ void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   if (!c.router.select_bias_LE.empty()) {
     bias = {c.router.select_bias_LE.f32() + c.layer * x.E, Shape(x.E)};
   }
-  router_topk({.logits_TE = in_f32(logits_TE, Shape(x.T, x.E)),
-               .select_bias_E = bias,
-               .probs_TE = out_f32(s.probs_TE, Shape(x.T, x.E)),
-               .expert_index_TK = out_i32(s.expert_index_TK, Shape(x.T, x.K)),
-               .weight_TK = out_f32(s.weight_TK, Shape(x.T, x.K)),
-               .normalize = c.model.normalize_top_k ? TopkNormalize::over_top_k
-                                                    : TopkNormalize::none},
-              ops);
+  router_topk(
+      {.logits_TE = in_f32(logits_TE, Shape(x.T, x.E)),
+       .select_bias_E = bias,
+       .probs_TE = out_f32(s.probs_TE, Shape(x.T, x.E)),
+       .expert_index_TK = out_i32(s.expert_index_TK, Shape(x.T, x.K)),
+       .weight_TK = out_f32(s.weight_TK, Shape(x.T, x.K)),
+       .normalize = c.model.normalize_top_k ? TopkNormalize::over_top_k : TopkNormalize::none},
+      ops);
   balance_forward(c, batch, logits_TE, s);
 }
 
@@ -387,8 +392,7 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
   d.recv_expert_MK = ints(c, d.received * x.K, "received expert");
   d.recv_weight_MK = floats(c, d.received * x.K, "received weight");
   c.rank.comm_waits_for_compute();
-  exchange_rows(c, send_x.data(), d.recv_x_MD.data(), d.send_tokens, d.recv_tokens, x.D,
-                c.dtype());
+  exchange_rows(c, send_x.data(), d.recv_x_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
   exchange_rows(c, d.send_expert_MK.data(), d.recv_expert_MK.data(), d.send_tokens, d.recv_tokens,
                 x.K, DType::i32);
   exchange_rows(c, d.send_weight_MK.data(), d.recv_weight_MK.data(), d.send_tokens, d.recv_tokens,
@@ -411,17 +415,17 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   m.row_slot_R = ints(c, R, "row slot");
   m.ordered_row_R = ints(c, R, "ordered row");
   m.slot_row_MK = ints(c, M * x.K, "slot row");
-  routing_sort({.expert_index_TK = in_i32(local ? s.expert_index_TK : d.recv_expert_MK,
-                                          Shape(M, x.K)),
-                .experts = x.e,
-                .expert_offset_e1 = out_i32(m.expert_offset_e1, Shape(x.e + 1)),
-                .row_token_R = out_i32(m.row_token_R, Shape(R)),
-                .row_slot_R = out_i32(m.row_slot_R, Shape(R)),
-                .ordered_row_R = out_i32(m.ordered_row_R, Shape(R)),
-                .slot_row_TK = out_i32(m.slot_row_MK, Shape(M, x.K)),
-                .order = c.rank.has_fault("routing_order") ? RoutingOrder::reversed_within_expert
-                                                           : RoutingOrder::stable},
-               ops);
+  routing_sort(
+      {.expert_index_TK = in_i32(local ? s.expert_index_TK : d.recv_expert_MK, Shape(M, x.K)),
+       .experts = x.e,
+       .expert_offset_e1 = out_i32(m.expert_offset_e1, Shape(x.e + 1)),
+       .row_token_R = out_i32(m.row_token_R, Shape(R)),
+       .row_slot_R = out_i32(m.row_slot_R, Shape(R)),
+       .ordered_row_R = out_i32(m.ordered_row_R, Shape(R)),
+       .slot_row_TK = out_i32(m.slot_row_MK, Shape(M, x.K)),
+       .order = c.rank.has_fault("routing_order") ? RoutingOrder::reversed_within_expert
+                                                  : RoutingOrder::stable},
+      ops);
   m.weight_R = floats(c, R, "row weight");
   gather_scalars({.x_N = in_f32(local ? s.weight_TK : d.recv_weight_MK, Shape(M * x.K)),
                   .index_M = in_i32(m.row_slot_R, Shape(R)),
@@ -429,11 +433,11 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
                  ops);
   if (is_exact(c) && keep == Keep::for_backward) {
     m.row_block_R = ints(c, R, "row block");
-    gather_row_blocks({.token_block_T = in_i32(local ? batch.token_block_T : d.recv_block_M,
-                                               Shape(M)),
-                       .row_token_R = in_i32(m.row_token_R, Shape(R)),
-                       .row_block_R = out_i32(m.row_block_R, Shape(R))},
-                      ops);
+    gather_row_blocks(
+        {.token_block_T = in_i32(local ? batch.token_block_T : d.recv_block_M, Shape(M)),
+         .row_token_R = in_i32(m.row_token_R, Shape(R)),
+         .row_block_R = out_i32(m.row_block_R, Shape(R))},
+        ops);
   }
   m.x_RD = c.real(Shape(R, x.D), "expert input rows");
   gather_rows({.x_TD = c.in(local ? s.mlp_normed_TD : d.recv_x_MD, Shape(M, x.D)),
@@ -554,20 +558,18 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
   g.d_gate_up_RN = c.real(Shape(R, x.N), "d gate and up");
   g.d_weight_R = floats(c, R, "d row weight");
   g.weighted_h_RF = c.real(Shape(R, x.F), "weighted h");
-  grouped_down_dgrad(
-      {.d_y_RD = c.in(g.d_y_RD, Shape(R, x.D)),
-       .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
-       .gate_up_RN = c.in(m.gate_up_RN, Shape(R, x.N)),
-       .expert_offset_e1 = offset,
-       .weight_R = in_f32(m.weight_R, Shape(R)),
-       .d_gate_up_RN = c.out(g.d_gate_up_RN, Shape(R, x.N)),
-       .d_weight_R = out_f32(g.d_weight_R, Shape(R)),
-       .weighted_h_RF = c.out(g.weighted_h_RF, Shape(R, x.F))},
-      c.rank.ops);
+  grouped_down_dgrad({.d_y_RD = c.in(g.d_y_RD, Shape(R, x.D)),
+                      .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
+                      .gate_up_RN = c.in(m.gate_up_RN, Shape(R, x.N)),
+                      .expert_offset_e1 = offset,
+                      .weight_R = in_f32(m.weight_R, Shape(R)),
+                      .d_gate_up_RN = c.out(g.d_gate_up_RN, Shape(R, x.N)),
+                      .d_weight_R = out_f32(g.d_weight_R, Shape(R)),
+                      .weighted_h_RF = c.out(g.weighted_h_RF, Shape(R, x.F))},
+                     c.rank.ops);
   g.d_x_RD = c.real(Shape(R, x.D), "d expert input rows");
   grouped_up_dgrad({.d_gate_up_RN = c.in(g.d_gate_up_RN, Shape(R, x.N)),
-                    .w_up_eND =
-                        c.expert.expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
+                    .w_up_eND = c.expert.expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
                     .expert_offset_e1 = offset,
                     .d_x_RD = c.out(g.d_x_RD, Shape(R, x.D))},
                    c.rank.ops);
@@ -577,16 +579,16 @@ namespace {
 
 void grouped_expert_wgrad(const LayerContext& c, const ExpertState& m, const ParamTensor& tensor,
                           In<Real> d_y_RN, In<Real> x_RK, int64_t experts) {
-  grouped_wgrad({.d_y_RN = d_y_RN,
-                 .x_RK = x_RK,
-                 .expert_offset_e1 = in_i32(m.expert_offset_e1, Shape(experts + 1)),
-                 .row_block_R = m.row_block_R.empty() ? In<int32_t>()
-                                                      : in_i32(m.row_block_R, Shape(x_RK[0])),
-                 .d_w_SeNK = c.expert.grad_slots(tensor, Shape(experts, d_y_RN[1], x_RK[1])),
-                 .present_Se = c.expert.grad_present(tensor, experts),
-                 .target = c.expert.target(),
-                 .expert_stride = c.expert.expert_stride(tensor)},
-                c.rank.ops);
+  grouped_wgrad(
+      {.d_y_RN = d_y_RN,
+       .x_RK = x_RK,
+       .expert_offset_e1 = in_i32(m.expert_offset_e1, Shape(experts + 1)),
+       .row_block_R = m.row_block_R.empty() ? In<int32_t>() : in_i32(m.row_block_R, Shape(x_RK[0])),
+       .d_w_SeNK = c.expert.grad_slots(tensor, Shape(experts, d_y_RN[1], x_RK[1])),
+       .present_Se = c.expert.grad_present(tensor, experts),
+       .target = c.expert.target(),
+       .expert_stride = c.expert.expert_stride(tensor)},
+      c.rank.ops);
 }
 
 }  // namespace
@@ -634,24 +636,24 @@ Buffer router_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
   OpContext& ops = c.rank.ops;
   const bool local = x.P == 1;
   const Buffer d_weight_TK = floats(c, x.T * x.K, "d routing weight");
-  gather_scalars({.x_N = in_f32(local ? g.d_weight_R : g.d_returned_weight, Shape(x.T * x.K)),
-                  .index_M = in_i32(local ? s.expert.slot_row_MK : s.dispatch.return_row_TK,
-                                    Shape(x.T * x.K)),
-                  .y_M = out_f32(d_weight_TK, Shape(x.T * x.K))},
-                 ops);
+  gather_scalars(
+      {.x_N = in_f32(local ? g.d_weight_R : g.d_returned_weight, Shape(x.T * x.K)),
+       .index_M = in_i32(local ? s.expert.slot_row_MK : s.dispatch.return_row_TK, Shape(x.T * x.K)),
+       .y_M = out_f32(d_weight_TK, Shape(x.T * x.K))},
+      ops);
   const Buffer d_logits_TE = floats(c, x.T * x.E, "d router logits");
   auto optional_TE = [&](const Buffer& buffer) {
     return buffer.empty() ? In<float>() : in_f32(buffer, Shape(x.T, x.E));
   };
-  router_topk_backward({.probs_TE = in_f32(s.probs_TE, Shape(x.T, x.E)),
-                        .expert_index_TK = in_i32(s.expert_index_TK, Shape(x.T, x.K)),
-                        .d_weight_TK = in_f32(d_weight_TK, Shape(x.T, x.K)),
-                        .d_probs_TE = optional_TE(s.d_probs_TE),
-                        .d_logits_in_TE = optional_TE(s.d_logits_TE),
-                        .d_logits_TE = out_f32(d_logits_TE, Shape(x.T, x.E)),
-                        .normalize = c.model.normalize_top_k ? TopkNormalize::over_top_k
-                                                             : TopkNormalize::none},
-                       ops);
+  router_topk_backward(
+      {.probs_TE = in_f32(s.probs_TE, Shape(x.T, x.E)),
+       .expert_index_TK = in_i32(s.expert_index_TK, Shape(x.T, x.K)),
+       .d_weight_TK = in_f32(d_weight_TK, Shape(x.T, x.K)),
+       .d_probs_TE = optional_TE(s.d_probs_TE),
+       .d_logits_in_TE = optional_TE(s.d_logits_TE),
+       .d_logits_TE = out_f32(d_logits_TE, Shape(x.T, x.E)),
+       .normalize = c.model.normalize_top_k ? TopkNormalize::over_top_k : TopkNormalize::none},
+      ops);
   Buffer d_normed_TD = c.real(Shape(x.T, x.D), "d mlp normed");
   sum_rows(c, x.T, s, local ? g.d_x_RD : g.d_returned, {}, c.out(d_normed_TD, Shape(x.T, x.D)));
   linear_dgrad({.d_y_TN = in_f32(d_logits_TE, Shape(x.T, x.E)),
@@ -721,15 +723,9 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
   Buffer q_leaf, k_leaf;
   QkNormRopeBackwardArgs args{.d_q_out_THQ = c.in(d_q, Shape(x.T, x.H, x.Q)),
                               .d_k_out_TGQ = c.in(d_k, Shape(x.T, x.G, x.Q)),
-                              .q_THQ = qkv_part<In<Real>>(c, s.qkv_TC, x, 0, x.H),
-                              .k_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, x.H * x.Q, x.G),
-                              .q_gain = gain(c, c.tensors.q_norm),
-                              .k_gain = gain(c, c.tensors.k_norm),
-                              .cos_SQ2 = c.cos_SQ2,
-                              .sin_SQ2 = c.sin_SQ2,
+                              .cos_SC = c.cos_SC,
+                              .sin_SC = c.sin_SC,
                               .position_T = in_i32(batch.position_T, Shape(x.T)),
-                              .q_rstd = in_f32(s.q_rstd, Shape(x.T, per_head ? x.H : 1)),
-                              .k_rstd = in_f32(s.k_rstd, Shape(x.T, per_head ? x.G : 1)),
                               .d_q_THQ = qkv_part<Out<Real>>(c, d_qkv, x, 0, x.H),
                               .d_k_TGQ = qkv_part<Out<Real>>(c, d_qkv, x, x.H * x.Q, x.G),
                               .block_tokens = block,
@@ -738,8 +734,14 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
     const int64_t q_width = c.tensors.q_norm->elements, k_width = c.tensors.k_norm->elements;
     q_leaf = floats(c, blocks * q_width, "d q gain leaves");
     k_leaf = floats(c, blocks * k_width, "d k gain leaves");
-    args.d_q_gain_leaf = out_f32(q_leaf, Shape(blocks, q_width));
-    args.d_k_gain_leaf = out_f32(k_leaf, Shape(blocks, k_width));
+    args.q_THQ = qkv_part<In<Real>>(c, s.qkv_TC, x, 0, x.H);
+    args.k_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, x.H * x.Q, x.G);
+    args.q_gain = gain(c, c.tensors.q_norm);
+    args.k_gain = gain(c, c.tensors.k_norm);
+    args.q_rstd = in_f32(s.q_rstd, Shape(x.T, per_head ? x.H : 1));
+    args.k_rstd = in_f32(s.k_rstd, Shape(x.T, per_head ? x.G : 1));
+    args.d_q_gain_leaf_BN = out_f32(q_leaf, Shape(blocks, q_width));
+    args.d_k_gain_leaf_BN = out_f32(k_leaf, Shape(blocks, k_width));
   }
   qk_norm_rope_backward(args, ops);
   if (c.tensors.q_norm != nullptr) {

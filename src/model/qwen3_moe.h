@@ -3,12 +3,12 @@
 //   1 attend     norm, qkv, q/k norm + RoPE, attention, out + residual, norm, router, dispatch plan
 //   2 dispatch   all-to-all: each token once per destination rank, with its routing weights
 //   3 expert     grouped GEMM up + SwiGLU, grouped GEMM down, weights applied expert-side
-//   4 combine    all-to-all back: fast one partial sum per (token, rank), exact one row per (token, k)
-//   5 aggregate  sum in k order, residual
+//   4 combine    all-to-all back: fast one partial sum per (token, rank), exact one row per (token,
+//   k) 5 aggregate  sum in k order, residual
 //
 // With ep = 1 stages 2 and 4 are empty and nothing waits on the host. Mixtral and OLMoE differ in
-// options of ModelConfig alone (src/model/mixtral.cc, olmoe.cc). What runs is what is written: there
-// is no tape; `LayerState` is what forward saves for backward.
+// options of ModelConfig alone (src/model/mixtral.cc, olmoe.cc). What runs is what is written:
+// there is no tape; `LayerState` is what forward saves for backward.
 #pragma once
 
 #include <vector>
@@ -47,10 +47,10 @@ struct LayerTensors {
 
 // State of the routers that no gradient trains, and the loads of the running step.
 struct RouterState {
-  Buffer select_bias_LE;      // empty unless balance.bias_update_rate > 0
-  Buffer fraction_LE;         // balance loss `global_batch_lagged`: the previous step's loads
-  Buffer count_LE;            // int32, this step so far, this rank
-  Buffer global_fraction_E;   // balance loss `global_batch`: work space
+  Buffer select_bias_LE;     // empty unless balance.bias_update_rate > 0
+  Buffer fraction_LE;        // balance loss `global_batch_lagged`: the previous step's loads
+  Buffer count_LE;           // int32, this step so far, this rank
+  Buffer global_fraction_E;  // balance loss `global_batch`: work space
 };
 
 // What the stages of one layer share.
@@ -60,7 +60,7 @@ struct LayerContext {
   ParamGroup& dense;
   ParamGroup& expert;
   RouterState& router;
-  In<float> cos_SQ2, sin_SQ2;
+  In<float> cos_SC, sin_SC;  // C = Q / 2
   LayerTensors tensors;
   int64_t layer = 0;
 
@@ -76,7 +76,7 @@ struct DispatchState {
   Buffer return_row_TK, token_part_TP;
   Ticket counts_ticket;
   std::vector<int64_t> send_tokens, send_rows, recv_tokens, recv_rows;  // host, per rank
-  int64_t sent = 0, received = 0, rows = 0;  // M, M', R
+  int64_t sent = 0, received = 0, rows = 0;                             // M, M', R
   // On the expert side. With ep = 1 they are the local tokens (no copies).
   Buffer recv_x_MD, recv_expert_MK, recv_weight_MK, recv_block_M;
 };
@@ -107,10 +107,10 @@ Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerSt
 
 // Gradients between backward stages.
 struct LayerGradients {
-  Buffer d_out_TD;     // of the layer's output; the residual's part of d_sum_TD
-  Buffer d_y_RD;       // of the experts' weighted rows
+  Buffer d_out_TD;  // of the layer's output; the residual's part of d_sum_TD
+  Buffer d_y_RD;    // of the experts' weighted rows
   Buffer d_x_RD, d_weight_R, d_gate_up_RN, weighted_h_RF;
-  Buffer d_returned;   // rows or parts of d_x on the token side
+  Buffer d_returned;  // rows or parts of d_x on the token side
   Buffer d_returned_weight;
 };
 

@@ -9,8 +9,8 @@ BatchLayout::BatchLayout(const Config& config) : mesh(make_mesh(config.parallel)
   micro_batch_sequences = config.train.micro_batch_sequences;
   micro_batches = sequences_per_rank / micro_batch_sequences;
   // Forward-only uses need no blocks, so a sequence shorter than a block counts as one.
-  blocks_per_sequence =
-      (config.train.sequence_length + config.numerics.block_tokens - 1) / config.numerics.block_tokens;
+  blocks_per_sequence = (config.train.sequence_length + config.numerics.block_tokens - 1) /
+                        config.numerics.block_tokens;
   total_blocks = config.train.global_batch_sequences * blocks_per_sequence;
   CHECK_EQ(micro_batches * micro_batch_sequences * mesh.dp, config.train.global_batch_sequences);
 }

@@ -1,8 +1,8 @@
 // BatchLayout: which sequences, and so which canonical blocks, each rank processes when.
 //
 // With sharding none and zero1 a data rank takes a contiguous run of the global batch's sequences,
-// micro-batch by micro-batch. A block is block_tokens consecutive positions of one sequence, numbered
-// sequence-major.
+// micro-batch by micro-batch. A block is block_tokens consecutive positions of one sequence,
+// numbered sequence-major.
 #pragma once
 
 #include <cstdint>

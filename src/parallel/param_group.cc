@@ -100,6 +100,10 @@ In<Real> ParamGroup::weight(const ParamTensor& tensor, Shape shape, int64_t stri
   return {compute_.as<uint16_t>() + tensor.offset, DType::bf16, shape, stride};
 }
 
+int64_t ParamGroup::expert_stride(const ParamTensor& tensor) {
+  return round_up(tensor.elements, kBlock);
+}
+
 uint16_t* ParamGroup::compute_copy(int64_t flat_offset) const {
   return compute_.empty() ? nullptr : compute_.as<uint16_t>() + flat_offset;
 }
@@ -136,11 +140,11 @@ void ParamGroup::begin_step() {
   gradient_data_ = nullptr;
   const bool exact = rank_.config.numerics.reduction == ReductionMode::exact;
   if (slots_.empty()) {
-    slots_ = rank_.arena.allocate(4 * padded_ * slot_count_, MemoryClass::gradients,
-                                  "gradient slots");
+    slots_ =
+        rank_.arena.allocate(4 * padded_ * slot_count_, MemoryClass::gradients, "gradient slots");
     if (exact) {
-      present_ = rank_.arena.allocate(flags_ * slot_count_, MemoryClass::gradients,
-                                      "gradient presence");
+      present_ =
+          rank_.arena.allocate(flags_ * slot_count_, MemoryClass::gradients, "gradient presence");
     }
   }
   if (!exact) rank_.zero(slots_);
@@ -321,6 +325,17 @@ void ParamGroup::gather_weights() {
                                     .count = shard_elements()}));
   }
   refresh_compute_copy();
+}
+
+void ParamGroup::set_weights(const ParamTensor& tensor, int64_t first_element,
+                             const std::vector<float>& values) {
+  const int64_t bytes = 4 * std::ssize(values);
+  CHECK_LE(first_element + std::ssize(values), tensor.elements);
+  const Buffer staged = rank_.upload(values, "weights to set");
+  copy_bytes({.from_N = {staged.as<uint8_t>(), Shape(bytes)},
+              .to_N = {reinterpret_cast<uint8_t*>(weights_.f32() + tensor.offset + first_element),
+                       Shape(bytes)}},
+             rank_.ops);
 }
 
 void ParamGroup::refresh_compute_copy() {

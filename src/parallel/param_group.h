@@ -1,11 +1,12 @@
-// ParamGroup: the parameters that one set of ranks replicates, flat, with gradients and AdamW state.
+// ParamGroup: the parameters that one set of ranks replicates, flat, with gradients and AdamW
+// state.
 //
 // A rank has two groups: `dense` (everything but experts, replicated over the dp x cp ranks) and
-// `expert` (this rank's experts, replicated over the edp ranks). Tensors lie in one flat fp32 buffer,
-// each at an offset that is a multiple of 4,096 elements, so shards cut on blocks and one contiguous
-// range of the buffer is a shard. Gradients: in exact mode a GradForest of slots, each as large as
-// the buffer, with presence flags (one per tensor; the embedding has one per token id); in fast mode
-// slot 0 accumulates.
+// `expert` (this rank's experts, replicated over the edp ranks). Tensors lie in one flat fp32
+// buffer, each at an offset that is a multiple of 4,096 elements, so shards cut on blocks and one
+// contiguous range of the buffer is a shard. Gradients: in exact mode a GradForest of slots, each
+// as large as the buffer, with presence flags (one per tensor; the embedding has one per token id);
+// in fast mode slot 0 accumulates.
 #pragma once
 
 #include <memory>
@@ -21,7 +22,7 @@ namespace cambium {
 
 struct ParamTensor {
   CanonicalTensor canonical;
-  int64_t offset = 0;      // elements, multiple of 4,096
+  int64_t offset = 0;  // elements, multiple of 4,096
   int64_t elements = 0;
   int64_t first_flag = 0;  // presence flags of this tensor
   int64_t flags = 1;
@@ -41,12 +42,17 @@ class ParamGroup {
   // `replicas` are the ranks that hold this group. ranges[replica][micro_batch] are the canonical
   // blocks whose tokens reach these parameters on that replica (BatchLayout).
   using ReplicaRanges = std::vector<std::vector<std::vector<BlockRange>>>;
-  ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> tensors,
-             Communicator& replicas, ReplicaRanges ranges);
+  ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> tensors, Communicator& replicas,
+             ReplicaRanges ranges);
 
   const ParamTensor& tensor(TensorRole role, int64_t layer = -1) const;
   // Compute weights of one tensor, or of `experts` equally strided ones from this tensor on.
   In<Real> weight(const ParamTensor& tensor, Shape shape, int64_t stride = -1) const;
+  // Of this rank's experts, from `first` (its first one) on: [e, ...], expert_stride apart.
+  In<Real> expert_weight(const ParamTensor& first, Shape shape) const {
+    return weight(first, shape, expert_stride(first));
+  }
+  static int64_t expert_stride(const ParamTensor& tensor);
   // Gradient slots and presence of a tensor (or of the experts from it on).
   InOut<float> grad_slots(const ParamTensor& tensor, Shape per_slot) const;
   InOut<uint8_t> grad_present(const ParamTensor& tensor, int64_t flags) const;
@@ -78,6 +84,9 @@ class ParamGroup {
   uint16_t* compute_copy(int64_t flat_offset) const;
   // After the optimizer: every replica gets every shard.
   void gather_weights();
+  // Host values into the fp32 weights, from `first_element` of the tensor on.
+  void set_weights(const ParamTensor& tensor, int64_t first_element,
+                   const std::vector<float>& values);
   // After loading: the bf16 copy follows the fp32 weights.
   void refresh_compute_copy();
 

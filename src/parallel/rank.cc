@@ -6,15 +6,13 @@
 
 namespace cambium {
 
-Rank::Rank(const Config& run_config, const Derived& run_derived,
-           RankEnvironment& rank_environment, Poison poison)
+Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
     : config(run_config),
-      derived(run_derived),
       environment(rank_environment),
       host(rank_environment.host()),
       mesh(make_mesh(run_config.parallel)),
       at(mesh_coordinates(mesh, rank_environment.rank())),
-      arena(INT64_MAX / 2, poison),
+      arena(INT64_MAX / 2, rank_environment.poison()),
       compute(rank_environment.make_stream("compute")),
       comm(rank_environment.make_stream("comm")) {
   CHECK_EQ(mesh.ranks(), static_cast<int64_t>(rank_environment.ranks()));
@@ -32,8 +30,14 @@ bool Rank::has_fault(const char* kind) const {
   return false;
 }
 
-Buffer Rank::upload(const void* source, int64_t bytes, MemoryClass memory_class,
-                    const char* what) {
+bool Rank::has_init_fault(const char* kind) const {
+  for (const FaultConfig& fault : config.faults) {
+    if (fault.kind == kind && fault.rank == at.rank) return true;
+  }
+  return false;
+}
+
+Buffer Rank::upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what) {
   auto& staged = staging_.emplace_back(std::make_unique<std::byte[]>(static_cast<size_t>(bytes)));
   std::memcpy(staged.get(), source, static_cast<size_t>(bytes));
   Buffer buffer = arena.allocate(bytes, memory_class, what);

@@ -11,27 +11,24 @@
 #include "src/comm/comm.h"
 #include "src/comm/rank_environment.h"
 #include "src/config/config.h"
-#include "src/config/derive.h"
 #include "src/parallel/mesh.h"
 
 namespace cambium {
 
 class Rank {
  public:
-  Rank(const Config& run_config, const Derived& run_derived, RankEnvironment& rank_environment,
-       Poison poison);
+  Rank(const Config& run_config, RankEnvironment& rank_environment);
   Rank(const Rank&) = delete;
   Rank& operator=(const Rank&) = delete;
 
   const Config& config;
-  const Derived& derived;
   RankEnvironment& environment;
   Host& host;
   Mesh mesh;
   MeshCoordinates at;
   Arena arena;
-  Stream& compute;  // stages 1, 3, 5
-  Stream& comm;     // stages 2, 4, gradient and parameter collectives
+  Stream& compute;                            // stages 1, 3, 5
+  Stream& comm;                               // stages 2, 4, gradient and parameter collectives
   std::unique_ptr<Communicator> data;         // dp x cp ranks of this pipeline stage
   std::unique_ptr<Communicator> expert;       // ep
   std::unique_ptr<Communicator> expert_data;  // edp
@@ -40,7 +37,8 @@ class Rank {
   int64_t step = 0;                           // 1-based while a step runs
 
   bool is_first() const { return at.rank == 0; }
-  bool has_fault(const char* kind) const;  // a [[faults]] entry strikes this rank in this step
+  bool has_fault(const char* kind) const;       // a [[faults]] entry strikes here, in this step
+  bool has_init_fault(const char* kind) const;  // ... strikes this rank before the first step
 
   Buffer activation(int64_t bytes, const char* what) {
     return arena.allocate(bytes, MemoryClass::activations, what);
