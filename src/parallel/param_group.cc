@@ -340,7 +340,7 @@ void ParamGroup::set_weights(const ParamTensor& tensor, int64_t first_element,
 
 void ParamGroup::refresh_compute_copy() {
   if (compute_.empty()) return;
-  cast_real({.from_N = {weights_.f32(), Shape(padded_)},
+  cast_real({.from_N = {weights_.f32(), DType::f32, Shape(padded_)},
              .to_N = {compute_.data(), DType::bf16, Shape(padded_)}},
             rank_.ops);
 }
