@@ -1,0 +1,61 @@
+// The product kernel of the CPU path: 6 x 16 register tiles over packed operands.
+//
+// Every element of C is one chain of fused multiply-adds over the contracted index, ascending, from
+// zero (or from C). Neither tile shape, nor depth blocks, nor the cut into chunks enters the chain:
+// a row's bits depend on that row and on B alone (D2), on any x86-64-v3 machine (D1), and the
+// oracle is a plain loop over __builtin_fmaf. (Eigen's products change bits with the row count, and
+// on tiles as small as an expert's rows in one block they spend most of their time in packing.)
+#pragma once
+
+#include <cstdint>
+
+#include "src/base/workers.h"
+
+namespace cambium::reference {
+
+constexpr int64_t kTileRows = 6;      // 6 x 2 accumulators, 2 of B, 1 broadcast: 15 of 16 registers
+constexpr int64_t kTileColumns = 16;  // two AVX registers
+constexpr int64_t kDepthBlock = 256;  // a panel of B is 16 KB: half of a first-level cache
+
+enum class OperandOrder : uint8_t {
+  depth_major,   // b[k * b_stride + n]: B as stored for input gradients
+  column_major,  // b[n * b_stride + k]: a weight [N, K] in the forward pass
+};
+
+// C = row_scale * (A B) + residual on one block of rows and columns.
+struct GemmBlock {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t depth = 0;
+  const float* a = nullptr;  // a[m * a_stride + k]
+  int64_t a_stride = 0;
+  const float* b = nullptr;
+  int64_t b_stride = 0;
+  OperandOrder b_order = OperandOrder::depth_major;
+  float* c = nullptr;
+  int64_t c_stride = 0;
+  const float* row_scale = nullptr;  // optional: multiplies each row of the product
+  const float* residual = nullptr;   // optional: added last; may be C's own memory
+  int64_t residual_stride = 0;
+};
+
+// Scratch slots that the product kernels use; slots from kFirstFreeSlot on are the caller's.
+constexpr int kPackedBSlot = 0;
+constexpr int kPackedASlot = 1;
+constexpr int kPartialSlot = 2;
+constexpr int kFirstFreeSlot = 3;
+
+void gemm_block(const GemmBlock& block, Scratch& scratch);
+
+// Cut of a rows x columns product into chunks that threads claim, by the problem alone: a chunk has
+// about kChunkFlops, whole columns while rows suffice, since each chunk packs its columns of B.
+struct GemmCut {
+  int64_t row_chunk = 0;
+  int64_t column_chunk = 0;
+};
+constexpr int64_t kChunkFlops = 2 << 20;  // about 20 us
+constexpr int64_t kMaxChunkRows = 512;    // A stays in the second-level cache
+constexpr int64_t kMinChunkRows = 96;     // packing B costs a few percent of the product
+GemmCut cut_gemm(int64_t rows, int64_t columns, int64_t depth);
+
+}  // namespace cambium::reference
