@@ -253,7 +253,7 @@ Hdf5Reader::Hdf5Reader(const std::string& path) : path_(path) {
   file_ = H5Fopen(path.c_str(), H5F_ACC_RDONLY, access);
   if (file_ >= 0) return;
   const std::string reason = last_error();
-  if (reason.find("lock") != std::string::npos)
+  if (reason.find("unable to lock") != std::string::npos)
     fail(ExitCode::io,
          "{}: cannot lock: {}; another process is writing it, or the file system has no locks: "
          "then set the environment variable HDF5_USE_FILE_LOCKING=FALSE",

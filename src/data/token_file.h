@@ -46,7 +46,9 @@ class TokenFile {
 
  private:
   TokenFile() = default;
+  enum class Verdict { bad, good };
   void verify(const class Hdf5Reader& reader);
+  void verify_tokens(const std::vector<uint64_t>& block_hashes) const;
   std::string path_;
   int descriptor_ = -1;
   int token_bytes_ = 0;
@@ -65,5 +67,8 @@ struct TokenFileBuild {
 // Tokenises the sources into one token file: temporary file, fsync, rename, fsync of the directory.
 // Bad text is exit 32 with the record's number and byte offset; then nothing is left behind.
 void build_token_file(const TokenFileBuild& build, const Tokenizer& tokenizer);
+// The same into an output that the caller opened for `build.token_path`; commits it.
+void write_token_file(const TokenFileBuild& build, const Tokenizer& tokenizer,
+                      class OutputFile& output);
 
 }  // namespace cambium
