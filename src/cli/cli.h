@@ -4,9 +4,11 @@
 #include <string>
 #include <vector>
 
+#include "src/cli/environment.h"
+
 namespace cambium {
 
-// Runs `cambium ARGUMENTS...`; returns the exit code (error.h). `environment` is read by `main`.
-int run_cli(const std::vector<std::string>& arguments);
+// Runs `cambium ARGUMENTS...` and returns the exit code (error.h). Errors are printed to stderr.
+int run_cli(const std::vector<std::string>& arguments, const Environment& environment);
 
 }  // namespace cambium

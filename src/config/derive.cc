@@ -110,11 +110,6 @@ void check_data(const Config& config) {
     fail(ExitCode::usage, "data.tokenizer_vocab = {} is above model.vocab = {}",
          data.tokenizer_vocab, config.model.vocab);
   }
-  if (data.validation.empty() && data.validation_fraction == 0.0 && !data.train.empty()) {
-    fail(ExitCode::usage,
-         "data.validation_fraction = 0 leaves nothing to validate on: set it above 0, such as "
-         "0.05, or name data.validation");
-  }
 }
 
 // What the layout asks of sizes. pp, dp, cp, ep are at least 1 by the key table.

@@ -14,6 +14,7 @@
 
 #include "fmt/format.h"
 #include "src/base/check.h"
+#include "src/checkpoint/hf_config.h"
 #include "src/config/nearest.h"
 #include "src/config/presets.h"
 #include "src/config/schema.h"
@@ -379,10 +380,7 @@ ModelConfig Loader::base_model() {
           std::string_view(spec.section) == "model" && spec.resume == ResumeRule::same;
       if (dimension && !has(spec.key())) complete = false;
     }
-    if (!complete) {
-      add_problem(*path->second.origin, path->second.node->source(),
-                  "model.path is not supported yet; give model.preset or the dimensions");
-    }
+    if (!complete && problems_.empty()) return load_hf_config(text_of(path->second));
   }
   const auto names = preset_names();
   if (preset != keys_.end()) {

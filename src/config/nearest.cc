@@ -35,13 +35,19 @@ std::string nearest_name(std::string_view word, std::span<const std::string> can
   };
   constexpr size_t kLongestWord = 200;  // bounds the quadratic cost on hostile input
   if (word.size() > kLongestWord) return "";
+  const auto shared_start = [](std::string_view left, std::string_view right) {
+    return std::mismatch(left.begin(), left.end(), right.begin(), right.end()).first - left.begin();
+  };
   std::string best;
   int best_distance = 0;
   for (const std::string& candidate : candidates) {
     const int distance = edit_distance(lowered(word), lowered(candidate));
     const int longer = static_cast<int>(std::max(word.size(), candidate.size()));
     if (distance > std::max(2, longer / 3) || distance >= longer) continue;
-    if (best.empty() || distance < best_distance) {
+    const bool nearer =
+        distance < best_distance ||
+        (distance == best_distance && shared_start(word, candidate) > shared_start(word, best));
+    if (best.empty() || nearer) {
       best = candidate;
       best_distance = distance;
     }

@@ -11,8 +11,9 @@ namespace cambium {
 // and swaps of neighbours, each counting one. O(|left| * |right|) time.
 int edit_distance(std::string_view left, std::string_view right);
 
-// The candidate with the least distance from `word`, case aside; the first one of equals. Empty
-// when none is near: more than a third of the longer word's letters, at least two, would change.
+// The candidate with the least distance from `word`, case aside; of equals the one that starts
+// like it, else the first. Empty when none is near: when more than a third of the longer word's
+// letters, and more than two, would change.
 std::string nearest_name(std::string_view word, std::span<const std::string> candidates);
 
 // "a, b, c", with `separator` between the names.

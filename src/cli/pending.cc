@@ -1,0 +1,31 @@
+// Commands that are declared but not built yet: they say so and exit 70. Whoever builds one
+// deletes its line here.
+#include "src/base/error.h"
+#include "src/cli/commands.h"
+
+namespace cambium {
+
+namespace {
+
+[[noreturn]] void not_built(const char* command) {
+  fail(ExitCode::internal, "cambium {}: not built yet", command);
+}
+
+}  // namespace
+
+int command_train(const TrainOptions&) { not_built("train"); }
+int command_check(const CheckOptions&) { not_built("check"); }
+int command_plan(const PlanOptions&) { not_built("plan"); }
+int command_calibrate(const CalibrateOptions&) { not_built("calibrate"); }
+int command_eval(const EvalOptions&) { not_built("eval"); }
+int command_generate(const GenerateOptions&) { not_built("generate"); }
+int command_data_build(const DataBuildOptions&) { not_built("data build"); }
+int command_data_inspect(const InspectOptions&) { not_built("data inspect"); }
+int command_tokenizer_train(const TokenizerTrainOptions&) { not_built("tokenizer train"); }
+int command_tokenizer_inspect(const InspectOptions&) { not_built("tokenizer inspect"); }
+int command_checkpoint(const CheckpointOptions&) { not_built("checkpoint"); }
+int command_parity(const ParityOptions&) { not_built("parity"); }
+int command_compare(const CompareOptions&) { not_built("compare"); }
+int command_report(const InspectOptions&) { not_built("report"); }
+
+}  // namespace cambium
