@@ -191,8 +191,8 @@ class ValueReader {
     const auto* text = given_.node->as_string();
     const bool huge = text != nullptr && !given_.origin->set_text.empty() && !text->get().empty() &&
                       text->get().find_first_not_of("+-0123456789_") == std::string::npos;
-    return fmt::format("is {}, not {}{}{}", huge ? "not a 64-bit integer" : type_of(*given_.node),
-                       wanted, range.empty() ? "" : ": ", range);
+    return fmt::format("is {}, not {}{}{}", huge ? "beyond 64 bits" : type_of(*given_.node), wanted,
+                       range.empty() ? "" : ": ", range);
   }
   int choice_index(const std::string& text) const {
     for (size_t index = 0; index < spec_.choices.size(); ++index) {
@@ -360,13 +360,23 @@ void Loader::add_key(GivenKeys* keys, std::string_view section, std::string_view
   (*keys)[fmt::format("{}.{}", section, name)] = given;
 }
 
+// The model of a Hugging Face directory; errors keep their code and gain the place of model.path.
+ModelConfig read_model_path(const std::string& directory, const GivenValue& given) {
+  try {
+    return load_hf_config(directory);
+  } catch (const Error& error) {
+    fail(error.exit_code(), "{}: model.path: {}", given.where(), error.what());
+  }
+}
+
 // The model before the keys of [model] change it.
 ModelConfig Loader::base_model() {
   const auto path = keys_.find("model.path");
   const auto preset = keys_.find("model.preset");
   const auto text_of = [](const GivenValue& given) {
     const auto* text = given.node->as_string();
-    return text == nullptr ? given.origin->raw : text->get();
+    if (text != nullptr) return text->get();
+    return given.node->is_value() ? given.origin->raw : std::string();
   };
   if (path != keys_.end() && !text_of(path->second).empty()) {
     if (preset != keys_.end()) {
@@ -380,7 +390,7 @@ ModelConfig Loader::base_model() {
           std::string_view(spec.section) == "model" && spec.resume == ResumeRule::same;
       if (dimension && !has(spec.key())) complete = false;
     }
-    if (!complete && problems_.empty()) return load_hf_config(text_of(path->second));
+    if (!complete && problems_.empty()) return read_model_path(text_of(path->second), path->second);
   }
   const auto names = preset_names();
   if (preset != keys_.end()) {
