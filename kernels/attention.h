@@ -21,7 +21,8 @@ struct AttentionArgs {
   In<Real> q_THQ;  // rows may be strided: parts of a fused projection
   In<Real> k_TGQ;
   In<Real> v_TGQ;
-  In<int32_t> document_start_T;  // optional: micro-batch index of the first token of t's document
+  In<int32_t> document_start_T =
+      {};  // optional: micro-batch index of the first token of t's document
   Out<Real> o_THQ;
   Out<float> lse_TH;
   int64_t sequence_length = 0;  // T is a multiple
@@ -36,8 +37,8 @@ struct AttentionBackwardArgs {
   In<Real> o_THQ;
   In<Real> d_o_THQ;
   In<float> lse_TH;
-  In<int32_t> document_start_T;  // optional
-  Out<Real> d_q_THQ;             // rows may be strided; must not overlap the inputs
+  In<int32_t> document_start_T = {};  // optional
+  Out<Real> d_q_THQ;                  // rows may be strided; must not overlap the inputs
   Out<Real> d_k_TGQ;
   Out<Real> d_v_TGQ;
   int64_t sequence_length = 0;

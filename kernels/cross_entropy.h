@@ -16,9 +16,9 @@ constexpr int32_t kIgnoredTarget = -1;
 
 struct CrossEntropyArgs {
   In<Real> logits_TV;
-  In<int32_t> target_T;   // in [0, V), or kIgnoredTarget
-  Out<float> loss_T;      // 0 where ignored
-  Out<Real> d_logits_TV;  // optional; may be the same memory as logits_TV
+  In<int32_t> target_T;        // in [0, V), or kIgnoredTarget
+  Out<float> loss_T;           // 0 where ignored
+  Out<Real> d_logits_TV = {};  // optional; may be the same memory as logits_TV
 };
 
 inline void check_args(const CrossEntropyArgs& a) {

@@ -22,9 +22,9 @@ struct EmbeddingArgs {
 struct EmbeddingWgradArgs {
   In<Real> d_x_TD;
   In<int32_t> token_T;
-  InOut<float> d_w_SVD;       // S slots; row_stride is the slot stride; `accumulate` uses slot 0
-  InOut<uint8_t> present_SV;  // mode `nodes` only
-  GradTarget target;
+  InOut<float> d_w_SVD;  // S slots; row_stride is the slot stride; `accumulate` uses slot 0
+  InOut<uint8_t> present_SV = {};  // mode `nodes` only
+  GradTarget target = {};
   int64_t first_block = 0;   // canonical number of the block that row 0 begins; mode `nodes` only
   int64_t block_tokens = 0;  // rows per block, T is a multiple; mode `nodes` only
 };

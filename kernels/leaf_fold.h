@@ -14,10 +14,10 @@
 namespace cambium {
 
 struct LeafFoldArgs {
-  In<float> leaf_BN;         // B * rows_per_block rows of N values; rows may be strided
-  InOut<float> d_w_SN;       // S slots of N values; `accumulate` uses slot 0
-  InOut<uint8_t> present_S;  // mode `nodes` only
-  GradTarget target;
+  In<float> leaf_BN;              // B * rows_per_block rows of N values; rows may be strided
+  InOut<float> d_w_SN;            // S slots of N values; `accumulate` uses slot 0
+  InOut<uint8_t> present_S = {};  // mode `nodes` only
+  GradTarget target = {};
   int64_t first_block = 0;     // canonical number of the first leaf; mode `nodes` only
   int64_t rows_per_block = 1;  // rows of leaf_BN that make one leaf
 };

@@ -22,17 +22,17 @@ namespace cambium {
 enum class QkNormKind : uint8_t { none, per_head, full_width };
 
 struct QkNormRopeArgs {
-  In<Real> q_THQ;  // rows may be strided
-  In<Real> k_TGQ;
-  In<Real> q_gain;   // none: absent; per_head: [Q]; full_width: [H Q]
-  In<Real> k_gain;   // none: absent; per_head: [Q]; full_width: [G Q]
-  In<float> cos_SC;  // a row per position, C = Q / 2 columns; made by rope_table
+  In<Real> q_THQ = {};  // rows may be strided
+  In<Real> k_TGQ = {};
+  In<Real> q_gain = {};  // none: absent; per_head: [Q]; full_width: [H Q]
+  In<Real> k_gain = {};  // none: absent; per_head: [Q]; full_width: [G Q]
+  In<float> cos_SC;      // a row per position, C = Q / 2 columns; made by rope_table
   In<float> sin_SC;
   In<int32_t> position_T;
   Out<Real> q_out_THQ;
   Out<Real> k_out_TGQ;
-  Out<float> q_rstd;  // none: absent; per_head: [T, H]; full_width: [T, 1]
-  Out<float> k_rstd;  // none: absent; per_head: [T, G]; full_width: [T, 1]
+  Out<float> q_rstd = {};  // none: absent; per_head: [T, H]; full_width: [T, 1]
+  Out<float> k_rstd = {};  // none: absent; per_head: [T, G]; full_width: [T, 1]
   float epsilon = 1e-6f;
   QkNormKind kind = QkNormKind::none;
 };
@@ -40,19 +40,19 @@ struct QkNormRopeArgs {
 struct QkNormRopeBackwardArgs {
   In<Real> d_q_out_THQ;
   In<Real> d_k_out_TGQ;
-  In<Real> q_THQ;  // the inputs of the forward pass; none: absent
-  In<Real> k_TGQ;
-  In<Real> q_gain;
-  In<Real> k_gain;
+  In<Real> q_THQ = {};  // the inputs of the forward pass; none: absent
+  In<Real> k_TGQ = {};
+  In<Real> q_gain = {};
+  In<Real> k_gain = {};
   In<float> cos_SC;
   In<float> sin_SC;
   In<int32_t> position_T;
-  In<float> q_rstd;
-  In<float> k_rstd;
+  In<float> q_rstd = {};
+  In<float> k_rstd = {};
   Out<Real> d_q_THQ;  // rows may be strided; may be the same memory as d_q_out_THQ
   Out<Real> d_k_TGQ;
-  Out<float> d_q_gain_leaf_BN;  // none: absent; B = ceil(T / block_tokens), N = gain elements
-  Out<float> d_k_gain_leaf_BN;
+  Out<float> d_q_gain_leaf_BN = {};  // none: absent; B = ceil(T / block_tokens), N = gain elements
+  Out<float> d_k_gain_leaf_BN = {};
   int64_t block_tokens = 0;  // not used by kind `none`
   QkNormKind kind = QkNormKind::none;
 };

@@ -16,10 +16,10 @@ namespace cambium {
 
 struct RmsNormArgs {
   In<Real> x_TD;
-  In<Real> residual_TD;  // optional
+  In<Real> residual_TD = {};  // optional
   In<Real> gain_D;
-  Out<Real> sum_TD;  // optional; x + residual; may be the same memory as x_TD or residual_TD
-  Out<Real> y_TD;    // may be the same memory as x_TD or residual_TD where sum_TD is not
+  Out<Real> sum_TD = {};  // optional; x + residual; may be the same memory as x_TD or residual_TD
+  Out<Real> y_TD;         // may be the same memory as x_TD or residual_TD where sum_TD is not
   Out<float> rstd_T;
   float epsilon = 1e-6f;
 };
@@ -29,9 +29,9 @@ struct RmsNormBackwardArgs {
   In<Real> x_TD;  // what the forward pass normed: sum_TD, or x_TD without a residual
   In<Real> gain_D;
   In<float> rstd_T;
-  In<Real> d_residual_TD;     // optional: added to d_x_TD
-  Out<Real> d_x_TD;           // may be the same memory as d_y_TD or d_residual_TD
-  Out<float> d_gain_leaf_BD;  // B = ceil(T / block_tokens) blocks, the last may be short
+  In<Real> d_residual_TD = {};  // optional: added to d_x_TD
+  Out<Real> d_x_TD;             // may be the same memory as d_y_TD or d_residual_TD
+  Out<float> d_gain_leaf_BD;    // B = ceil(T / block_tokens) blocks, the last may be short
   int64_t block_tokens = 0;
 };
 

@@ -1,0 +1,480 @@
+// Blocked causal attention on the CPU. One chunk of work is one key/value head of one sequence with
+// the query heads that share it. Scores are kept transposed, S^T[key, lane], where a lane is one
+// (query head, query position) of the block: maxima, sums and exponentials run along lanes, and no
+// horizontal reduction is needed.
+#include "kernels/attention.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "reference/panel_product.h"
+#include "reference/rounding.h"
+#include "src/base/fmath.h"
+
+namespace cambium::reference {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The part of the arguments that both passes read.
+struct AttentionInputs {
+  template <class Args>
+  explicit AttentionInputs(const Args& a)
+      : q(a.q_THQ),
+        k(a.k_TGQ),
+        v(a.v_TGQ),
+        document_start(a.document_start_T.pointer()),
+        heads(a.q_THQ[1] / a.k_TGQ[1]),
+        groups(a.k_TGQ[1]),
+        head_dim(a.q_THQ[2]),
+        sequences(a.q_THQ[0] / a.sequence_length),
+        sequence_length(a.sequence_length),
+        block_tokens(a.block_tokens),
+        scale(a.scale) {}
+  ReadF32 q, k, v;
+  const int32_t* document_start;
+  int64_t heads;  // query heads per group
+  int64_t groups, head_dim, sequences, sequence_length, block_tokens;
+  float scale;
+
+  int64_t block_rows() const { return std::min(block_tokens, sequence_length); }
+  int64_t padded_lanes(int64_t tokens) const {
+    return (heads * tokens + kLanes - 1) / kLanes * kLanes;
+  }
+};
+
+// Cuts one thread's scratch into panels.
+class PanelCutter {
+ public:
+  PanelCutter(Scratch& scratch, int64_t floats) : next_(scratch.floats(0, floats)) {
+    left_ = floats;
+  }
+  float* take(int64_t count) {
+    const int64_t padded = round_up(count);
+    CHECK_LE(padded, left_);
+    float* taken = next_;
+    next_ += padded;
+    left_ -= padded;
+    return taken;
+  }
+  static int64_t round_up(int64_t count) { return (count + 15) / 16 * 16; }
+
+ private:
+  float* next_;
+  int64_t left_ = 0;
+};
+
+// One (sequence, group) and one of its query blocks.
+struct QueryBlock {
+  int64_t sequence_row = 0;  // micro-batch row of the sequence's first token
+  int64_t group = 0;
+  int64_t first = 0;  // position in the sequence
+  int64_t tokens = 0;
+  int64_t lanes = 0;  // heads * tokens; lane = head * tokens + token
+  int64_t padded = 0;
+  int64_t first_key_block = 0;  // blocks before it belong to earlier documents
+};
+
+// Keys that a lane sees: first_key <= key <= last_key, positions held as floats (exact below 2^24).
+struct LaneRange {
+  float* first_key = nullptr;
+  float* last_key = nullptr;
+  float latest_first = 0.0f;  // the largest first_key
+};
+
+QueryBlock query_block(const AttentionInputs& in, int64_t chunk, int64_t first, LaneRange& range) {
+  QueryBlock block;
+  block.sequence_row = chunk / in.groups * in.sequence_length;
+  block.group = chunk % in.groups;
+  block.first = first;
+  block.tokens = std::min(in.block_tokens, in.sequence_length - first);
+  block.lanes = in.heads * block.tokens;
+  block.padded = in.padded_lanes(block.tokens);
+  int64_t earliest = first;
+  range.latest_first = 0.0f;
+  for (int64_t token = 0; token < block.tokens; ++token) {
+    int64_t start = 0;
+    if (in.document_start != nullptr) {
+      const int64_t row = block.sequence_row + first + token;
+      start = std::max<int64_t>(0, in.document_start[row] - block.sequence_row);
+      CHECK_LE(start, first + token);
+    }
+    earliest = std::min(earliest, start);
+    range.latest_first = std::max(range.latest_first, static_cast<float>(start));
+    for (int64_t head = 0; head < in.heads; ++head) {
+      range.first_key[head * block.tokens + token] = static_cast<float>(start);
+      range.last_key[head * block.tokens + token] = static_cast<float>(first + token);
+    }
+  }
+  for (int64_t lane = block.lanes; lane < block.padded; ++lane) {
+    range.first_key[lane] = 0.0f;
+    range.last_key[lane] = kInfinity;
+  }
+  block.first_key_block = earliest / in.block_tokens;
+  return block;
+}
+
+// to[d, lane] of the block's rows of a [T, heads, Q] tensor; padding lanes are zero.
+void load_transposed(const AttentionInputs& in, const ReadF32& tensor, const QueryBlock& block,
+                     float* to) {
+  for (int64_t head = 0; head < in.heads; ++head) {
+    const int64_t column = (block.group * in.heads + head) * in.head_dim;
+    panel_transpose({.from = tensor.row(block.sequence_row + block.first) + column,
+                     .from_row = tensor.stride,
+                     .to = to + head * block.tokens,
+                     .to_row = block.padded,
+                     .rows = block.tokens,
+                     .columns = in.head_dim});
+  }
+  for (int64_t d = 0; d < in.head_dim; ++d) {
+    for (int64_t lane = block.lanes; lane < block.padded; ++lane) to[d * block.padded + lane] = 0.f;
+  }
+}
+
+// to[lane, d], the same rows untransposed.
+void load_stacked(const AttentionInputs& in, const ReadF32& tensor, const QueryBlock& block,
+                  float* to) {
+  for (int64_t head = 0; head < in.heads; ++head) {
+    const int64_t column = (block.group * in.heads + head) * in.head_dim;
+    for (int64_t token = 0; token < block.tokens; ++token, to += in.head_dim) {
+      const float* from = tensor.row(block.sequence_row + block.first + token) + column;
+      std::copy(from, from + in.head_dim, to);
+    }
+  }
+}
+
+// to[position, d]: one key/value head of a whole sequence.
+void load_keys(const AttentionInputs& in, const ReadF32& tensor, int64_t chunk, float* to) {
+  const int64_t row = chunk / in.groups * in.sequence_length;
+  const int64_t column = chunk % in.groups * in.head_dim;
+  for (int64_t position = 0; position < in.sequence_length; ++position, to += in.head_dim) {
+    const float* from = tensor.row(row + position) + column;
+    std::copy(from, from + in.head_dim, to);
+  }
+}
+
+// A block of keys and where its scores lie.
+struct KeyBlock {
+  int64_t first = 0;
+  int64_t keys = 0;
+  bool is_masked = false;  // some lane does not see some key
+};
+
+KeyBlock key_block(const AttentionInputs& in, const QueryBlock& query, const LaneRange& range,
+                   int64_t index) {
+  KeyBlock block;
+  block.first = index * in.block_tokens;
+  block.keys = std::min(in.block_tokens, in.sequence_length - block.first);
+  const bool is_diagonal = block.first == query.first;
+  block.is_masked = is_diagonal || range.latest_first > static_cast<float>(block.first);
+  return block;
+}
+
+// scores[key, lane] = k . q, not yet scaled.
+void score_product(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
+                   const float* key_panel, const float* query_transposed, float* scores) {
+  panel_product({.a = key_panel + keys.first * in.head_dim,
+                 .a_row = in.head_dim,
+                 .a_column = 1,
+                 .b = query_transposed,
+                 .b_row = query.padded,
+                 .c = scores,
+                 .c_row = query.padded,
+                 .rows = keys.keys,
+                 .columns = query.padded,
+                 .depth = in.head_dim});
+}
+
+// The score of (key, 8 lanes): scaled, minus infinity where the lane does not see the key.
+inline Lanes masked_score(Lanes score, float scale, const KeyBlock& keys, int64_t key,
+                          Lanes first_key, Lanes last_key) {
+  const Lanes scaled = score * scale;
+  if (!keys.is_masked) return scaled;
+  const Lanes position = broadcast(static_cast<float>(keys.first + key));
+  return (position < first_key) | (position > last_key) ? broadcast(-kInfinity) : scaled;
+}
+
+// Running state of the online softmax, one value per lane.
+struct OnlineSoftmax {
+  float* largest = nullptr;  // of the scaled scores so far
+  float* sum = nullptr;      // of exp(score - largest)
+  float* rescale = nullptr;  // what the block just folded multiplies the earlier output by
+};
+
+// x[i] = exp(x[i] - shift[i])
+void exp_shifted(float* __restrict x, const float* __restrict shift, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] = fmath::exp(x[i] - shift[i]);
+}
+
+// Turns scores into probabilities relative to the new maxima and folds their sums into the state.
+void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
+                 const LaneRange& range, const OnlineSoftmax& state, float* scores, float* shift) {
+  const int64_t padded = query.padded;
+  for (int64_t lane = 0; lane < padded; lane += kLanes) {
+    const Lanes first_key = load_lanes(range.first_key + lane);
+    const Lanes last_key = load_lanes(range.last_key + lane);
+    const Lanes before = load_lanes(state.largest + lane);
+    Lanes largest = before;
+    for (int64_t key = 0; key < keys.keys; ++key) {
+      float* at = scores + key * padded + lane;
+      const Lanes score = masked_score(load_lanes(at), in.scale, keys, key, first_key, last_key);
+      store_lanes(at, score);
+      largest = max_lanes(largest, score);
+    }
+    // A lane that has seen no key yet keeps minus infinity; its shift must stay finite.
+    store_lanes(shift + lane, largest == broadcast(-kInfinity) ? Lanes{} : largest);
+    store_lanes(state.rescale + lane, before);
+    store_lanes(state.largest + lane, largest);
+  }
+  exp_shifted(state.rescale, shift, padded);
+  for (int64_t key = 0; key < keys.keys; ++key) exp_shifted(scores + key * padded, shift, padded);
+  for (int64_t lane = 0; lane < padded; lane += kLanes) {
+    Lanes block_sum = {};
+    for (int64_t key = 0; key < keys.keys; ++key) {
+      block_sum += load_lanes(scores + key * padded + lane);
+    }
+    const Lanes before = load_lanes(state.sum + lane) * load_lanes(state.rescale + lane);
+    store_lanes(state.sum + lane, before + block_sum);
+  }
+}
+
+struct AttentionOutputs {
+  const WriteF32& o;
+  Out<float> lse;
+};
+
+// o = output / sum and lse of the block's rows.
+void store_output(const AttentionInputs& in, const QueryBlock& query, const OnlineSoftmax& state,
+                  const float* output, const AttentionOutputs& out) {
+  for (int64_t head = 0; head < in.heads; ++head) {
+    const int64_t h = query.group * in.heads + head;
+    for (int64_t token = 0; token < query.tokens; ++token, output += in.head_dim) {
+      const int64_t lane = head * query.tokens + token;
+      const int64_t row = query.sequence_row + query.first + token;
+      const float sum = state.sum[lane];
+      float* to = out.o.row(row) + h * in.head_dim;
+      for (int64_t d = 0; d < in.head_dim; ++d) to[d] = output[d] / sum;
+      out.lse.pointer()[row * out.lse.row_stride + h] =
+          state.largest[lane] + fmath::log(sum);
+    }
+  }
+}
+
+void forward_group(const AttentionInputs& in, int64_t chunk, const AttentionOutputs& out,
+                   Scratch& scratch) {
+  const int64_t S = in.sequence_length, Q = in.head_dim, rows = in.block_rows();
+  const int64_t most_lanes = in.padded_lanes(rows);
+  PanelCutter cut(scratch,
+                  2 * PanelCutter::round_up(S * Q) + (2 * Q + rows + 6) * most_lanes + 320);
+  float* key_panel = cut.take(S * Q);
+  float* value_panel = cut.take(S * Q);
+  float* query_transposed = cut.take(Q * most_lanes);
+  float* output = cut.take(most_lanes * Q);
+  float* scores = cut.take(rows * most_lanes);
+  float* shift = cut.take(most_lanes);
+  LaneRange range{.first_key = cut.take(most_lanes), .last_key = cut.take(most_lanes)};
+  const OnlineSoftmax state{cut.take(most_lanes), cut.take(most_lanes), cut.take(most_lanes)};
+  load_keys(in, in.k, chunk, key_panel);
+  load_keys(in, in.v, chunk, value_panel);
+  for (int64_t first = 0; first < S; first += in.block_tokens) {
+    const QueryBlock query = query_block(in, chunk, first, range);
+    load_transposed(in, in.q, query, query_transposed);
+    std::fill_n(state.largest, query.padded, -kInfinity);
+    std::fill_n(state.sum, query.padded, 0.0f);
+    for (int64_t index = query.first_key_block; index <= first / in.block_tokens; ++index) {
+      const KeyBlock keys = key_block(in, query, range, index);
+      score_product(in, query, keys, key_panel, query_transposed, scores);
+      fold_scores(in, query, keys, range, state, scores, shift);
+      const bool is_first = index == query.first_key_block;
+      panel_product({.a = scores,
+                     .a_row = 1,
+                     .a_column = query.padded,
+                     .b = value_panel + keys.first * Q,
+                     .b_row = Q,
+                     .c = output,
+                     .c_row = Q,
+                     .rows = query.lanes,
+                     .columns = Q,
+                     .depth = keys.keys,
+                     .combine = is_first ? PanelCombine::store : PanelCombine::scale_add,
+                     .row_scale = state.rescale});
+    }
+    store_output(in, query, state, output, out);
+  }
+}
+
+// Everything the backward pass of one query block reads, as panels.
+struct BackwardPanels {
+  float* keys = nullptr;              // [S, Q]
+  float* values = nullptr;            // [S, Q]
+  float* d_keys = nullptr;            // [S, Q]
+  float* d_values = nullptr;          // [S, Q]
+  float* query = nullptr;             // [lanes, Q]
+  float* query_transposed = nullptr;  // [Q, padded]
+  float* d_output = nullptr;          // [lanes, Q]
+  float* d_output_transposed = nullptr;
+  float* d_query = nullptr;   // [lanes, Q]
+  float* probs = nullptr;     // [block, padded]
+  float* d_scores = nullptr;  // [block, padded]
+  float* lse = nullptr;       // [padded]
+  float* delta = nullptr;     // [padded], d_o . o
+};
+
+// probs = exp(scaled score - lse), d_scores = probs * (d_probs - delta) * scale, both in place.
+void score_gradients(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
+                     const LaneRange& range, const BackwardPanels& p) {
+  const int64_t padded = query.padded;
+  for (int64_t key = 0; key < keys.keys; ++key) {
+    float* probs = p.probs + key * padded;
+    for (int64_t lane = 0; lane < padded; lane += kLanes) {
+      store_lanes(probs + lane, masked_score(load_lanes(probs + lane), in.scale, keys, key,
+                                             load_lanes(range.first_key + lane),
+                                             load_lanes(range.last_key + lane)));
+    }
+    exp_shifted(probs, p.lse, padded);
+    float* d_scores = p.d_scores + key * padded;
+    for (int64_t lane = 0; lane < padded; lane += kLanes) {
+      const Lanes d_probs = load_lanes(d_scores + lane) - load_lanes(p.delta + lane);
+      store_lanes(d_scores + lane, load_lanes(probs + lane) * d_probs * in.scale);
+    }
+  }
+}
+
+// d_keys += d_scores q and d_values += probs d_o for one key block; the diagonal block is the first
+// to reach its keys, so it stores.
+void key_gradients(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
+                   const BackwardPanels& p) {
+  const int64_t Q = in.head_dim;
+  PanelProduct product{.a = p.probs,
+                       .a_row = query.padded,
+                       .a_column = 1,
+                       .b = p.d_output,
+                       .b_row = Q,
+                       .c = p.d_values + keys.first * Q,
+                       .c_row = Q,
+                       .rows = keys.keys,
+                       .columns = Q,
+                       .depth = query.lanes};
+  product.combine = keys.first == query.first ? PanelCombine::store : PanelCombine::add;
+  panel_product(product);
+  product.a = p.d_scores;
+  product.b = p.query;
+  product.c = p.d_keys + keys.first * Q;
+  panel_product(product);
+}
+
+// Loads a query block's panels, lse and delta.
+void load_backward_query(const AttentionInputs& in, const QueryBlock& query, const ReadF32& o,
+                         const ReadF32& d_o, In<float> lse, const BackwardPanels& p) {
+  load_transposed(in, in.q, query, p.query_transposed);
+  load_stacked(in, in.q, query, p.query);
+  load_transposed(in, d_o, query, p.d_output_transposed);
+  load_stacked(in, d_o, query, p.d_output);
+  for (int64_t head = 0; head < in.heads; ++head) {
+    const int64_t h = query.group * in.heads + head;
+    for (int64_t token = 0; token < query.tokens; ++token) {
+      const int64_t row = query.sequence_row + query.first + token;
+      const int64_t lane = head * query.tokens + token;
+      p.lse[lane] = lse.pointer()[row * lse.row_stride + h];
+      p.delta[lane] =
+          dot(o.row(row) + h * in.head_dim, p.d_output + lane * in.head_dim, in.head_dim);
+    }
+  }
+  std::fill(p.lse + query.lanes, p.lse + query.padded, 0.0f);
+  std::fill(p.delta + query.lanes, p.delta + query.padded, 0.0f);
+}
+
+// One query block against its key blocks in position order.
+void backward_query_block(const AttentionInputs& in, const QueryBlock& query,
+                          const LaneRange& range, const BackwardPanels& p) {
+  const int64_t Q = in.head_dim;
+  for (int64_t index = query.first_key_block; index <= query.first / in.block_tokens; ++index) {
+    const KeyBlock keys = key_block(in, query, range, index);
+    score_product(in, query, keys, p.keys, p.query_transposed, p.probs);
+    score_product(in, query, keys, p.values, p.d_output_transposed, p.d_scores);
+    score_gradients(in, query, keys, range, p);
+    key_gradients(in, query, keys, p);
+    const bool is_first = index == query.first_key_block;
+    panel_product({.a = p.d_scores,
+                   .a_row = 1,
+                   .a_column = query.padded,
+                   .b = p.keys + keys.first * Q,
+                   .b_row = Q,
+                   .c = p.d_query,
+                   .c_row = Q,
+                   .rows = query.lanes,
+                   .columns = Q,
+                   .depth = keys.keys,
+                   .combine = is_first ? PanelCombine::store : PanelCombine::add});
+  }
+}
+
+void store_d_query(const AttentionInputs& in, const QueryBlock& query, const float* d_query,
+                   const WriteF32& d_q) {
+  for (int64_t head = 0; head < in.heads; ++head) {
+    const int64_t column = (query.group * in.heads + head) * in.head_dim;
+    for (int64_t token = 0; token < query.tokens; ++token, d_query += in.head_dim) {
+      float* to = d_q.row(query.sequence_row + query.first + token) + column;
+      std::copy(d_query, d_query + in.head_dim, to);
+    }
+  }
+}
+
+void store_d_keys(const AttentionInputs& in, int64_t chunk, const float* panel,
+                  const WriteF32& tensor) {
+  const int64_t row = chunk / in.groups * in.sequence_length;
+  const int64_t column = chunk % in.groups * in.head_dim;
+  for (int64_t position = 0; position < in.sequence_length; ++position, panel += in.head_dim) {
+    std::copy(panel, panel + in.head_dim, tensor.row(row + position) + column);
+  }
+}
+
+BackwardPanels cut_backward_panels(const AttentionInputs& in, Scratch& scratch, LaneRange& range) {
+  const int64_t S = in.sequence_length, Q = in.head_dim, rows = in.block_rows();
+  const int64_t lanes = in.padded_lanes(rows);
+  PanelCutter cut(scratch, 4 * PanelCutter::round_up(S * Q) + (5 * Q + 2 * rows + 4) * lanes + 320);
+  BackwardPanels p;
+  for (float** panel : {&p.keys, &p.values, &p.d_keys, &p.d_values}) *panel = cut.take(S * Q);
+  for (float** panel :
+       {&p.query, &p.query_transposed, &p.d_output, &p.d_output_transposed, &p.d_query}) {
+    *panel = cut.take(lanes * Q);
+  }
+  for (float** panel : {&p.probs, &p.d_scores}) *panel = cut.take(rows * lanes);
+  for (float** panel : {&p.lse, &p.delta, &range.first_key, &range.last_key}) {
+    *panel = cut.take(lanes);
+  }
+  return p;
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args, Workers& workers) {
+  const AttentionInputs in(args);
+  const WriteF32 o(args.o_THQ);
+  const AttentionOutputs out{o, args.lse_TH};
+  workers.parallel_for(in.sequences * in.groups, [&](int64_t chunk, Scratch& scratch) {
+    forward_group(in, chunk, out, scratch);
+  });
+}
+
+void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
+  const AttentionInputs in(args);
+  const ReadF32 o(args.o_THQ), d_o(args.d_o_THQ);
+  const WriteF32 d_q(args.d_q_THQ), d_k(args.d_k_TGQ), d_v(args.d_v_TGQ);
+  workers.parallel_for(in.sequences * in.groups, [&](int64_t chunk, Scratch& scratch) {
+    LaneRange range;
+    const BackwardPanels p = cut_backward_panels(in, scratch, range);
+    load_keys(in, in.k, chunk, p.keys);
+    load_keys(in, in.v, chunk, p.values);
+    for (int64_t first = 0; first < in.sequence_length; first += in.block_tokens) {
+      const QueryBlock query = query_block(in, chunk, first, range);
+      load_backward_query(in, query, o, d_o, args.lse_TH, p);
+      backward_query_block(in, query, range, p);
+      store_d_query(in, query, p.d_query, d_q);
+    }
+    store_d_keys(in, chunk, p.d_keys, d_k);
+    store_d_keys(in, chunk, p.d_values, d_v);
+  });
+}
+
+}  // namespace cambium::reference

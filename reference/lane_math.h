@@ -1,0 +1,102 @@
+// Eight fp32 lanes (one AVX2 register): the unit of explicit vector code and of fixed-order sums.
+//
+// The compiler may not reorder a sum, so reductions name their partial sums: element i goes to
+// lane i % 32 in turn, lanes are combined in one fixed order. The result depends on the values and
+// their count alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace cambium::reference {
+
+using Lanes = float __attribute__((vector_size(32)));
+constexpr int64_t kLanes = 8;
+
+inline Lanes load_lanes(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+inline void store_lanes(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
+inline Lanes broadcast(float value) { return Lanes{} + value; }
+inline Lanes fma_lanes(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+inline Lanes max_lanes(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
+
+inline float sum_of_lanes(Lanes v) {
+  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+// Sum of a[i] b[i] in fp32.
+inline float dot(const float* a, const float* b, int64_t count) {
+  Lanes sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int part = 0; part < 4; ++part) {
+      const int64_t at = i + part * kLanes;
+      sum[part] = fma_lanes(load_lanes(a + at), load_lanes(b + at), sum[part]);
+    }
+  }
+  for (; i + kLanes <= count; i += kLanes) {
+    sum[0] = fma_lanes(load_lanes(a + i), load_lanes(b + i), sum[0]);
+  }
+  float total = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < count; ++i) total = __builtin_fmaf(a[i], b[i], total);
+  return total;
+}
+
+// Sum of a[i] in fp32.
+inline float sum(const float* a, int64_t count) {
+  Lanes sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int part = 0; part < 4; ++part) sum[part] += load_lanes(a + i + part * kLanes);
+  }
+  for (; i + kLanes <= count; i += kLanes) sum[0] += load_lanes(a + i);
+  float total = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < count; ++i) total += a[i];
+  return total;
+}
+
+// Sum of a[i] b[i] c[i] in fp32.
+inline float dot3(const float* a, const float* b, const float* c, int64_t count) {
+  Lanes sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int part = 0; part < 4; ++part) {
+      const int64_t at = i + part * kLanes;
+      sum[part] = fma_lanes(load_lanes(a + at) * load_lanes(b + at), load_lanes(c + at), sum[part]);
+    }
+  }
+  for (; i + kLanes <= count; i += kLanes) {
+    sum[0] = fma_lanes(load_lanes(a + i) * load_lanes(b + i), load_lanes(c + i), sum[0]);
+  }
+  float total = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < count; ++i) total = __builtin_fmaf(a[i] * b[i], c[i], total);
+  return total;
+}
+
+// The largest of a[0..count), count >= 1. NaN in, anything out.
+inline float max_of(const float* a, int64_t count) {
+  Lanes best = broadcast(a[0]);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) best = max_lanes(best, load_lanes(a + i));
+  float largest = best[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = best[lane] > largest ? best[lane] : largest;
+  for (; i < count; ++i) largest = a[i] > largest ? a[i] : largest;
+  return largest;
+}
+
+// Rows per chunk of a parallel_for over rows: about 16K elements a chunk, so that a chunk is worth
+// its overhead, and at most `kMostChunks` chunks. A function of the shape alone.
+inline int64_t rows_per_chunk(int64_t rows, int64_t row_elements) {
+  constexpr int64_t kChunkElements = 16384, kMostChunks = 64;
+  const int64_t by_size = kChunkElements / (row_elements > 0 ? row_elements : 1);
+  const int64_t by_count = (rows + kMostChunks - 1) / kMostChunks;
+  const int64_t chosen = by_size > by_count ? by_size : by_count;
+  return chosen < 1 ? 1 : chosen;
+}
+
+}  // namespace cambium::reference
