@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 
 #include "src/base/check.h"
@@ -148,6 +149,68 @@ Hdf5Writer::Hdf5Writer(const std::string& path) : path_(path) {
   CHECK(H5Pset_obj_track_times(creation, 0) >= 0);  // the same content gives the same bytes
   file_ = H5Fcreate(path.c_str(), H5F_ACC_EXCL, creation, access);
   if (file_ < 0) write_failed(path_, "the new file");
+}
+
+// The memory functions of an image in the library's core driver. The library frees the block when
+// it closes the file; the image keeps it instead.
+struct Hdf5Writer::ImageMemory {
+  static void* allocate(size_t bytes, H5FD_file_image_op_t operation, void* image) {
+    return resize(nullptr, bytes, operation, image);
+  }
+  static void* copy(void* destination, const void* source, size_t bytes, H5FD_file_image_op_t,
+                    void*) {
+    return std::memcpy(destination, source, bytes);
+  }
+  static void* resize(void* data, size_t bytes, H5FD_file_image_op_t, void* user_data) {
+    auto& image = *static_cast<Hdf5Image*>(user_data);
+    void* moved = std::realloc(data, bytes);
+    if (moved == nullptr) return nullptr;
+    image.data_ = moved;
+    image.capacity_bytes_ = bytes;
+    return moved;
+  }
+  static herr_t keep(void*, H5FD_file_image_op_t, void*) { return 0; }
+  static void* share(void* user_data) { return user_data; }
+  static herr_t unshare(void*) { return 0; }
+};
+
+Hdf5Writer::Hdf5Writer(Hdf5Image& image, int64_t expected_bytes) : path_("memory") {
+  CHECK(image.data_ == nullptr);
+  CHECK_GT(expected_bytes, 0);
+  enter();
+  const Handle access(latest_format(), H5Pclose);
+  const Handle creation(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
+  CHECK(creation >= 0);
+  CHECK(H5Pset_obj_track_times(creation, 0) >= 0);
+  CHECK(H5Pset_fapl_core(access, static_cast<size_t>(expected_bytes), 0) >= 0);
+  H5FD_file_image_callbacks_t memory = {
+      ImageMemory::allocate,
+      ImageMemory::copy,
+      ImageMemory::resize,
+      ImageMemory::keep,
+      ImageMemory::share,
+      ImageMemory::unshare,
+      &image,
+  };
+  CHECK(H5Pset_file_image_callbacks(access, &memory) >= 0);
+  // The library tells open files in memory apart by their names.
+  const std::string name = fmt::format("cambium-image-{}", static_cast<const void*>(&image));
+  file_ = H5Fcreate(name.c_str(), H5F_ACC_TRUNC, creation, access);
+  if (file_ < 0) write_failed(path_, "the new file");
+}
+
+Hdf5Image::~Hdf5Image() { std::free(data_); }
+
+std::span<const std::byte> Hdf5Image::bytes() const {
+  // Superblock version 3: byte 8 is the version, bytes 28 to 35 are the file's end.
+  constexpr size_t kVersionOffset = 8, kEndOffset = 28;
+  CHECK_GE(capacity_bytes_, kEndOffset + 8);
+  const auto* data = static_cast<const std::byte*>(data_);
+  CHECK(data[kVersionOffset] == std::byte{3});
+  uint64_t end = 0;
+  std::memcpy(&end, data + kEndOffset, 8);
+  CHECK_LE(end, capacity_bytes_);
+  return {data, static_cast<size_t>(end)};
 }
 
 Hdf5Writer::~Hdf5Writer() {

@@ -9,6 +9,7 @@
 // (exit 30). Writing never renames or syncs: the caller owns the temporary name, fsync and rename.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -50,11 +51,30 @@ struct Hdf5Range {
   uint64_t element_count = 0;
 };
 
+// A whole HDF5 file in memory, for callers that write files themselves (checkpoint.h).
+class Hdf5Image {
+ public:
+  Hdf5Image() = default;
+  ~Hdf5Image();
+  Hdf5Image(const Hdf5Image&) = delete;
+  Hdf5Image& operator=(const Hdf5Image&) = delete;
+  // The file's bytes, once its writer is closed.
+  std::span<const std::byte> bytes() const;
+
+ private:
+  friend class Hdf5Writer;
+  void* data_ = nullptr;
+  size_t capacity_bytes_ = 0;
+};
+
 // Writes one new file. The destructor of a writer that was not closed abandons the file as it is.
 class Hdf5Writer {
  public:
   // Creates `path`, which must not exist. Errors: exit 31.
   explicit Hdf5Writer(const std::string& path);
+  // Writes into `image`, which outlives the writer and is empty. Room for `expected_bytes` is
+  // allocated at a time.
+  Hdf5Writer(Hdf5Image& image, int64_t expected_bytes);
   ~Hdf5Writer();
   Hdf5Writer(const Hdf5Writer&) = delete;
   Hdf5Writer& operator=(const Hdf5Writer&) = delete;
@@ -81,6 +101,7 @@ class Hdf5Writer {
   void close();
 
  private:
+  struct ImageMemory;
   std::string path_;
   int64_t file_ = -1;
 };

@@ -16,6 +16,7 @@
 #include "src/base/io.h"
 #include "src/checkpoint/hf_config.h"
 #include "src/checkpoint/safetensors.h"
+#include "src/checkpoint/tensor_source.h"
 #include "src/config/config.h"
 #include "src/model/tensors.h"
 
@@ -36,14 +37,6 @@ struct HfTensor {
 
 // Every slice of `model`, in canonical order. Fused tensors appear once per expert.
 std::vector<HfTensor> hf_tensors(const ModelConfig& model, HfSpelling spelling);
-
-// Something that holds canonical tensors: a checkpoint, a Hugging Face directory, a model.
-class TensorSource {
- public:
-  virtual ~TensorSource() = default;
-  // Elements [first, first + values.size()) of canonical tensor `name`.
-  virtual void read(const std::string& name, int64_t first, std::span<float> values) = 0;
-};
 
 // Canonical tensors read from a Hugging Face directory, either spelling, f32, f16 or bf16.
 class HfWeights : public TensorSource {

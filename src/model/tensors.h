@@ -1,9 +1,10 @@
 // Canonical tensors: every trained tensor of a model, in one order, named without any layout.
 //
 // Parameter stores, optimizers, digests, checkpoints and Hugging Face import and export all walk
-// this list, so a tensor exists once here or nowhere. `id` is the position in the list: it seeds
-// digests and initialisation, so the order is part of the checkpoint format. Linear weights are
-// [out, in] row-major. Experts are one tensor each, so that any expert layout loads any other.
+// this list, so a tensor exists once here or nowhere. `id` is the position in the list; digests and
+// initialisation are seeded by tensor_id(name) (digest.h), which does not depend on it. Linear
+// weights are [out, in] row-major. Experts are one tensor each, so any expert layout loads any
+// other.
 #pragma once
 
 #include <cstdint>
