@@ -1,0 +1,231 @@
+// attention against its oracle: exact cases, tolerances over blocks and documents, finite
+// differences, strided views, and independence of threads and of other sequences.
+#include "tests/ops/attention_cases.h"
+
+namespace cambium::test {
+namespace {
+
+struct AttentionTensors {
+  AttentionTensors(const AttentionCase& shape, InputFamily family, DType dtype = DType::f32)
+      : c(shape),
+        scale(family == InputFamily::integers ? 0.5f : 1.0f / std::sqrt(static_cast<float>(c.Q))),
+        q(Shape(c.T(), c.H, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
+        k(Shape(c.T(), c.G, c.Q), dtype),
+        v(Shape(c.T(), c.G, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
+        document_start(Shape(c.T()), DType::i32),
+        o(Shape(c.T(), c.H, c.Q), dtype),
+        lse(Shape(c.T(), c.H)),
+        d_o(Shape(c.T(), c.H, c.Q), dtype),
+        d_q(Shape(c.T(), c.H, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
+        d_k(Shape(c.T(), c.G, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
+        d_v(Shape(c.T(), c.G, c.Q), dtype) {
+    TestRandom random(static_cast<uint64_t>(c.T() * 1000 + c.Q));
+    for (TestTensor* tensor : {&q, &k, &v, &d_o}) tensor->fill_family(random, family);
+    for (int64_t t = 0; t < c.T(); ++t) {
+      const bool begins =
+          t % c.S == 0 || c.documents == Documents::lengths_of_one || random.integer(0, 12) == 0;
+      document_start.set(t, begins ? t : document_start.at(t - 1));
+    }
+  }
+  void forward(int threads = 2) {
+    AttentionArgs args{.q_THQ = q.in<Real>(),
+                       .k_TGQ = k.in<Real>(),
+                       .v_TGQ = v.in<Real>(),
+                       .o_THQ = o.out<Real>(),
+                       .lse_TH = lse.out<float>(),
+                       .sequence_length = c.S,
+                       .block_tokens = c.block_tokens,
+                       .scale = scale};
+    if (c.documents != Documents::absent) args.document_start_T = document_start.in<int32_t>();
+    run_op(attention, args, threads);
+  }
+  void backward(int threads = 2) {
+    AttentionBackwardArgs args{.q_THQ = q.in<Real>(),
+                               .k_TGQ = k.in<Real>(),
+                               .v_TGQ = v.in<Real>(),
+                               .o_THQ = o.in<Real>(),
+                               .d_o_THQ = d_o.in<Real>(),
+                               .lse_TH = lse.in<float>(),
+                               .d_q_THQ = d_q.out<Real>(),
+                               .d_k_TGQ = d_k.out<Real>(),
+                               .d_v_TGQ = d_v.out<Real>(),
+                               .sequence_length = c.S,
+                               .block_tokens = c.block_tokens,
+                               .scale = scale};
+    if (c.documents != Documents::absent) args.document_start_T = document_start.in<int32_t>();
+    run_op(attention_backward, args, threads);
+  }
+  AttentionValues values() const {
+    AttentionValues in{q.values(), k.values(), v.values(), {}};
+    if (c.documents != Documents::absent) in.document_start = document_start.values();
+    return in;
+  }
+  AttentionCase c;
+  float scale;
+  TestTensor q, k, v, document_start, o, lse, d_o, d_q, d_k, d_v;
+};
+
+TEST(Attention, ZeroQueriesAverageTheValuesExactly) {
+  for (AttentionCase c : kAttentionCases) {
+    AttentionTensors t(c, InputFamily::integers);
+    t.q.fill(0.0);
+    t.forward();
+    EXPECT_TRUE(bits_equal(t.o, attention_oracle(c, t.values(), t.scale).o)) << c.S;
+  }
+}
+
+TEST(Attention, DocumentsOfOneTokenCopyTheirValue) {
+  for (AttentionCase c : kAttentionCases) {
+    c.documents = Documents::lengths_of_one;
+    AttentionTensors t(c, InputFamily::integers);
+    t.forward();
+    t.backward();
+    const auto expected = attention_oracle(c, t.values(), t.scale);
+    const auto gradients = attention_backward_oracle(c, t.values(), t.d_o.values(), t.scale);
+    EXPECT_TRUE(bits_equal(t.o, expected.o)) << c.S;
+    EXPECT_TRUE(bits_equal(t.lse, expected.lse)) << c.S;
+    EXPECT_TRUE(bits_equal(t.d_q, gradients.d_q)) << c.S;
+    EXPECT_TRUE(bits_equal(t.d_k, gradients.d_k)) << c.S;
+    EXPECT_TRUE(bits_equal(t.d_v, gradients.d_v)) << c.S;
+  }
+}
+
+TEST(Attention, NormalsStayWithinRounding) {
+  for (const AttentionCase& c : kAttentionCases) {
+    if (c.S == 1) continue;  // its gradients of q and k are zero: the exact cases test them
+    AttentionTensors t(c, InputFamily::normals);
+    t.forward();
+    t.backward();
+    const auto expected = attention_oracle(c, t.values(), t.scale);
+    const auto gradients = attention_backward_oracle(c, t.values(), t.d_o.values(), t.scale);
+    // A score errs by eps sqrt(Q) of its size, which exp passes on; the sums over keys average.
+    EXPECT_TRUE(within(t.o, expected.o, tolerance(2, c.Q + 16))) << c.S;
+    EXPECT_TRUE(within(t.lse, expected.lse, tolerance(2, c.Q + 16))) << c.S;
+    EXPECT_TRUE(within(t.d_q, gradients.d_q, tolerance(4, c.Q + 16))) << c.S;
+    EXPECT_TRUE(within(t.d_k, gradients.d_k, tolerance(4, c.Q + 16))) << c.S;
+    EXPECT_TRUE(within(t.d_v, gradients.d_v, tolerance(4, c.Q + 16))) << c.S;
+  }
+}
+
+TEST(Attention, LargeScoresDoNotOverflow) {
+  AttentionTensors t({1, 40, 2, 1, 16, 16, Documents::mixed}, InputFamily::normals);
+  t.scale = 200.0f;
+  t.forward();
+  EXPECT_TRUE(within(t.o, attention_oracle(t.c, t.values(), t.scale).o, 2e-3));
+}
+
+TEST(Attention, GradientsAgreeWithFiniteDifferences) {
+  AttentionTensors t({1, 21, 4, 2, 8, 8, Documents::mixed}, InputFamily::normals);
+  t.forward();
+  t.backward();
+  const AttentionValues at = t.values();
+  const std::vector<double> weight = t.d_o.values();
+  auto loss = [&](const AttentionValues& in) {
+    const auto o = attention_oracle(t.c, in, t.scale).o;
+    double total = 0.0;
+    for (size_t i = 0; i < o.size(); ++i) total += weight[i] * o[i];
+    return total;
+  };
+  auto with = [&](std::vector<double> AttentionValues::*field) {
+    return [&, field](const std::vector<double>& value) {
+      AttentionValues moved = at;
+      moved.*field = value;
+      return loss(moved);
+    };
+  };
+  TestRandom random(5);
+  EXPECT_LT(finite_difference_error(with(&AttentionValues::q), at.q, t.d_q.values(), random), 1e-4);
+  EXPECT_LT(finite_difference_error(with(&AttentionValues::k), at.k, t.d_k.values(), random), 1e-4);
+  EXPECT_LT(finite_difference_error(with(&AttentionValues::v), at.v, t.d_v.values(), random), 1e-4);
+}
+
+std::vector<std::byte> all_bits(const AttentionTensors& t) {
+  std::vector<std::byte> bits = t.o.bits();
+  for (const TestTensor* tensor : {&t.lse, &t.d_q, &t.d_k, &t.d_v}) {
+    const std::vector<std::byte> more = tensor->bits();
+    bits.insert(bits.end(), more.begin(), more.end());
+  }
+  return bits;
+}
+
+TEST(Attention, ThreadsDoNotChangeBits) {
+  expect_thread_independent([](int threads) {
+    AttentionTensors t({4, 64, 4, 2, 32, 16, Documents::mixed}, InputFamily::normals);
+    t.forward(threads);
+    t.backward(threads);
+    return all_bits(t);
+  });
+}
+
+// Copies rows [from_row, from_row + T) of a tensor of the same row width.
+void copy_rows(const TestTensor& from, int64_t from_row, TestTensor& to, double shift = 0.0) {
+  const int64_t width = to.shape().row_elements();
+  for (int64_t i = 0; i < to.elements(); ++i) to.set(i, from.at(from_row * width + i) + shift);
+}
+
+TEST(Attention, SequencesDoNotDependOnTheBatch) {
+  AttentionTensors all({5, 40, 4, 2, 24, 16, Documents::mixed}, InputFamily::normals);
+  all.forward();
+  all.backward();
+  for (int64_t sequence = 0; sequence < 5; ++sequence) {
+    AttentionCase alone_case = all.c;
+    alone_case.sequences = 1;
+    AttentionTensors alone(alone_case, InputFamily::normals);
+    const int64_t row = sequence * all.c.S;
+    copy_rows(all.q, row, alone.q);
+    copy_rows(all.k, row, alone.k);
+    copy_rows(all.v, row, alone.v);
+    copy_rows(all.d_o, row, alone.d_o);
+    copy_rows(all.document_start, row, alone.document_start, -static_cast<double>(row));
+    alone.forward();
+    alone.backward();
+    AttentionTensors expected = alone;
+    copy_rows(all.o, row, expected.o);
+    copy_rows(all.lse, row, expected.lse);
+    copy_rows(all.d_q, row, expected.d_q);
+    copy_rows(all.d_k, row, expected.d_k);
+    copy_rows(all.d_v, row, expected.d_v);
+    EXPECT_TRUE(bits_equal(all_bits(alone), all_bits(expected))) << sequence;
+  }
+}
+
+TEST(Attention, APrefixHasTheBitsOfTheWholeSequence) {
+  // Generation runs prefixes: a row must not see how many tokens follow it.
+  AttentionTensors whole({1, 50, 4, 2, 32, 16, Documents::absent}, InputFamily::normals);
+  whole.forward();
+  for (const int64_t length : {1, 5, 16, 17, 33, 49}) {
+    AttentionTensors prefix({1, length, 4, 2, 32, 16, Documents::absent}, InputFamily::normals);
+    copy_rows(whole.q, 0, prefix.q);
+    copy_rows(whole.k, 0, prefix.k);
+    copy_rows(whole.v, 0, prefix.v);
+    prefix.forward();
+    TestTensor expected = prefix.o;
+    copy_rows(whole.o, 0, expected);
+    EXPECT_TRUE(bits_equal(prefix.o, expected)) << length;
+  }
+}
+
+TEST(Attention, Bf16Storage) {
+  AttentionTensors t({2, 48, 4, 2, 32, 16, Documents::mixed}, InputFamily::normals, DType::bf16);
+  t.forward();
+  t.backward();
+  EXPECT_TRUE(within(t.o, attention_oracle(t.c, t.values(), t.scale).o, bf16_tolerance(2, 48)));
+  const auto gradients = attention_backward_oracle(t.c, t.values(), t.d_o.values(), t.scale);
+  // delta comes from the rounded output: its error is that of one bf16 rounding of o.
+  EXPECT_TRUE(within(t.d_q, gradients.d_q, 2 * bf16_tolerance(2, 48)));
+  EXPECT_TRUE(within(t.d_k, gradients.d_k, 2 * bf16_tolerance(2, 48)));
+  EXPECT_TRUE(within(t.d_v, gradients.d_v, bf16_tolerance(2, 48)));
+}
+
+TEST(Attention, MustFailWithoutTheMaskAndForBadDocuments) {
+  AttentionTensors t({1, 32, 2, 1, 16, 16, Documents::mixed}, InputFamily::normals);
+  t.forward();
+  AttentionValues unmasked = t.values();
+  unmasked.document_start.clear();
+  EXPECT_FALSE(within(t.o, attention_oracle(t.c, unmasked, t.scale).o, tolerance(2, 32)));
+  t.document_start.set(3, 4);  // a document cannot begin after its token
+  EXPECT_THROW(t.forward(), Error);
+}
+
+}  // namespace
+}  // namespace cambium::test
