@@ -4,6 +4,8 @@
 // subcommand or flag is answered with the nearest one.
 #include "src/cli/cli.h"
 
+#include <cmath>
+
 #include "CLI/CLI.hpp"
 #include "fmt/format.h"
 #include "src/base/error.h"
@@ -190,6 +192,9 @@ int run_generate(const Invocation& invocation) {
   add_json(app, options.format);
   app.footer(example("cambium generate runs/a --prompt \"It is a truth\" --tokens 100"));
   parse(app, invocation);
+  if (!std::isfinite(options.temperature)) {  // NOTE: CLI::Range lets NaN through
+    fail(ExitCode::usage, "{}: --temperature is not a finite number", app.get_name());
+  }
   return command_generate(options);
 }
 

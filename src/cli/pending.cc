@@ -2,6 +2,7 @@
 // deletes its line here.
 #include "src/base/error.h"
 #include "src/cli/commands.h"
+#include "src/config/derive.h"
 
 namespace cambium {
 
@@ -11,11 +12,27 @@ namespace {
   fail(ExitCode::internal, "cambium {}: not built yet", command);
 }
 
+// A wrong configuration is answered as ever, before it is said that the command does not exist.
+void validate(const ConfigSource& source, const Environment& environment) {
+  const Config config = load_config(source.path, source.sets);
+  const Derived derived = derive(config);
+  resolve_transport(environment, config, static_cast<int>(derived.ranks));
+}
+
 }  // namespace
 
-int command_train(const TrainOptions&) { not_built("train"); }
-int command_check(const CheckOptions&) { not_built("check"); }
-int command_plan(const PlanOptions&) { not_built("plan"); }
+int command_train(const TrainOptions& options) {
+  validate(options.config, options.environment);
+  not_built("train");
+}
+int command_check(const CheckOptions& options) {
+  validate(options.config, options.environment);
+  not_built("check");
+}
+int command_plan(const PlanOptions& options) {
+  validate(options.config, Environment{});
+  not_built("plan");
+}
 int command_calibrate(const CalibrateOptions&) { not_built("calibrate"); }
 int command_eval(const EvalOptions&) { not_built("eval"); }
 int command_generate(const GenerateOptions&) { not_built("generate"); }
@@ -25,7 +42,6 @@ int command_tokenizer_train(const TokenizerTrainOptions&) { not_built("tokenizer
 int command_tokenizer_inspect(const InspectOptions&) { not_built("tokenizer inspect"); }
 int command_checkpoint(const CheckpointOptions&) { not_built("checkpoint"); }
 int command_parity(const ParityOptions&) { not_built("parity"); }
-int command_compare(const CompareOptions&) { not_built("compare"); }
 int command_report(const InspectOptions&) { not_built("report"); }
 
 }  // namespace cambium

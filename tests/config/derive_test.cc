@@ -1,0 +1,182 @@
+// Every rule between keys, with its values in the message; the numbers on known models.
+#include <algorithm>
+
+#include "gtest/gtest.h"
+#include "src/base/error.h"
+#include "src/config/derive.h"
+#include "src/config/presets.h"
+
+namespace cambium {
+namespace {
+
+using Sets = std::vector<std::string>;
+
+Derived derive_from(const std::string& preset, Sets sets) {
+  return derive(parse_config("[model]\npreset = \"" + preset + "\"\n", "x.toml", sets));
+}
+
+struct RuleRow {
+  Sets sets;
+  const char* message;
+};
+
+// On the tiny preset: 4 experts, 2 heads of 16, vocabulary 512; batch 8, sequence 128, blocks 32.
+const RuleRow kRules[] = {
+    {{"parallel.dp=6", "parallel.ep=3", "train.global_batch_sequences=6"},
+     "parallel.ep = 3 does not divide model.experts = 4; nearest: 2 or 4"},
+    {{"parallel.dp=2", "parallel.ep=4"},
+     "parallel.ep = 4 does not divide parallel.dp * parallel.cp = 2; nearest: 2"},
+    {{"parallel.ep=8"}, "parallel.ep = 8 does not divide model.experts = 4; nearest: 4"},
+    {{"parallel.dp=3"},
+     "parallel.dp = 3 does not divide train.global_batch_sequences = 8; nearest: 2 or 4"},
+    {{"parallel.dp=2", "train.micro_batch_sequences=3"},
+     "train.micro_batch_sequences = 3 does not divide the 4 sequences of a data rank"},
+    {{"train.micro_batch_sequences=16"}, "nearest: 8"},
+    {{"train.sequence_length=100"},
+     "train.sequence_length = 100 is not a multiple of numerics.block_tokens = 32; nearest: 96 or"},
+    {{"numerics.block_tokens=256"}, "nearest: 256"},
+    {{"parallel.cp=4", "train.sequence_length=128"},
+     "train.sequence_length = 128 is not a multiple of 2 * parallel.cp * numerics.block_tokens = "
+     "256"},
+    {{"train.sequence_length=8192"},
+     "train.sequence_length = 8192 is above model.max_positions = 4096"},
+    {{"model.kv_heads=3"}, "model.kv_heads = 3 does not divide model.heads = 2"},
+    {{"model.heads=6", "model.kv_heads=4"},
+     "model.kv_heads = 4 does not divide model.heads = 6; nearest: 3 or 6"},
+    {{"model.head_dim=15"}, "model.head_dim = 15 is odd"},
+    {{"model.top_k=5"}, "model.top_k = 5 is above model.experts = 4"},
+    {{"model.family=olmoe"}, "model.qk_norm = per_head does not go with model.family = olmoe"},
+    {{"model.qk_norm=none"}, "model.qk_norm = none does not go with model.family = qwen3_moe"},
+    {{"model.hidden=16777216", "model.expert_hidden=16777216", "model.layers=10000"},
+     "model.hidden = 16777216"},
+    {{"model.vocab=200"}, "model.vocab = 200 is too small for data.tokenizer = bytes"},
+    {{"data.tokenizer_vocab=1000"}, "data.tokenizer_vocab = 1000 is above model.vocab = 512"},
+    {{"balance.loss=micro_batch"}, "balance.loss = micro_batch depends on the layout"},
+    {{"balance.loss=global_batch"}, "use balance.loss = global_batch_lagged"},
+    {{"parallel.pp=2"}, "parallel.pp = 2 is not supported yet; nearest supported: parallel.pp = 1"},
+    {{"parallel.cp=2"}, "parallel.cp = 2 is not supported yet"},
+    {{"parallel.dp=2", "parallel.sharding=zero2"},
+     "parallel.sharding = zero2 at parallel.dp = 2 is not supported yet"},
+    {{"parallel.dp=8", "parallel.sharding=full"}, "parallel.sharding = full"},
+    {{"recompute.mode=swiglu"}, "recompute.mode = swiglu is not supported yet"},
+    {{"run.device=cuda"}, "run.device = cuda is not supported yet"},
+    {{"run.transport=nccl"}, "run.transport = nccl is not supported yet"},
+    {{"parallel.dp=65536", "parallel.cp=2"}, "more than 65536 ranks"},
+    {{"train.global_batch_sequences=16777216", "train.sequence_length=16777216",
+      "model.max_positions=16777216"},
+     "more than 2^40 tokens"},
+};
+
+TEST(DeriveRules, EachIsRefusedWithItsValues) {
+  for (const RuleRow& row : kRules) {
+    try {
+      derive_from("tiny", row.sets);
+      ADD_FAILURE() << "accepted: " << row.message;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.exit_code(), ExitCode::usage);
+      EXPECT_NE(std::string(error.what()).find(row.message), std::string::npos)
+          << "'" << error.what() << "' lacks '" << row.message << "'";
+    }
+  }
+}
+
+TEST(DeriveRules, WhatIsTrivialIsAccepted) {
+  for (const char* sharding : {"none", "zero1", "zero2", "full"}) {
+    EXPECT_EQ(derive_from("tiny", {std::string("parallel.sharding=") + sharding}).ranks, 1);
+  }
+  for (const char* schedule : {"gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v", "dualpipev"}) {
+    const Sets sets = {std::string("parallel.schedule=") + schedule, "parallel.dp=2"};
+    EXPECT_EQ(derive_from("tiny", sets).ranks, 2);
+  }
+  for (const char* loss : {"micro_batch", "global_batch"}) {
+    const Sets sets = {std::string("balance.loss=") + loss, "numerics.reduction=fast"};
+    EXPECT_EQ(derive_from("tiny", sets).ranks, 1);
+  }
+}
+
+TEST(DeriveNumbers, QuickstartLayout) {
+  const Derived derived = derive_from("quickstart", {"parallel.dp=8", "parallel.ep=4"});
+  EXPECT_EQ(derived.ranks, 8);
+  EXPECT_EQ(derived.edp, 2);
+  EXPECT_EQ(derived.experts_per_rank, 2);
+  EXPECT_EQ(derived.sequences_per_data_rank, 1);
+  EXPECT_EQ(derived.micro_batches, 1);
+  EXPECT_EQ(derived.tokens_per_micro_batch, 128);
+  EXPECT_EQ(derived.tokens_per_step, 1024);
+  EXPECT_EQ(derived.blocks_per_sequence, 4);
+  EXPECT_EQ(derived.total_blocks, 32);
+  EXPECT_EQ(derived.expert_parameters, 3 * 128 * 256);
+  // 4 layers of 49,152 attention + 1,024 router + 320 norms + 8 experts of 98,304; 128 in the last
+  // norm; two 1,024 x 128 matrices, of which the input's is a look-up.
+  EXPECT_EQ(derived.parameters, 4 * (49152 + 1024 + 320 + 8 * 98304) + 128 + 2 * 131072);
+  EXPECT_EQ(derived.active_parameters, 4 * (49152 + 1024 + 320 + 2 * 98304) + 128 + 131072);
+  EXPECT_GE(derived.active_parameters, 1'000'000);
+  EXPECT_NEAR(derived.training_flops_per_token * 1024, 7.28e9, 0.01e9);
+}
+
+TEST(DeriveNumbers, PublishedModelsHaveTheirSizes) {
+  const auto billions = [](const char* preset) {
+    Sets sets = {"data.tokenizer=sentencepiece"};
+    return static_cast<double>(derive_from(preset, sets).parameters) / 1e9;
+  };
+  EXPECT_NEAR(billions("qwen3-30b-a3b"), 30.53, 0.01);
+  EXPECT_NEAR(billions("mixtral-8x7b"), 46.70, 0.01);
+  EXPECT_NEAR(billions("olmoe-1b-7b"), 6.92, 0.01);
+}
+
+TEST(DeriveNumbers, IntervalsAreCutToTheSteps) {
+  const Derived cut =
+      derive_from("tiny", {"train.steps=10", "schedule.warmup_steps=1000", "schedule.kind=wsd",
+                           "schedule.decay_steps=1000", "checkpoint.every_steps=1000",
+                           "train.eval_every_steps=1000"});
+  EXPECT_EQ(cut.warmup_steps, 10);
+  EXPECT_EQ(cut.decay_steps, 0);
+  EXPECT_EQ(cut.checkpoint_every_steps, 10);
+  EXPECT_EQ(cut.eval_every_steps, 10);
+  const Derived given = derive_from(
+      "tiny", {"train.steps=10", "schedule.warmup_steps=2", "checkpoint.every_steps=3"});
+  EXPECT_EQ(given.warmup_steps, 2);
+  EXPECT_EQ(given.decay_steps, 2);
+  EXPECT_EQ(given.checkpoint_every_steps, 3);
+  EXPECT_EQ(given.eval_every_steps, 10);
+}
+
+TEST(DeriveNumbers, LayoutsThatDivideAgreeOnBlocks) {
+  int layouts = 0;
+  for (int dp = 1; dp <= 8; dp *= 2) {
+    for (int ep = 1; ep <= std::min(dp, 4); ep *= 2) {
+      for (int micro = 1; micro <= 8 / dp; micro *= 2) {
+        const Sets sets = {"parallel.dp=" + std::to_string(dp), "parallel.ep=" + std::to_string(ep),
+                           "train.micro_batch_sequences=" + std::to_string(micro)};
+        const Derived derived = derive_from("tiny", sets);
+        EXPECT_EQ(derived.total_blocks, 32);
+        EXPECT_EQ(derived.micro_batches * micro * dp, 8);
+        EXPECT_EQ(derived.experts_per_rank * ep, 4);
+        ++layouts;
+      }
+    }
+  }
+  EXPECT_EQ(layouts, 4 * 1 + 3 * 2 + 2 * 3 + 1 * 3);
+}
+
+TEST(ConfigFiles, TheProjectsOwnAreValid) {
+  const std::string root = CAMBIUM_SOURCE_DIR;
+  const Config quickstart = load_config(root + "/configs/quickstart.toml", {});
+  EXPECT_EQ(quickstart.name, "quickstart");
+  EXPECT_EQ(quickstart.model.layers, 4);
+  EXPECT_EQ(quickstart.model.experts, 8);
+  EXPECT_EQ(quickstart.model.top_k, 2);
+  EXPECT_EQ(quickstart.train.sequence_length, 128);
+  EXPECT_EQ(quickstart.train.global_batch_sequences, 8);
+  EXPECT_EQ(quickstart.train.micro_batch_sequences, 1);
+  EXPECT_EQ(quickstart.numerics.block_tokens, 32);
+  EXPECT_EQ(quickstart.parallel.sharding, Sharding::zero1);
+  EXPECT_EQ(quickstart.parallel.dp, 8);
+  EXPECT_EQ(quickstart.parallel.ep, 4);
+  EXPECT_EQ(quickstart.balance.loss, BalanceLoss::sequence);
+  EXPECT_GE(derive(quickstart).active_parameters, 1'000'000);
+  EXPECT_EQ(derive(load_config(root + "/configs/tiny.toml", {})).ranks, 1);
+}
+
+}  // namespace
+}  // namespace cambium
