@@ -1,1 +1,182 @@
-// Placeholder translation unit until the scheduler lands.
+#include "sim/scheduler.h"
+
+#include <algorithm>
+#include <thread>
+
+namespace cambium::sim {
+
+namespace {
+
+constexpr int kSpinsBeforeYield = 2000;  // about 5 us: phases are hundreds of tasks long
+
+// SplitMix64 of (seed, counter): the schedule's own stream of draws.
+uint64_t mix(uint64_t seed, uint64_t counter) {
+  uint64_t z = seed + (counter + 1) * 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+}  // namespace
+
+Scheduler::Scheduler(int ranks, Workers& workers, uint64_t seed)
+    : tasks_(static_cast<size_t>(ranks)), workers_(workers), seed_(seed) {}
+
+int Scheduler::rank_of(const Stream& stream) const {
+  for (const StreamRank& entry : stream_ranks_) {
+    if (entry.stream == &stream) return entry.rank;
+  }
+  return -1;
+}
+
+uint64_t Scheduler::random(uint64_t bound) { return mix(seed_, draws_++) % bound; }
+
+bool Scheduler::run() { return seed_ == 0 ? run_in_rank_order() : run_explored(); }
+
+void Scheduler::run_fiber(int rank) {
+  RankTask& current = task(rank);
+  current.state = RankState::running;
+  ++report_.fiber_switches;
+  current.fiber->resume();
+  if (!current.fiber->finished()) return;
+  current.state = current.error == nullptr ? RankState::finished : RankState::failed;
+  ++finished_;
+  if (current.error != nullptr && failed_rank_ < 0) failed_rank_ = rank;
+}
+
+bool Scheduler::run_in_rank_order() {
+  while (true) {
+    int ran = 0;
+    for (int rank = 0; rank < ranks(); ++rank) {
+      RankTask& next = task(rank);
+      if (next.state == RankState::waiting && next.event.is_complete()) {
+        next.state = RankState::ready;
+      }
+      if (next.state != RankState::ready && next.state != RankState::yielded) continue;
+      run_fiber(rank);
+      ++ran;
+      if (failed_rank_ >= 0) return false;
+    }
+    if (all_finished()) return true;
+    if (ran == 0 && ready_streams_.count() == 0) return false;
+    compute_phase();
+    if (failed_rank_ >= 0) return false;
+  }
+}
+
+bool Scheduler::run_explored() {
+  std::vector<int> ready(tasks_.size());
+  for (int rank = 0; rank < ranks(); ++rank) ready[static_cast<size_t>(rank)] = rank;
+  std::vector<int> waiting;
+  while (!all_finished()) {
+    const int64_t streams = ready_streams_.count();
+    const auto fibers = std::ssize(ready);
+    if (streams + fibers == 0) return false;
+    const auto choice = static_cast<int64_t>(random(static_cast<uint64_t>(streams + fibers)));
+    if (choice < fibers) {
+      const int rank = ready[static_cast<size_t>(choice)];
+      ready.erase(ready.begin() + choice);
+      run_fiber(rank);
+      if (task(rank).state == RankState::yielded) ready.push_back(rank);
+      if (task(rank).state == RankState::waiting) waiting.push_back(rank);
+    } else {
+      run_stream(*ready_streams_.take(choice - fibers), 1);
+      std::erase_if(waiting, [&](int rank) {
+        if (!task(rank).event.is_complete()) return false;
+        ready.push_back(rank);
+        return true;
+      });
+    }
+    if (failed_rank_ >= 0) return false;
+  }
+  return true;
+}
+
+void Scheduler::run_stream(Stream& stream, int64_t most) {
+  try {
+    tasks_run_.fetch_add(stream.run_ready(workers_, most), std::memory_order_relaxed);
+  } catch (...) {
+    // The stream stays at the failed task. All others go on, so that the same failures happen
+    // whatever the threads do, and the lowest rank's is reported.
+    const std::lock_guard lock(failure_mutex_);
+    const int rank = rank_of(stream);
+    const auto place =
+        std::find_if(stream_ranks_.begin(), stream_ranks_.end(),
+                     [&](const StreamRank& entry) { return entry.stream == &stream; }) -
+        stream_ranks_.begin();
+    if (failed_rank_ < 0 || std::pair(rank, place) < std::pair(failed_rank_, failed_stream_)) {
+      failed_rank_ = rank;
+      failed_stream_ = place;
+      task(rank).error = std::current_exception();
+    }
+  }
+}
+
+void Scheduler::drain_ready() {
+  uint64_t seen = 0;
+  int spins = 0;
+  while (true) {
+    draining_.fetch_add(1);
+    Stream* stream = ready_streams_.pop();
+    if (stream != nullptr) run_stream(*stream, INT64_MAX);
+    draining_.fetch_sub(1);
+    if (stream != nullptr) {
+      spins = 0;
+      continue;
+    }
+    if (draining_.load() == 0 && ready_streams_.count() == 0) return;
+    if (workers_.help(seen)) continue;
+    if (++spins < kSpinsBeforeYield) {
+      __builtin_ia32_pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+void Scheduler::compute_phase() {
+  if (ready_streams_.count() == 0) return;
+  ++report_.compute_phases;
+  workers_.parallel_for(workers_.threads(), [this](int64_t, Scratch&) { drain_ready(); });
+}
+
+ClusterReport Scheduler::report() const {
+  ClusterReport report = report_;
+  report.tasks = tasks_run_.load();
+  return report;
+}
+
+void Scheduler::suspend(RankTask& current) {
+  // A switch inside a handler would mix up the thread's stack of caught exceptions.
+  CHECK(std::current_exception() == nullptr);
+  current.fiber->suspend();
+  if (mode_ == Mode::cancelling) throw Cancelled{};
+}
+
+void Scheduler::wait(int rank, const Event& event, std::source_location site) {
+  if (event.is_complete()) return;
+  // A destructor waits while its rank unwinds: the run is over, nothing will touch its buffers.
+  if (std::uncaught_exceptions() > 0) return;
+  if (mode_ == Mode::cancelling) throw Cancelled{};
+  RankTask& current = task(rank);
+  current.state = RankState::waiting;
+  current.event = event;
+  current.site = site;
+  suspend(current);
+}
+
+void Scheduler::yield(int rank) {
+  if (std::uncaught_exceptions() > 0) return;
+  if (mode_ == Mode::cancelling) throw Cancelled{};
+  task(rank).state = RankState::yielded;
+  suspend(task(rank));
+}
+
+void Scheduler::cancel() {
+  mode_ = Mode::cancelling;
+  for (RankTask& current : tasks_) {
+    while (current.fiber->started() && !current.fiber->finished()) current.fiber->resume();
+  }
+}
+
+}  // namespace cambium::sim

@@ -1,40 +1,121 @@
 #include "src/base/stream.h"
 
+#include <algorithm>
 #include <chrono>
+#include <cstdlib>
+#include <new>
 
 namespace cambium {
 
-Stream::Task& Stream::push(TaskKind kind, const char* op_name) {
-  Task& task = tasks_.emplace_back();
-  task.kind = kind;
-  task.op_name = op_name;
+void ReadyStreams::push(Stream& stream) {
+  const std::lock_guard lock(mutex_);
+  streams_.push_back(&stream);
+}
+
+Stream* ReadyStreams::pop() {
+  const std::lock_guard lock(mutex_);
+  if (streams_.empty()) return nullptr;
+  Stream* stream = streams_.front();
+  streams_.pop_front();
+  return stream;
+}
+
+Stream* ReadyStreams::take(int64_t index) {
+  const std::lock_guard lock(mutex_);
+  CHECK_LT(index, std::ssize(streams_));
+  Stream* stream = streams_[static_cast<size_t>(index)];
+  streams_.erase(streams_.begin() + index);
+  return stream;
+}
+
+int64_t ReadyStreams::count() const {
+  const std::lock_guard lock(mutex_);
+  return std::ssize(streams_);
+}
+
+Stream::~Stream() {
+  for (Chunk* list : {head_, spare_}) {
+    while (list != nullptr) {
+      Chunk* next = list->next;
+      std::free(list);
+      list = next;
+    }
+  }
+}
+
+Stream::Chunk* Stream::new_chunk(int64_t bytes) {
+  if (spare_ != nullptr && spare_->capacity >= bytes) {
+    Chunk* chunk = spare_;
+    spare_ = chunk->next;
+    chunk->next = nullptr;
+    chunk->used = 0;
+    return chunk;
+  }
+  const int64_t capacity = std::max(bytes, kChunkBytes - Chunk::kHeaderBytes);
+  void* memory = std::malloc(static_cast<size_t>(Chunk::kHeaderBytes + capacity));
+  CHECK(memory != nullptr);
+  return new (memory) Chunk{nullptr, 0, capacity};
+}
+
+Stream::Task& Stream::push(TaskKind kind, const char* op_name, int64_t payload_bytes) {
+  const int64_t bytes = (static_cast<int64_t>(sizeof(Task)) + payload_bytes + kTaskAlignment - 1) /
+                        kTaskAlignment * kTaskAlignment;
+  if (tail_ == nullptr || tail_->used + bytes > tail_->capacity) {
+    Chunk* chunk = new_chunk(bytes);
+    (tail_ == nullptr ? head_ : tail_->next) = chunk;
+    tail_ = chunk;
+  }
+  auto* task = new (tail_->data() + tail_->used) Task{kind, static_cast<uint32_t>(bytes), op_name};
+  tail_->used += bytes;
+  const bool was_idle = is_idle();
   ++enqueued_;
-  return task;
+  if (was_idle) wake();
+  return *task;
+}
+
+Stream::Task& Stream::front() const {
+  return *reinterpret_cast<Task*>(head_->data() + head_offset_);
+}
+
+// Keeps the invariant of `front`: unless the queue is empty, head_offset_ < head_->used.
+void Stream::pop_front() {
+  head_offset_ += front().bytes;
+  if (head_offset_ < head_->used) return;
+  head_offset_ = 0;
+  if (head_ == tail_) {
+    head_->used = 0;
+    return;
+  }
+  Chunk* chunk = head_;
+  head_ = chunk->next;
+  chunk->next = spare_;
+  spare_ = chunk;
 }
 
 void Stream::wait(const Event& event) {
   if (event.stream == this || event.is_complete()) return;
-  push(TaskKind::wait, "wait").event = event;
+  new (push(TaskKind::wait, "wait", sizeof(Event)).payload()) Event(event);
 }
 
-void Stream::enqueue_gated(const char* op_name, std::vector<std::shared_ptr<Gate>> gates,
-                           std::shared_ptr<void> object, void (*call)(const void*, Workers&)) {
-  Task& task = push(TaskKind::gated, op_name);
-  task.gates = std::move(gates);
-  task.object = object.get();
-  task.owner = std::move(object);
-  task.call = call;
+void Stream::enqueue_gated(const char* op_name, GatedTask& gated) {
+  new (push(TaskKind::gated, op_name, sizeof(GatedTask*)).payload()) GatedTask*(&gated);
 }
 
-bool Stream::head_is_ready(Task& head) const {
-  if (head.kind == TaskKind::wait) return head.event.is_complete();
-  if (head.kind == TaskKind::gated) {
-    if (!head.arrived) {
-      head.arrived = true;
-      for (auto& gate : head.gates) gate->arrive();
-    }
-    for (auto& gate : head.gates) {
-      if (!gate->is_open()) return false;
+// Runs the head task; false when it must wait.
+bool Stream::run_head(Workers& workers) {
+  Task& task = front();
+  switch (task.kind) {
+    case TaskKind::op:
+      task.call(task.payload(), workers);
+      return true;
+    case TaskKind::gated:
+      return (*static_cast<GatedTask**>(task.payload()))->advance(workers);
+    case TaskKind::wait: {
+      const Event& event = *static_cast<const Event*>(task.payload());
+      if (event.is_complete()) return true;
+      if (ready_ == nullptr || head_waits_) return false;
+      head_waits_ = event.stream->add_waiter(event.sequence, *this);
+      return !head_waits_;
     }
   }
   return true;
@@ -42,21 +123,87 @@ bool Stream::head_is_ready(Task& head) const {
 
 int64_t Stream::drain(Workers& workers, int64_t most) {
   int64_t ran = 0;
-  while (!tasks_.empty() && ran < most) {
-    Task& head = tasks_.front();
-    if (!head_is_ready(head)) break;
-    if (head.call != nullptr) head.call(head.object, workers);
-    tasks_.pop_front();
-    completed_.fetch_add(1, std::memory_order_acq_rel);
+  uint64_t done = completed_.load(std::memory_order_relaxed);
+  while (done != enqueued_ && ran < most && run_head(workers)) {
+    head_waits_ = false;
+    pop_front();
     ++ran;
+    // Sequentially consistent with add_waiter: one of the two sides sees the other.
+    completed_.store(++done, std::memory_order_seq_cst);
+    if (done >= next_waiter_.load(std::memory_order_seq_cst)) wake_waiters(done);
   }
   return ran;
 }
 
+int64_t Stream::run_ready(Workers& workers, int64_t most) {
+  int64_t ran = 0;
+  state_.store(State::running, std::memory_order_relaxed);
+  while (true) {
+    ran += drain(workers, most - ran);
+    if (ran == most && !is_idle()) {
+      state_.store(State::queued, std::memory_order_release);
+      ready_->push(*this);
+      return ran;
+    }
+    State expected = State::running;
+    if (state_.compare_exchange_strong(expected, State::parked, std::memory_order_acq_rel)) {
+      return ran;
+    }
+    state_.store(State::running, std::memory_order_relaxed);  // woken meanwhile
+  }
+}
+
+void Stream::wake() {
+  if (ready_ == nullptr) return;
+  State state = state_.load(std::memory_order_acquire);
+  while (state == State::parked || state == State::running) {
+    const State next = state == State::parked ? State::queued : State::notified;
+    if (state_.compare_exchange_weak(state, next, std::memory_order_acq_rel)) {
+      if (next == State::queued) ready_->push(*this);
+      return;
+    }
+  }
+}
+
+bool Stream::add_waiter(uint64_t sequence, Stream& stream) const {
+  const std::lock_guard lock(waiters_mutex_);
+  const uint64_t previous = next_waiter_.load(std::memory_order_relaxed);
+  next_waiter_.store(std::min(previous, sequence), std::memory_order_seq_cst);
+  if (completed_.load(std::memory_order_seq_cst) >= sequence) {
+    next_waiter_.store(previous, std::memory_order_relaxed);
+    return false;
+  }
+  waiters_.push_back({sequence, &stream});
+  return true;
+}
+
+void Stream::wake_waiters(uint64_t completed) {
+  const std::lock_guard lock(waiters_mutex_);
+  uint64_t next = UINT64_MAX;
+  std::erase_if(waiters_, [&](const Waiter& waiter) {
+    if (waiter.sequence <= completed) {
+      waiter.stream->wake();
+      return true;
+    }
+    next = std::min(next, waiter.sequence);
+    return false;
+  });
+  next_waiter_.store(next, std::memory_order_seq_cst);
+}
+
+Stream::Head Stream::head() const {
+  if (is_idle()) return {};
+  const Task& task = front();
+  Head head{task.op_name, {}, nullptr};
+  if (task.kind == TaskKind::wait) head.event = *static_cast<const Event*>(task.payload());
+  if (task.kind == TaskKind::gated) head.gated = *static_cast<GatedTask* const*>(task.payload());
+  return head;
+}
+
 std::string Stream::blocked_on() const {
-  if (tasks_.empty()) return "";
-  const Task& head = tasks_.front();
-  if (head.kind == TaskKind::wait) {
+  if (is_idle()) return "";
+  const Head head = this->head();
+  if (head.event.stream != nullptr) {
     return fmt::format("stream '{}' waits for an event of stream '{}'", name_,
                        head.event.stream->name());
   }

@@ -9,7 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
-#include <memory>
+#include <mutex>
 #include <source_location>
 #include <string>
 #include <type_traits>
@@ -30,34 +30,49 @@ struct Event {
   bool is_complete() const;
 };
 
-// A counting gate that several streams pass together: a task holding it runs when all `needed`
-// participants' streams have reached theirs. Communicators build collectives from gates.
-class Gate {
+// A task that may have to wait for other streams: what communicators are built from.
+class GatedTask {
  public:
-  explicit Gate(int needed) : missing_(needed) {}
-  void arrive() { missing_.fetch_sub(1, std::memory_order_acq_rel); }
-  bool is_open() const { return missing_.load(std::memory_order_acquire) <= 0; }
+  virtual ~GatedTask() = default;
+  // Called when the task is at its stream's head, and again after each `wake()` of that stream.
+  // Returns true when done. Before it returns false, something that will call `wake()` once more
+  // progress is possible is in place.
+  virtual bool advance(Workers& workers) = 0;
+};
+
+// The streams that have something to run, oldest first. Shared by a driver's threads.
+class ReadyStreams {
+ public:
+  void push(Stream& stream);
+  // The oldest, null when empty.
+  Stream* pop();
+  // The one at `index` < count(), for a driver that chooses.
+  Stream* take(int64_t index);
+  int64_t count() const;
 
  private:
-  std::atomic<int> missing_;
+  mutable std::mutex mutex_;
+  std::deque<Stream*> streams_;
 };
 
 class Stream {
  public:
-  // `name` is for reports ("rank 3 compute").
-  explicit Stream(std::string name) : name_(std::move(name)) {}
+  // `name` is for reports ("rank 3 compute"). With `ready`, the stream puts itself there whenever
+  // it has something to run; without, the driver polls.
+  explicit Stream(std::string name, ReadyStreams* ready = nullptr)
+      : name_(std::move(name)), ready_(ready) {}
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
+  ~Stream();
   const std::string& name() const { return name_; }
 
   // Runs `run(args, workers)` after everything enqueued before. `op_name` has static lifetime.
   template <class Args>
   void enqueue(const char* op_name, void (*run)(const Args&, Workers&), const Args& args) {
     static_assert(std::is_trivially_copyable_v<Args>, "args structs own nothing");
-    Task& task = push(TaskKind::op, op_name);
-    task.storage = std::make_unique<std::byte[]>(sizeof(Args) + sizeof(run));
-    auto* stored = new (task.storage.get()) Stored<Args>{run, args};
-    task.object = stored;
+    static_assert(alignof(Stored<Args>) <= kTaskAlignment);
+    Task& task = push(TaskKind::op, op_name, sizeof(Stored<Args>));
+    new (task.payload()) Stored<Args>{run, args};
     task.call = [](const void* object, Workers& workers) {
       const auto& call = *static_cast<const Stored<Args>*>(object);
       call.run(call.args, workers);
@@ -68,46 +83,88 @@ class Stream {
   Event record() const { return Event{this, enqueued_}; }
   // Later tasks of this stream run only after `event` is complete.
   void wait(const Event& event);
-  // A task that arrives at every gate of `gates` when it reaches the head, and then runs
-  // `call(object, workers)` once all are open. For communicators.
-  void enqueue_gated(const char* op_name, std::vector<std::shared_ptr<Gate>> gates,
-                     std::shared_ptr<void> object, void (*call)(const void*, Workers&));
+  // `task` in this stream's order; it must live until it is done. For communicators.
+  void enqueue_gated(const char* op_name, GatedTask& task);
 
   uint64_t completed() const { return completed_.load(std::memory_order_acquire); }
   uint64_t enqueued() const { return enqueued_; }
   bool is_idle() const { return completed() == enqueued_; }
 
-  // Driver side. Runs tasks until the queue is empty, its head must wait, or `most` tasks have run;
-  // returns the number run. One thread at a time per stream.
+  // Driver side; never at the same time as the calls above. One thread at a time per stream.
+  // Runs tasks until the queue is empty, its head must wait, or `most` tasks have run; returns the
+  // number run. An op's exception leaves with the op at the head.
   int64_t drain(Workers& workers, int64_t most = INT64_MAX);
-  // What the head waits for, for deadlock reports; empty when idle.
+  // The same for a stream taken from its `ready` list, to which it returns when woken meanwhile or
+  // cut short by `most`.
+  int64_t run_ready(Workers& workers, int64_t most = INT64_MAX);
+  // The head may be able to run: callable from any thread. No effect without a `ready` list.
+  void wake();
+
+  // What the queue stands at, for reports. All empty when idle.
+  struct Head {
+    const char* op_name = "";
+    Event event;                       // when the head is a wait
+    const GatedTask* gated = nullptr;  // when it is a gated task
+  };
+  Head head() const;
+  // What the head waits for, in words; empty when idle.
   std::string blocked_on() const;
 
  private:
-  enum class TaskKind { op, wait, gated };
+  static constexpr int64_t kTaskAlignment = 16;
+  static constexpr int64_t kChunkBytes = 32 << 10;  // about 60 ops
+  enum class TaskKind : uint32_t { op, wait, gated };
+  enum class State : uint8_t { parked, queued, running, notified };
   template <class Args>
   struct Stored {
     void (*run)(const Args&, Workers&);
     Args args;
   };
-  struct Task {
+  struct alignas(kTaskAlignment) Task {
     TaskKind kind = TaskKind::op;
+    uint32_t bytes = 0;  // of this header and its payload
     const char* op_name = "";
-    std::unique_ptr<std::byte[]> storage;
-    const void* object = nullptr;
     void (*call)(const void*, Workers&) = nullptr;
-    Event event;
-    std::vector<std::shared_ptr<Gate>> gates;
-    std::shared_ptr<void> owner;
-    bool arrived = false;
+    void* payload() { return this + 1; }
+    const void* payload() const { return this + 1; }
   };
-  Task& push(TaskKind kind, const char* op_name);
-  bool head_is_ready(Task& head) const;
+  // Tasks lie one after another in chunks, which are used again.
+  struct Chunk {
+    Chunk* next = nullptr;
+    int64_t used = 0;
+    int64_t capacity = 0;
+    std::byte* data() { return reinterpret_cast<std::byte*>(this) + kHeaderBytes; }
+    static constexpr int64_t kHeaderBytes = 32;
+  };
+  static_assert(sizeof(Chunk) <= Chunk::kHeaderBytes);
+  struct Waiter {
+    uint64_t sequence = 0;
+    Stream* stream = nullptr;
+  };
+
+  Task& push(TaskKind kind, const char* op_name, int64_t payload_bytes);
+  Chunk* new_chunk(int64_t bytes);
+  Task& front() const;
+  void pop_front();
+  bool run_head(Workers& workers);
+  // Wakes `stream` when `sequence` completes; false when it has.
+  bool add_waiter(uint64_t sequence, Stream& stream) const;
+  void wake_waiters(uint64_t completed);
 
   std::string name_;
-  std::deque<Task> tasks_;
+  ReadyStreams* ready_ = nullptr;
+  Chunk* head_ = nullptr;  // oldest chunk
+  Chunk* tail_ = nullptr;
+  Chunk* spare_ = nullptr;
+  int64_t head_offset_ = 0;
   uint64_t enqueued_ = 0;
   std::atomic<uint64_t> completed_{0};
+  std::atomic<State> state_{State::parked};
+  bool head_waits_ = false;  // the head is registered with the event it waits for
+  // Streams that wait for this one; `next_waiter_` is the smallest sequence among them.
+  mutable std::mutex waiters_mutex_;
+  mutable std::vector<Waiter> waiters_;
+  mutable std::atomic<uint64_t> next_waiter_{UINT64_MAX};
 };
 
 inline bool Event::is_complete() const {

@@ -137,6 +137,22 @@ Workers::~Workers() {
 
 int Workers::threads() const { return static_cast<int>(state_->threads.size()) + 1; }
 
+bool Workers::help(uint64_t& seen) {
+  if (state_->version.load(std::memory_order_acquire) == seen) return false;
+  Job* job = nullptr;
+  {
+    const std::lock_guard lock(state_->mutex);
+    job = state_->enter_job();
+    if (job == nullptr) seen = state_->version.load();
+  }
+  if (job == nullptr) return false;
+  auto scratch = state_->take_scratch();
+  job->work(*scratch);
+  state_->return_scratch(std::move(scratch));
+  job->helpers.fetch_sub(1, std::memory_order_acq_rel);
+  return true;
+}
+
 void Workers::run(int64_t chunks, void* body, Call call) {
   if (chunks <= 0) return;
   Job job;

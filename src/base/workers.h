@@ -50,6 +50,10 @@ class Workers {
         });
   }
 
+  // Runs chunks of a parallel_for that another thread has in flight, for a thread that would only
+  // spin; false when there are none. `seen` is the caller's, 0 at first.
+  bool help(uint64_t& seen);
+
  private:
   struct State;
   using Call = void (*)(void* body, int64_t chunk, Scratch& scratch);

@@ -1,0 +1,260 @@
+#include "sim/cluster.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <new>
+#include <utility>
+
+#include "fmt/format.h"
+#include "sim/comm_faults.h"
+#include "sim/deadlock.h"
+#include "sim/scheduler.h"
+#include "sim/sim_communicator.h"
+
+namespace cambium::sim {
+
+namespace {
+
+class SimEnvironment;
+
+// All groups of a run by (name, members), in order of making.
+class Groups {
+ public:
+  explicit Groups(const ClusterOptions& options) : options_(options) {}
+  Group& nth(const std::string& name, const std::vector<int>& members, size_t number) {
+    auto& made = groups_[{name, members}];
+    while (made.size() <= number) {
+      made.push_back(std::make_unique<Group>(name, members, options_));
+    }
+    return *made[number];
+  }
+  std::vector<const Group*> all() const {
+    std::vector<const Group*> groups;
+    for (const auto& [key, made] : groups_) {
+      for (const auto& group : made) groups.push_back(group.get());
+    }
+    return groups;
+  }
+
+ private:
+  const ClusterOptions& options_;
+  std::map<std::pair<std::string, std::vector<int>>, std::vector<std::unique_ptr<Group>>> groups_;
+};
+
+// A rank's host code waits by giving its thread to other fibers.
+class SimHost final : public Host {
+ public:
+  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector)
+      : scheduler_(scheduler), rank_(rank), injector_(injector) {}
+  void wait(const Event& event, std::source_location site) override {
+    if (injector_ != nullptr) injector_->flush();
+    scheduler_.wait(rank_, event, site);
+  }
+  void yield(const char*) override {
+    if (injector_ != nullptr) injector_->flush();
+    scheduler_.yield(rank_);
+  }
+  int64_t now_ns() const override {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
+
+ private:
+  Scheduler& scheduler_;
+  int rank_;
+  FaultInjector* injector_;
+};
+
+class SimEnvironment final : public RankEnvironment {
+ public:
+  SimEnvironment(int rank, const ClusterOptions& options, Workers& workers, Scheduler& scheduler,
+                 Groups& groups)
+      : rank_(rank),
+        options_(options),
+        workers_(workers),
+        scheduler_(scheduler),
+        groups_(groups),
+        injector_(make_injector(rank, options)),
+        host_(scheduler, rank, injector_.get()) {}
+
+  int rank() const override { return rank_; }
+  int ranks() const override { return options_.ranks; }
+  Host& host() override { return host_; }
+  Workers& workers() override { return workers_; }
+  Poison poison() const override { return options_.poison; }
+
+  Stream& make_stream(const std::string& name) override {
+    streams_.push_back(std::make_unique<Stream>(fmt::format("rank {} {}", rank_, name),
+                                                &scheduler_.ready_streams()));
+    scheduler_.add_stream(*streams_.back(), rank_);
+    return *streams_.back();
+  }
+
+  std::unique_ptr<Communicator> make_communicator(const std::string& name,
+                                                  const std::vector<int>& members) override {
+    check_members(name, members);
+    Group& group = groups_.nth(name, members, made_[{name, members}]++);
+    const auto member =
+        static_cast<int>(std::find(members.begin(), members.end(), rank_) - members.begin());
+    group.join(member);
+    return std::make_unique<SimCommunicator>(group, member, injector_.get());
+  }
+
+  void set_step(int64_t step) override {
+    step_ = step;
+    if (injector_ != nullptr) injector_->set_step(step);
+  }
+  int64_t step() const override { return step_; }
+
+  // After the rank's main returned: its buffers are gone, so nothing may be queued.
+  void check_idle() const {
+    for (const auto& stream : streams_) {
+      if (stream->is_idle()) continue;
+      fail(
+          ExitCode::internal,
+          "the rank's program returned with {} tasks queued on stream '{}' ({}); wait for its last "
+          "event before returning",
+          stream->enqueued() - stream->completed(), stream->name(), stream->blocked_on());
+    }
+  }
+  void flush_faults() {
+    if (injector_ != nullptr) injector_->flush();
+  }
+  const FaultInjector* injector() const { return injector_.get(); }
+
+  Error annotate(std::exception_ptr error) const {
+    const std::string where = fmt::format(
+        "rank {}, step {}{}: ", rank_, step_,
+        options_.schedule_seed == 0 ? ""
+                                    : fmt::format(", schedule seed {}", options_.schedule_seed));
+    try {
+      std::rethrow_exception(std::move(error));
+    } catch (const Error& cause) {
+      return Error(cause.exit_code(), where + cause.what());
+    } catch (const std::bad_alloc& cause) {
+      return Error(ExitCode::out_of_memory, where + "out of memory: " + cause.what());
+    } catch (const std::exception& cause) {
+      return Error(ExitCode::internal, where + cause.what());
+    } catch (...) {
+      return Error(ExitCode::internal, where + "an exception of unknown type");
+    }
+  }
+
+ private:
+  static std::unique_ptr<FaultInjector> make_injector(int rank, const ClusterOptions& options) {
+    std::vector<CommFault> faults;
+    for (const CommFault& fault : options.faults) {
+      if (fault.rank == rank) faults.push_back(fault);
+    }
+    return faults.empty() ? nullptr : std::make_unique<FaultInjector>(std::move(faults));
+  }
+
+  void check_members(const std::string& name, const std::vector<int>& members) const {
+    std::vector<int> sorted = members;
+    std::sort(sorted.begin(), sorted.end());
+    const bool valid = !sorted.empty() && sorted.front() >= 0 && sorted.back() < ranks() &&
+                       std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end() &&
+                       std::binary_search(sorted.begin(), sorted.end(), rank_);
+    if (valid) return;
+    fail(ExitCode::internal,
+         "communicator '{}' {}: members must be distinct ranks below {} and include rank {}", name,
+         describe_ranks(members), ranks(), rank_);
+  }
+
+  int rank_;
+  const ClusterOptions& options_;
+  Workers& workers_;
+  Scheduler& scheduler_;
+  Groups& groups_;
+  std::unique_ptr<FaultInjector> injector_;
+  SimHost host_;
+  std::vector<std::unique_ptr<Stream>> streams_;
+  std::map<std::pair<std::string, std::vector<int>>, size_t> made_;
+  int64_t step_ = 0;
+};
+
+// What a fiber runs.
+struct RankProgram {
+  cluster_detail::RankMain main = nullptr;
+  void* body = nullptr;
+  SimEnvironment* environment = nullptr;
+  RankTask* task = nullptr;
+
+  static void enter(void* argument) {
+    auto& program = *static_cast<RankProgram*>(argument);
+    try {
+      program.main(program.body, *program.environment);
+      program.environment->flush_faults();
+      program.environment->check_idle();
+    } catch (const Scheduler::Cancelled&) {
+      // The run ended elsewhere; this stack is unwound.
+    } catch (...) {
+      program.task->error = std::current_exception();
+    }
+  }
+};
+
+using Environments = std::vector<std::unique_ptr<SimEnvironment>>;
+
+Error failure(const Scheduler& scheduler, const Groups& groups, const Environments& environments,
+              const ClusterOptions& options) {
+  if (scheduler.failed_rank() >= 0) {
+    const int rank = scheduler.failed_rank();
+    return environments[static_cast<size_t>(rank)]->annotate(scheduler.task(rank).error);
+  }
+  std::vector<int64_t> steps;
+  for (const auto& environment : environments) steps.push_back(environment->step());
+  std::string message = describe_deadlock(scheduler, groups.all(), steps);
+  if (options.schedule_seed != 0) {
+    message += fmt::format("\n  schedule seed {}", options.schedule_seed);
+  }
+  return Error(ExitCode::deadlock, message);
+}
+
+void check_faults_struck(const Environments& environments) {
+  for (const auto& environment : environments) {
+    if (environment->injector() == nullptr || environment->injector()->pending().empty()) continue;
+    const CommFault& fault = environment->injector()->pending().front();
+    fail(
+        ExitCode::usage,
+        "fault {} on rank {} at step {} found no call to strike{}: the layout makes none that fits",
+        comm_fault_name(fault.kind), fault.rank, fault.step,
+        fault.communicator.empty() ? "" : " in communicator '" + fault.communicator + "'");
+  }
+}
+
+}  // namespace
+
+namespace cluster_detail {
+
+ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
+  CHECK_GE(options.ranks, 1);
+  std::unique_ptr<Workers> own_workers;
+  if (options.workers == nullptr) own_workers = std::make_unique<Workers>(options.worker_threads);
+  Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
+  Scheduler scheduler(options.ranks, workers, options.schedule_seed);
+  Groups groups(options);
+  Environments environments;
+  std::vector<RankProgram> programs(static_cast<size_t>(options.ranks));
+  for (int rank = 0; rank < options.ranks; ++rank) {
+    environments.push_back(
+        std::make_unique<SimEnvironment>(rank, options, workers, scheduler, groups));
+    RankProgram& program = programs[static_cast<size_t>(rank)];
+    program = {main, body, environments.back().get(), &scheduler.task(rank)};
+    scheduler.task(rank).fiber =
+        std::make_unique<Fiber>(options.stack_bytes, &RankProgram::enter, &program);
+  }
+  if (!scheduler.run()) {
+    const Error error = failure(scheduler, groups, environments, options);
+    scheduler.cancel();
+    throw error;
+  }
+  check_faults_struck(environments);
+  return scheduler.report();
+}
+
+}  // namespace cluster_detail
+
+}  // namespace cambium::sim

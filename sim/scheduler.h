@@ -1,0 +1,97 @@
+// Scheduler: runs the ranks' fibers and their streams to the end, or says why it cannot.
+//
+// Completion-driven. Fibers run until they wait for an event that is not complete; then a compute
+// phase drains every runnable stream, on all worker threads at once, until nothing can run; then
+// the fibers whose events completed go on. A phase ends in the same state whatever the number of
+// threads: every stream runs until it must wait, and what it waits for does not depend on who runs
+// first. With a seed, single fibers and single tasks run in random order on one thread instead.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <source_location>
+#include <vector>
+
+#include "sim/cluster.h"
+#include "sim/fiber.h"
+
+namespace cambium::sim {
+
+enum class RankState { ready, running, waiting, yielded, finished, failed };
+
+// One rank as the scheduler sees it.
+struct RankTask {
+  RankState state = RankState::ready;
+  Event event;  // waited for
+  std::source_location site;
+  std::unique_ptr<Fiber> fiber;
+  std::exception_ptr error;
+};
+
+class Scheduler {
+ public:
+  // Thrown through a fiber whose run has ended elsewhere, to unwind its stack. Not a
+  // std::exception: a rank's handlers for errors must not take it for one.
+  struct Cancelled {};
+
+  Scheduler(int ranks, Workers& workers, uint64_t seed);
+
+  // Runs every task's fiber to its end (true), or until a rank failed (false, `failed_rank() >= 0`)
+  // or nothing can go on (false: a deadlock).
+  bool run();
+
+  RankTask& task(int rank) { return tasks_[static_cast<size_t>(rank)]; }
+  const RankTask& task(int rank) const { return tasks_[static_cast<size_t>(rank)]; }
+  int ranks() const { return static_cast<int>(tasks_.size()); }
+  // Streams of all ranks, with the rank that each belongs to, register here.
+  ReadyStreams& ready_streams() { return ready_streams_; }
+  void add_stream(const Stream& stream, int rank) { stream_ranks_.push_back({&stream, rank}); }
+  // -1 for a stream that is not of this run.
+  int rank_of(const Stream& stream) const;
+
+  // From the running fiber: returns when `event` is complete.
+  void wait(int rank, const Event& event, std::source_location site);
+  // From the running fiber: lets the other ranks run.
+  void yield(int rank);
+
+  int failed_rank() const { return failed_rank_; }
+  // Unwinds every started, unfinished fiber. Waits that a stack makes while unwinding return.
+  void cancel();
+  ClusterReport report() const;
+
+ private:
+  bool run_in_rank_order();
+  bool run_explored();
+  void run_fiber(int rank);
+  void suspend(RankTask& task);
+  // Drains until nothing can run; records the failure of the lowest rank.
+  void compute_phase();
+  void drain_ready();
+  void run_stream(Stream& stream, int64_t most);
+  bool all_finished() const { return finished_ == ranks(); }
+  uint64_t random(uint64_t bound);
+
+  struct StreamRank {
+    const Stream* stream = nullptr;
+    int rank = 0;
+  };
+  std::vector<RankTask> tasks_;
+  Workers& workers_;
+  uint64_t seed_;
+  uint64_t draws_ = 0;
+  ReadyStreams ready_streams_;
+  std::vector<StreamRank> stream_ranks_;
+  int finished_ = 0;
+  int failed_rank_ = -1;
+  int64_t failed_stream_ = INT64_MAX;  // place in stream_ranks_
+  enum class Mode { running, cancelling } mode_ = Mode::running;
+  std::atomic<int> draining_{0};  // threads that may add to ready_streams_
+  std::atomic<int64_t> tasks_run_{0};
+  std::mutex failure_mutex_;
+  ClusterReport report_;
+};
+
+}  // namespace cambium::sim

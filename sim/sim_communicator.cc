@@ -1,0 +1,391 @@
+// Rendezvous and signature check of the simulated communicator.
+#include "sim/sim_communicator.h"
+
+#include <algorithm>
+
+#include "fmt/format.h"
+#include "sim/comm_faults.h"
+
+namespace cambium::sim {
+
+namespace {
+
+bool reduces(CollectiveKind kind) {
+  return kind == CollectiveKind::reduce_scatter || kind == CollectiveKind::all_reduce;
+}
+
+bool has_count(CollectiveKind kind) {
+  return kind != CollectiveKind::all_to_all_v && kind != CollectiveKind::barrier &&
+         kind != CollectiveKind::exchange;
+}
+
+const char* reduce_name(ReduceOp reduce) { return reduce == ReduceOp::sum ? "sum" : "max"; }
+
+int64_t sum_of(const std::vector<int64_t>& counts) {
+  int64_t sum = 0;
+  for (const int64_t count : counts) sum += count;
+  return sum;
+}
+
+// The first field in which two members' calls of one meeting differ, with both values; empty when
+// they agree. The v-counts are compared pairwise by the caller.
+std::string difference(const CollectiveCall& a, const CollectiveCall& b) {
+  if (a.kind != b.kind) {
+    return fmt::format("op {} vs {}", collective_name(a.kind), collective_name(b.kind));
+  }
+  if (reduces(a.kind) && a.reduce != b.reduce) {
+    return fmt::format("reduce op {} vs {}", reduce_name(a.reduce), reduce_name(b.reduce));
+  }
+  if (a.kind != CollectiveKind::barrier && a.dtype != b.dtype) {
+    return fmt::format("dtype {} vs {}", dtype_name(a.dtype), dtype_name(b.dtype));
+  }
+  if (has_count(a.kind) && a.count != b.count) {
+    return fmt::format("count {} vs {}", a.count, b.count);
+  }
+  if (a.kind == CollectiveKind::broadcast && a.root != b.root) {
+    return fmt::format("root {} vs {}", a.root, b.root);
+  }
+  return "";
+}
+
+bool same_site(const CollectiveCall& a, const CollectiveCall& b) {
+  return a.site.line() == b.site.line() && a.site.column() == b.site.column() &&
+         std::string_view(a.site.file_name()) == b.site.file_name();
+}
+
+struct Range {
+  const std::byte* begin = nullptr;
+  int64_t bytes = 0;
+};
+
+Range send_range(const CollectiveCall& call, int ranks) {
+  int64_t elements = call.count;
+  if (call.kind == CollectiveKind::reduce_scatter) elements *= ranks;
+  if (call.kind == CollectiveKind::all_to_all_v) elements = sum_of(call.send_counts);
+  return {static_cast<const std::byte*>(call.send), elements * dtype_bytes(call.dtype)};
+}
+
+Range recv_range(const CollectiveCall& call, int ranks) {
+  int64_t elements = call.count;
+  if (call.kind == CollectiveKind::all_gather) elements *= ranks;
+  if (call.kind == CollectiveKind::all_to_all_v) elements = sum_of(call.recv_counts);
+  return {static_cast<const std::byte*>(call.recv), elements * dtype_bytes(call.dtype)};
+}
+
+// A programming mistake that any implementation would turn into wrong data: absent buffers, or
+// send and receive sides that overlap other than in place.
+void check_buffers(const CollectiveCall& call, int member, int ranks) {
+  if (call.kind == CollectiveKind::barrier || call.kind == CollectiveKind::exchange) return;
+  const auto complain = [&](const char* what) {
+    fail(ExitCode::internal, "{}: {}: {}", describe_site(call.site), describe_call(call), what);
+  };
+  const Range send = send_range(call, ranks);
+  const Range recv = recv_range(call, ranks);
+  if (send.bytes < 0 || recv.bytes < 0) complain("a count is negative");
+  if (send.bytes > 0 && send.begin == nullptr) complain("the send buffer is null");
+  if (recv.bytes > 0 && recv.begin == nullptr) complain("the receive buffer is null");
+  if (call.kind == CollectiveKind::broadcast || send.bytes == 0 || recv.bytes == 0) return;
+  const int64_t own = call.count * member * dtype_bytes(call.dtype);
+  const bool in_place =
+      (call.kind == CollectiveKind::all_reduce && send.begin == recv.begin) ||
+      (call.kind == CollectiveKind::all_gather && send.begin == recv.begin + own) ||
+      (call.kind == CollectiveKind::reduce_scatter && recv.begin == send.begin + own);
+  const bool apart = send.begin + send.bytes <= recv.begin || recv.begin + recv.bytes <= send.begin;
+  if (!in_place && !apart) complain("send and receive buffers overlap");
+}
+
+}  // namespace
+
+std::string describe_site(const std::source_location& site) {
+  return fmt::format("{}:{}", site.file_name(), site.line());
+}
+
+std::string describe_call(const CollectiveCall& call) {
+  std::string text = collective_name(call.kind);
+  if (reduces(call.kind)) text += fmt::format(" {}", reduce_name(call.reduce));
+  if (call.kind != CollectiveKind::barrier) text += fmt::format(" {}", dtype_name(call.dtype));
+  if (has_count(call.kind)) text += fmt::format(" count {}", call.count);
+  if (call.kind == CollectiveKind::broadcast) text += fmt::format(" root {}", call.root);
+  return text;
+}
+
+Group::Group(std::string name, std::vector<int> members, const ClusterOptions& options)
+    : name_(std::move(name)),
+      members_(std::move(members)),
+      order_(options.reduction_order),
+      poison_(options.poison),
+      joined_(members_.size()),
+      posted_(members_.size()) {}
+
+std::string describe_ranks(const std::vector<int>& ranks) {
+  constexpr size_t kMostShown = 16;
+  std::string text;
+  for (size_t i = 0; i < std::min(ranks.size(), kMostShown); ++i) {
+    text += fmt::format("{}{}", i == 0 ? "[" : ",", ranks[i]);
+  }
+  if (ranks.size() > kMostShown) text += fmt::format(",.. {} ranks", ranks.size());
+  return text + "]";
+}
+
+std::string Group::describe() const {
+  return fmt::format("'{}' {}", name_, describe_ranks(members_));
+}
+
+Transfer& Group::new_transfer(int member) {
+  if (spare_transfers_.empty()) {
+    transfers_.push_back(std::make_unique<Transfer>());
+    spare_transfers_.push_back(transfers_.back().get());
+  }
+  Transfer& transfer = *spare_transfers_.back();
+  spare_transfers_.pop_back();
+  transfer.group = nullptr;
+  transfer.member = member;
+  transfer.meeting = nullptr;
+  transfer.sends.clear();
+  transfer.recvs.clear();
+  transfer.started = false;
+  transfer.done = false;
+  transfer.stage_ = 0;
+  transfer.arrived_ = false;
+  return transfer;
+}
+
+void Group::bind(Transfer& transfer, CollectiveCall call) {
+  retire();
+  transfer.call = std::move(call);
+  if (transfer.call.kind == CollectiveKind::exchange) {
+    bind_exchange(transfer);
+  } else {
+    bind_collective(transfer);
+  }
+  transfer.group = this;
+}
+
+void Group::bind_collective(Transfer& transfer) {
+  const auto member = static_cast<size_t>(transfer.member);
+  transfer.sequence = posted_[member]++;
+  const auto index = static_cast<size_t>(transfer.sequence - first_);
+  while (meetings_.size() <= index) {
+    if (spare_meetings_.empty()) spare_meetings_.push_back(std::make_unique<Meeting>());
+    meetings_.push_back(std::move(spare_meetings_.back()));
+    spare_meetings_.pop_back();
+    Meeting& fresh = *meetings_.back();
+    fresh.transfers.assign(members_.size(), nullptr);
+    fresh.posted = 0;
+    for (auto& missing : fresh.missing) missing.store(ranks());
+    fresh.left.store(0);
+  }
+  Meeting& meeting = *meetings_[index];
+  for (const Transfer* peer : meeting.transfers) {
+    if (peer == nullptr) continue;
+    compare(transfer, *peer);
+    // Those posted agree with each other; only the v-counts are pairwise.
+    if (transfer.call.kind != CollectiveKind::all_to_all_v) break;
+  }
+  if (transfer.call.kind == CollectiveKind::all_to_all_v) compare(transfer, transfer);
+  transfer.meeting = &meeting;
+  meeting.transfers[member] = &transfer;
+  ++meeting.posted;
+}
+
+const Transfer* Group::find(int member, uint64_t sequence) const {
+  if (sequence < first_ || sequence - first_ >= meetings_.size()) return nullptr;
+  return meetings_[static_cast<size_t>(sequence - first_)]->transfers[static_cast<size_t>(member)];
+}
+
+// Both directions of a pair, so that it does not matter who posts first.
+void Group::compare(const Transfer& transfer, const Transfer& peer) const {
+  std::string field = difference(transfer.call, peer.call);
+  const auto own = static_cast<size_t>(transfer.member);
+  const auto other = static_cast<size_t>(peer.member);
+  const int own_rank = members_[own];
+  const int other_rank = members_[other];
+  if (field.empty() && transfer.call.kind == CollectiveKind::all_to_all_v) {
+    const int64_t sent = transfer.call.send_counts[other];
+    const int64_t expected = peer.call.recv_counts[own];
+    const int64_t sent_back = peer.call.send_counts[own];
+    const int64_t expected_back = transfer.call.recv_counts[other];
+    if (sent != expected) {
+      field = fmt::format("rank {} sends count {} to rank {}, which expects count {}", own_rank,
+                          sent, other_rank, expected);
+    } else if (sent_back != expected_back) {
+      field = fmt::format("rank {} sends count {} to rank {}, which expects count {}", other_rank,
+                          sent_back, own_rank, expected_back);
+    }
+  }
+  if (field.empty()) return;
+  fail(
+      ExitCode::collective_mismatch,
+      "collective mismatch in communicator {}, call #{}: {}: rank {} posts {} ({}), rank {} posted "
+      "{} ({}).{} All ranks of a communicator must make the same calls in the same order",
+      describe(), transfer.sequence + 1, field, own_rank, describe_call(transfer.call),
+      describe_site(transfer.call.site), other_rank, describe_call(peer.call),
+      describe_site(peer.call.site), hint(transfer, peer));
+}
+
+// Whether one side's call is what the other made one place earlier or later.
+std::string Group::hint(const Transfer& transfer, const Transfer& peer) const {
+  const auto equal = [](const Transfer* a, const Transfer* b) {
+    return a != nullptr && b != nullptr && difference(a->call, b->call).empty() &&
+           same_site(a->call, b->call);
+  };
+  const uint64_t number = transfer.sequence + 1;
+  const int own_rank = members_[static_cast<size_t>(transfer.member)];
+  const int other_rank = members_[static_cast<size_t>(peer.member)];
+  if (equal(&transfer, find(peer.member, transfer.sequence + 1))) {
+    return fmt::format(
+        " Rank {}'s call #{} is rank {}'s call #{}: rank {} skipped or reordered one.", own_rank,
+        number, other_rank, number + 1, own_rank);
+  }
+  if (transfer.sequence > 0 && equal(find(transfer.member, transfer.sequence - 1), &peer)) {
+    return fmt::format(
+        " Rank {}'s call #{} is rank {}'s call #{}: rank {} skipped or reordered one.", other_rank,
+        number, own_rank, number - 1, other_rank);
+  }
+  if (!same_site(transfer.call, peer.call)) {
+    return " The call sites differ: one of the ranks skipped, added or reordered a call.";
+  }
+  return "";
+}
+
+Mail& Group::mail(Channel& channel, uint64_t number) {
+  while (number - channel.first >= channel.mails.size()) channel.mails.emplace_back();
+  return channel.mails[static_cast<size_t>(number - channel.first)];
+}
+
+void Group::bind_exchange(Transfer& transfer) {
+  const auto check = [&](const Mail& mail, int source, int destination, uint64_t number) {
+    if (mail.send == nullptr || mail.recv == nullptr) return;
+    const CollectiveCall& send = mail.send->call;
+    const CollectiveCall& recv = mail.recv->call;
+    std::string field;
+    if (send.dtype != recv.dtype) {
+      field = fmt::format("dtype {} vs {}", dtype_name(send.dtype), dtype_name(recv.dtype));
+    } else if (mail.sent.count != mail.received.count) {
+      field = fmt::format("count {} vs {}", mail.sent.count, mail.received.count);
+    }
+    if (field.empty()) return;
+    fail(ExitCode::collective_mismatch,
+         "exchange mismatch in communicator {}, message #{} from rank {} to rank {}: {}: sent at "
+         "{}, "
+         "received at {}. Both sides must list the same messages in the same order",
+         describe(), number + 1, members_[static_cast<size_t>(source)],
+         members_[static_cast<size_t>(destination)], field, describe_site(send.site),
+         describe_site(recv.site));
+  };
+  const auto check_peer = [&](const Message& message) {
+    if (message.peer >= 0 && message.peer < ranks() && message.count >= 0 &&
+        (message.count == 0 || message.data != nullptr)) {
+      return;
+    }
+    fail(ExitCode::internal, "{}: exchange in {}: peer {} of {}, count {}{}",
+         describe_site(transfer.call.site), describe(), message.peer, ranks(), message.count,
+         message.data == nullptr ? ", null buffer" : "");
+  };
+  for (const Message& message : transfer.call.sends) {
+    check_peer(message);
+    Channel& channel = channels_[{transfer.member, message.peer}];
+    Mail& mail = this->mail(channel, channel.sends++);
+    mail.channel = &channel;
+    mail.send = &transfer;
+    mail.sent = message;
+    transfer.sends.push_back(&mail);
+    check(mail, transfer.member, message.peer, channel.sends - 1);
+  }
+  for (const Message& message : transfer.call.recvs) {
+    check_peer(message);
+    Channel& channel = channels_[{message.peer, transfer.member}];
+    Mail& mail = this->mail(channel, channel.recvs++);
+    mail.channel = &channel;
+    mail.recv = &transfer;
+    mail.received = message;
+    transfer.recvs.push_back(&mail);
+    check(mail, message.peer, transfer.member, channel.recvs - 1);
+  }
+  exchanges_.push_back(&transfer);
+}
+
+// Takes back what every side is done with. Runs between compute phases, so nothing is in flight.
+void Group::retire() {
+  while (!meetings_.empty() && meetings_.front()->left.load() == ranks()) {
+    for (Transfer* transfer : meetings_.front()->transfers) spare_transfers_.push_back(transfer);
+    spare_meetings_.push_back(std::move(meetings_.front()));
+    meetings_.pop_front();
+    ++first_;
+  }
+  while (!exchanges_.empty() && exchanges_.front()->done) {
+    Transfer* transfer = exchanges_.front();
+    exchanges_.pop_front();
+    const auto close = [](Mail* mail) {
+      ++mail->closed_sides;
+      Channel& channel = *mail->channel;
+      while (!channel.mails.empty() && channel.mails.front().closed_sides == 2) {
+        channel.mails.pop_front();
+        ++channel.first;
+      }
+    };
+    for (Mail* mail : transfer->sends) close(mail);
+    for (Mail* mail : transfer->recvs) close(mail);
+    spare_transfers_.push_back(transfer);
+  }
+}
+
+Ticket SimCommunicator::post(CollectiveCall call) {
+  CHECK(call.stream != nullptr);
+  check_buffers(call, rank_, ranks_);
+  count_bytes(call);
+  if (injector_ != nullptr) return injector_->post(*this, std::move(call));
+  return submit(std::move(call));
+}
+
+Ticket SimCommunicator::submit(CollectiveCall call) {
+  Stream& stream = *call.stream;
+  const char* op_name = collective_name(call.kind);
+  Transfer& transfer = group_.new_transfer(rank_);
+  group_.bind(transfer, std::move(call));
+  stream.enqueue_gated(op_name, transfer);
+  return stream.record();
+}
+
+// What leaves and enters this rank when every byte travels once: reductions are done where their
+// segment lives, all_reduce is a reduce_scatter and an all_gather.
+void SimCommunicator::count_bytes(const CollectiveCall& call) {
+  const int64_t element = dtype_bytes(call.dtype);
+  const int64_t peers = ranks_ - 1;
+  int64_t sent = 0;
+  int64_t received = 0;
+  switch (call.kind) {
+    case CollectiveKind::all_gather:
+    case CollectiveKind::reduce_scatter:
+      sent = received = call.count * peers;
+      break;
+    case CollectiveKind::all_reduce: {
+      const int64_t per_member = (call.count + ranks_ - 1) / ranks_;
+      const int64_t first = std::min(call.count, rank_ * per_member);
+      const int64_t own = std::min(per_member, call.count - first);
+      sent = received = call.count - own + own * peers;
+      break;
+    }
+    case CollectiveKind::all_to_all_v:
+      sent = sum_of(call.send_counts) - call.send_counts[static_cast<size_t>(rank_)];
+      received = sum_of(call.recv_counts) - call.recv_counts[static_cast<size_t>(rank_)];
+      break;
+    case CollectiveKind::broadcast:
+      (call.root == rank_ ? sent : received) = call.count * (call.root == rank_ ? peers : 1);
+      break;
+    case CollectiveKind::exchange:
+      for (const Message& message : call.sends) sent += message.peer == rank_ ? 0 : message.count;
+      for (const Message& message : call.recvs) {
+        received += message.peer == rank_ ? 0 : message.count;
+      }
+      break;
+    case CollectiveKind::barrier:
+      break;
+  }
+  CommTotals& totals = totals_[static_cast<size_t>(call.kind)];
+  ++totals.calls;
+  totals.sent_bytes += sent * element;
+  totals.received_bytes += received * element;
+}
+
+}  // namespace cambium::sim
