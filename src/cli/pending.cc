@@ -42,6 +42,5 @@ int command_tokenizer_train(const TokenizerTrainOptions&) { not_built("tokenizer
 int command_tokenizer_inspect(const InspectOptions&) { not_built("tokenizer inspect"); }
 int command_checkpoint(const CheckpointOptions&) { not_built("checkpoint"); }
 int command_parity(const ParityOptions&) { not_built("parity"); }
-int command_report(const InspectOptions&) { not_built("report"); }
 
 }  // namespace cambium

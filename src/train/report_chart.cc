@@ -198,14 +198,17 @@ std::string legend_html(const ChartSpec& chart) {
   return legend + "</div>";
 }
 
-std::string heat_cell(double load, double mean) {
+enum class CellText { shown, hidden };
+
+std::string heat_cell(double load, double mean, CellText text) {
   if (mean <= 0) return "<td></td>";
   const double ratio = load / mean;
   // One colour above the mean, one below; twice the mean and an idle expert are the full colours.
   const double strength = std::min(1.0, ratio >= 1 ? ratio - 1 : 1 - ratio);
-  return fmt::format(
-      "<td class='{}' style='--a:{:.2f}' title='{:.2f} of the mean'><b>{:.2f}</b></td>",
-      ratio >= 1 ? "over" : "under", 0.04 + 0.86 * strength, ratio, ratio);
+  const std::string shown = fmt::format("{:.2f}", ratio);
+  return fmt::format("<td class='{}' style='--a:{:.2f}' title='{} of the mean'>{}</td>",
+                     ratio >= 1 ? "over" : "under", 0.04 + 0.86 * strength, shown,
+                     text == CellText::shown ? "<b>" + shown + "</b>" : "");
 }
 
 }  // namespace
@@ -275,6 +278,8 @@ std::string chart_html(const ChartSpec& chart) {
 std::string heat_map_html(const HeatMapSpec& map) {
   size_t experts = 0;
   for (const auto& layer : map.load) experts = std::max(experts, layer.size());
+  const bool dense = experts > 16;
+  const CellText text = dense ? CellText::hidden : CellText::shown;
   std::string rows;
   for (size_t layer = 0; layer < map.load.size(); ++layer) {
     const std::vector<double>& load = map.load[layer];
@@ -283,17 +288,17 @@ std::string heat_map_html(const HeatMapSpec& map) {
     for (const double tokens : load) sum += tokens;
     rows += fmt::format("<tr><th>{}</th>", layer);
     for (const double tokens : load) {
-      rows += heat_cell(tokens, sum / static_cast<double>(load.size()));
+      rows += heat_cell(tokens, sum / static_cast<double>(load.size()), text);
     }
     rows += "</tr>\n";
   }
   std::string head = "<tr><th class='corner'>layer</th>";
   for (size_t expert = 0; expert < experts; ++expert) head += fmt::format("<th>{}</th>", expert);
-  const char* density = experts <= 8 ? "roomy" : experts <= 16 ? "close" : "dense";
+  const char* density = dense ? "dense" : experts > 8 ? "close" : "roomy";
   return fmt::format(
-      "<section class='card'><h2>{}</h2><p class='note'>{}</p>"
+      "<section class='card{}'><h2>{}</h2><p class='note'>{}</p>"
       "<table class='heat {}'>{}</tr>\n{}</table></section>\n",
-      html_text(map.title), html_text(map.note), density, head, rows);
+      dense ? " full" : "", html_text(map.title), html_text(map.note), density, head, rows);
 }
 
 }  // namespace cambium

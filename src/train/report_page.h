@@ -72,7 +72,8 @@ path.level { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
 .heat td.over { background: rgb(var(--heat-over) / var(--a)); }
 .heat td.under { background: rgb(var(--heat-under) / var(--a)); }
 .heat b { font-weight: 400; }
-.heat.close b { font-size: 10px; } .heat.dense b, .heat.dense tr:first-child th { display: none; }
+.heat.close b { font-size: 10px; } .heat.dense tr:first-child th { font-size: 0; }
+.grid > .full { grid-column: 1 / -1; }
 .heat.dense { border-spacing: 1px; } .heat.dense td { height: 14px; border-radius: 2px; }
 .facts { border-collapse: collapse; margin-top: 8px; width: 100%; }
 .facts th { text-align: left; font-weight: 400; color: var(--soft); padding: 3px 16px 3px 0;
