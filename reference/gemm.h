@@ -22,6 +22,14 @@ enum class OperandOrder : uint8_t {
   column_major,  // b[n * b_stride + k]: a weight [N, K] in the forward pass
 };
 
+// A part of a product: rows and columns of C.
+struct GemmPart {
+  int64_t row = 0;
+  int64_t rows = 0;
+  int64_t column = 0;
+  int64_t columns = 0;
+};
+
 // C = row_scale * (A B) + residual on one block of rows and columns.
 struct GemmBlock {
   int64_t rows = 0;
@@ -37,6 +45,8 @@ struct GemmBlock {
   const float* row_scale = nullptr;  // optional: multiplies each row of the product
   const float* residual = nullptr;   // optional: added last; may be C's own memory
   int64_t residual_stride = 0;
+
+  GemmBlock part(const GemmPart& part) const;
 };
 
 // Scratch slots that the product kernels use; slots from kFirstFreeSlot on are the caller's.

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 
@@ -43,10 +44,17 @@ struct Tile {
     });
   }
   // this = c + this
-  void add(const float* c, int64_t c_stride) {
+  void add_left(const float* c, int64_t c_stride) {
     unrolled<kRows>([&]<int i>() __attribute__((always_inline)) {
       low[i] = _mm256_add_ps(_mm256_loadu_ps(c + i * c_stride), low[i]);
       high[i] = _mm256_add_ps(_mm256_loadu_ps(c + i * c_stride + 8), high[i]);
+    });
+  }
+  // this = this + right
+  void add(const Tile& right) {
+    unrolled<kRows>([&]<int i>() __attribute__((always_inline)) {
+      low[i] = _mm256_add_ps(low[i], right.low[i]);
+      high[i] = _mm256_add_ps(high[i], right.high[i]);
     });
   }
   void scale_rows(const float* scale) {
@@ -75,6 +83,27 @@ struct Tile {
     *this = sum;
   }
 };
+
+// A tile of fewer than 16 columns goes through a full one on the stack.
+template <int kRows>
+inline void load_tile(Tile<kRows>& tile, const float* c, int64_t c_stride, int64_t columns) {
+  if (columns == kTileColumns) return tile.load(c, c_stride);
+  alignas(64) float full[kTileRows * kTileColumns] = {};
+  for (int i = 0; i < kRows; ++i) {
+    std::copy_n(c + i * c_stride, columns, full + i * kTileColumns);
+  }
+  tile.load(full, kTileColumns);
+}
+
+template <int kRows>
+inline void store_tile(const Tile<kRows>& tile, float* c, int64_t c_stride, int64_t columns) {
+  if (columns == kTileColumns) return tile.store(c, c_stride);
+  alignas(64) float full[kTileRows * kTileColumns];
+  tile.store(full, kTileColumns);
+  for (int i = 0; i < kRows; ++i) {
+    std::copy_n(full + i * kTileColumns, columns, c + i * c_stride);
+  }
+}
 
 // Cut of `rows` into the fewest panels of at most kTileRows, as even as possible: the first
 // `longer` panels have `base` + 1 rows. (Even panels keep enough chains in flight.)

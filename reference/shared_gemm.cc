@@ -69,27 +69,6 @@ struct TileCall {
   int64_t residual_stride;
 };
 
-// A tile of fewer than 16 columns goes through a full one on the stack.
-template <int kRows>
-void load_tile(Tile<kRows>& tile, const float* c, int64_t c_stride, int64_t columns) {
-  if (columns == kTileColumns) return tile.load(c, c_stride);
-  alignas(64) float full[kTileRows * kTileColumns] = {};
-  for (int i = 0; i < kRows; ++i) {
-    std::copy_n(c + i * c_stride, columns, full + i * kTileColumns);
-  }
-  tile.load(full, kTileColumns);
-}
-
-template <int kRows>
-void store_tile(const Tile<kRows>& tile, float* c, int64_t c_stride, int64_t columns) {
-  if (columns == kTileColumns) return tile.store(c, c_stride);
-  alignas(64) float full[kTileRows * kTileColumns];
-  tile.store(full, kTileColumns);
-  for (int i = 0; i < kRows; ++i) {
-    std::copy_n(full + i * kTileColumns, columns, c + i * c_stride);
-  }
-}
-
 template <int kRows>
 void run_tile(const TileCall& call) {
   Tile<kRows> tile;
@@ -106,10 +85,7 @@ void run_tile(const TileCall& call) {
   if (call.residual != nullptr) {
     Tile<kRows> residual;
     load_tile(residual, call.residual, call.residual_stride, call.columns);
-    for (int i = 0; i < kRows; ++i) {
-      tile.low[i] = _mm256_add_ps(tile.low[i], residual.low[i]);
-      tile.high[i] = _mm256_add_ps(tile.high[i], residual.high[i]);
-    }
+    tile.add(residual);
   }
   store_tile(tile, call.c, call.c_stride, call.columns);
 }
@@ -154,6 +130,18 @@ void pack_panels(const float* b, int64_t b_stride, OperandOrder order, int64_t c
       std::fill(to + rest, to + kTileColumns, 0.0f);
     }
   }
+}
+
+GemmBlock GemmBlock::part(const GemmPart& part) const {
+  GemmBlock result = *this;
+  result.rows = part.rows;
+  result.columns = part.columns;
+  result.a += part.row * a_stride;
+  result.b += part.column * (b_order == OperandOrder::depth_major ? 1 : b_stride);
+  result.c += part.row * c_stride + part.column;
+  if (row_scale != nullptr) result.row_scale += part.row;
+  if (residual != nullptr) result.residual += part.row * residual_stride + part.column;
+  return result;
 }
 
 void gemm_block(const GemmBlock& block, Scratch& scratch) {

@@ -1,0 +1,276 @@
+#include <algorithm>
+#include <cstring>
+
+#include "reference/gemm.h"
+#include "reference/gemm_tile.h"
+#include "reference/wgrad.h"
+#include "src/base/check.h"
+
+namespace cambium::reference {
+
+namespace {
+
+constexpr int64_t kPackedFloats = 96 * 1024;  // both operands of a batch of rows: 384 KB
+constexpr int64_t kMinBatchRows = 64;
+constexpr int64_t kMaxBatchRows = 256;  // a panel of x is 16 KB
+constexpr int64_t kChunksPerOp = 16;
+constexpr int64_t kMinChunkSide = 64;
+constexpr int kTileFloats = kTileRows * kTileColumns;
+
+// A part of one group's matrix.
+struct WgradChunk {
+  int64_t group = 0;
+  int64_t n_begin = 0;
+  int64_t n_count = 0;
+  int64_t k_begin = 0;
+  int64_t k_count = 0;
+};
+
+// Consecutive steps whose rows are packed together.
+struct StepBatch {
+  int64_t step_begin = 0;
+  int64_t step_end = 0;
+  int64_t row_begin = 0;
+  int64_t row_end = 0;
+  int64_t stack_depth = 0;  // tiles on the stack when the batch starts
+  int64_t rows() const { return row_end - row_begin; }
+};
+
+// d_y columns of a batch as panels [rows][panel's columns], x columns as panels [rows][16].
+struct PackedBatch {
+  float* a = nullptr;
+  float* b = nullptr;
+  int64_t rows = 0;
+  int64_t a_panel_stride() const { return rows * kTileRows + kPanelPadding; }
+  int64_t b_panel_stride() const { return rows * kTileColumns + kPanelPadding; }
+};
+
+template <int kRows>
+float* pack_row_panels(const float* from, int64_t panels, int64_t row, int64_t panel_stride,
+                       float* to) {
+  for (int64_t p = 0; p < panels; ++p, from += kRows, to += panel_stride) {
+    std::memcpy(to + row * kRows, from, kRows * sizeof(float));
+  }
+  return to;
+}
+
+PackedBatch pack_batch(const WgradGroup& group, const WgradChunk& chunk, int64_t row_begin,
+                       int64_t rows, Scratch& scratch) {
+  const PanelCut cut(chunk.n_count);
+  const int64_t b_panels = (chunk.k_count + kTileColumns - 1) / kTileColumns;
+  PackedBatch packed;
+  packed.rows = rows;
+  packed.a = scratch.floats(kPackedASlot, cut.panels * packed.a_panel_stride());
+  packed.b = scratch.floats(kPackedBSlot, b_panels * packed.b_panel_stride());
+  const float* x = group.x + row_begin * group.x_stride + chunk.k_begin;
+  pack_panels(x, group.x_stride, OperandOrder::depth_major, chunk.k_count, rows, packed.b,
+              packed.b_panel_stride());
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = group.d_y + (row_begin + row) * group.d_y_stride + chunk.n_begin;
+    float* to = packed.a;
+    if (cut.longer > 0) {
+      with_tile_rows(cut.base + 1, [&]<int kRows>() {
+        to = pack_row_panels<kRows>(from, cut.longer, row, packed.a_panel_stride(), to);
+      });
+      from += cut.longer * (cut.base + 1);
+    }
+    with_tile_rows(cut.base, [&]<int kRows>() {
+      pack_row_panels<kRows>(from, cut.panels - cut.longer, row, packed.a_panel_stride(), to);
+    });
+  }
+  return packed;
+}
+
+// Calls run.template operator()<rows>(a_panel, b_panel, n, k, columns, tile_index) for every
+// register tile of the chunk; n and k are the tile's place in the whole matrix.
+template <class Run>
+void for_each_tile(const WgradChunk& chunk, const PackedBatch& packed, Run&& run) {
+  const PanelCut cut(chunk.n_count);
+  const float* b = packed.b;
+  int64_t tile_index = 0;
+  for (int64_t k = 0; k < chunk.k_count; k += kTileColumns, b += packed.b_panel_stride()) {
+    const int64_t columns = std::min(kTileColumns, chunk.k_count - k);
+    for (int64_t p = 0; p < cut.panels; ++p) {
+      const float* a = packed.a + p * packed.a_panel_stride();
+      with_tile_rows(cut.count(p), [&]<int kRows>() {
+        run.template operator()<kRows>(a, b, chunk.n_begin + cut.begin(p), chunk.k_begin + k,
+                                       columns, tile_index);
+      });
+      ++tile_index;
+    }
+  }
+}
+
+void accumulate_chunk(const WgradGroup& group, const WgradChunk& chunk, Scratch& scratch) {
+  for (int64_t row = group.row_begin; row < group.row_end; row += kMaxBatchRows) {
+    const int64_t rows = std::min(kMaxBatchRows, group.row_end - row);
+    const PackedBatch packed = pack_batch(group, chunk, row, rows, scratch);
+    for_each_tile(chunk, packed,
+                  [&]<int kRows>(const float* a, const float* b, int64_t n, int64_t k,
+                                 int64_t columns, int64_t) {
+                    float* c = group.slots + n * group.K + k;
+                    Tile<kRows> tile;
+                    load_tile(tile, c, group.K, columns);
+                    tile.multiply(a, 1, kRows, b, rows);
+                    store_tile(tile, c, group.K, columns);
+                  });
+  }
+}
+
+// Folds the left slots into a finished node's tile and stores it.
+template <int kRows>
+void finish_node(const WgradGroup& group, const NodeStore& store, Tile<kRows>& tile, int64_t offset,
+                 int64_t columns) {
+  bool has_value = store.value_present;
+  for (int32_t f = 0; f < store.fold_count; ++f) {
+    const float* left = group.slots + store.folds[f] * group.slot_stride + offset;
+    Tile<kRows> other;
+    load_tile(other, left, group.K, columns);
+    if (has_value) other.add(tile);
+    tile = other;
+    has_value = true;
+  }
+  store_tile(tile, group.slots + store.destination * group.slot_stride + offset, group.K, columns);
+}
+
+// Runs a batch of steps on one register tile; `stack` holds the tile's unfinished operands.
+template <int kRows>
+void walk_tile(const WgradGroup& group, const StepBatch& batch, const float* a, const float* b,
+               float* stack, int64_t offset, int64_t columns) {
+  float* top = stack + batch.stack_depth * kTileFloats;
+  for (int64_t s = batch.step_begin; s < batch.step_end; ++s) {
+    const WgradStep& step = group.plan.steps[s];
+    const int64_t row = step.row_begin - batch.row_begin;
+    Tile<kRows> tile;
+    tile.clear();
+    tile.multiply(a + row * kRows, 1, kRows, b + row * kTileColumns, step.row_end - step.row_begin);
+    for (int32_t m = 0; m < step.merges; ++m) {
+      top -= kTileFloats;
+      tile.add_left(top, kTileColumns);
+    }
+    if (step.node < 0) {
+      tile.store(top, kTileColumns);
+      top += kTileFloats;
+    } else {
+      finish_node(group, group.plan.nodes[step.node], tile, offset, columns);
+    }
+  }
+}
+
+// Steps cut into batches that fit the packing buffers; rows of a batch are contiguous.
+std::vector<StepBatch> cut_batches(const WgradPlan& plan, int64_t packed_columns,
+                                   int64_t& stack_tiles) {
+  const int64_t most = std::clamp(kPackedFloats / packed_columns, kMinBatchRows, kMaxBatchRows);
+  std::vector<StepBatch> batches;
+  int64_t depth = 0;
+  stack_tiles = 1;
+  for (int64_t s = 0; s < static_cast<int64_t>(plan.steps.size()); ++s) {
+    const WgradStep& step = plan.steps[s];
+    const bool continues = !batches.empty() && step.row_begin == batches.back().row_end &&
+                           step.row_end - batches.back().row_begin <= most;
+    if (!continues) batches.push_back({s, s, step.row_begin, step.row_begin, depth});
+    batches.back().step_end = s + 1;
+    batches.back().row_end = step.row_end;
+    depth -= step.merges;
+    CHECK_GE(depth, 0);
+    if (step.node < 0) ++depth;
+    stack_tiles = std::max(stack_tiles, depth);
+  }
+  CHECK_EQ(depth, 0);
+  return batches;
+}
+
+void walk_chunk(const WgradGroup& group, const WgradChunk& chunk, Scratch& scratch) {
+  int64_t stack_tiles = 0;
+  const std::vector<StepBatch> batches =
+      cut_batches(group.plan, chunk.n_count + chunk.k_count, stack_tiles);
+  const bool is_carried = std::any_of(batches.begin(), batches.end(),
+                                      [](const StepBatch& b) { return b.stack_depth > 0; });
+  const int64_t tiles =
+      PanelCut(chunk.n_count).panels * ((chunk.k_count + kTileColumns - 1) / kTileColumns);
+  // One stack serves all tiles in turn, unless operands wait across batches.
+  const int64_t stack_stride = is_carried ? stack_tiles * kTileFloats : 0;
+  float* stack =
+      scratch.floats(kPartialSlot, is_carried ? tiles * stack_stride : stack_tiles * kTileFloats);
+  for (const StepBatch& batch : batches) {
+    const PackedBatch packed = pack_batch(group, chunk, batch.row_begin, batch.rows(), scratch);
+    for_each_tile(chunk, packed,
+                  [&]<int kRows>(const float* a, const float* b, int64_t n, int64_t k,
+                                 int64_t columns, int64_t tile) {
+                    walk_tile<kRows>(group, batch, a, b, stack + tile * stack_stride,
+                                     n * group.K + k, columns);
+                  });
+  }
+}
+
+// Halves the longer side of a group's matrix until there are `wanted` chunks.
+void cut_group(const WgradGroup& group, int64_t index, int64_t wanted,
+               std::vector<WgradChunk>& chunks) {
+  int64_t n = group.N, k = group.K;
+  auto pieces = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+  while (pieces(group.N, n) * pieces(group.K, k) < wanted && std::max(n, k) >= 2 * kMinChunkSide) {
+    int64_t& longer = n >= k ? n : k;
+    longer = (longer / 2 + kTileColumns - 1) / kTileColumns * kTileColumns;
+  }
+  for (int64_t n_begin = 0; n_begin < group.N; n_begin += n) {
+    for (int64_t k_begin = 0; k_begin < group.K; k_begin += k) {
+      chunks.push_back({index, n_begin, std::min(n, group.N - n_begin), k_begin,
+                        std::min(k, group.K - k_begin)});
+    }
+  }
+}
+
+}  // namespace
+
+WgradPlan plan_wgrad(const GradTarget& target, const WgradLeaves& leaves, int64_t slot_count,
+                     uint8_t* present, int64_t slot_step) {
+  WgradPlan plan;
+  for (int64_t node = 0; node < target.node_table_NC[0]; ++node) {
+    const NodeRow row = node_row(target, node, slot_count);
+    const bool is_present = walk_node(
+        row.first_block, row.end_block, leaves.leaf_block, 0, 0,
+        [&](int64_t leaf, int) {
+          plan.steps.push_back({leaves.leaf_row[leaf], leaves.leaf_row[leaf + 1], 0, -1});
+        },
+        [&](int) { ++plan.steps.back().merges; });
+    const NodeStore store = resolve_store(row, is_present, present, slot_step);
+    if (!store.is_stored) continue;
+    if (!is_present) {
+      const int64_t here = plan.steps.empty() ? 0 : plan.steps.back().row_end;
+      plan.steps.push_back({here, here, 0, -1});  // nothing to multiply, only folds
+    }
+    plan.steps.back().node = static_cast<int32_t>(plan.nodes.size());
+    plan.nodes.push_back(store);
+  }
+  return plan;
+}
+
+int64_t WgradGroup::row_count() const {
+  if (mode == GradMode::accumulate) return row_end - row_begin;
+  int64_t rows = 0;
+  for (const WgradStep& step : plan.steps) rows += step.row_end - step.row_begin;
+  return rows;
+}
+
+void wgrad_groups(std::span<const WgradGroup> groups, Workers& workers) {
+  int64_t rows = 0;
+  for (const WgradGroup& group : groups) rows += group.row_count();
+  std::vector<WgradChunk> chunks;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const bool is_idle = groups[g].row_count() == 0 && groups[g].plan.steps.empty();
+    if (is_idle) continue;
+    const int64_t wanted =
+        (kChunksPerOp * groups[g].row_count() + rows - 1) / std::max<int64_t>(rows, 1);
+    cut_group(groups[g], static_cast<int64_t>(g), wanted, chunks);
+  }
+  workers.parallel_for(static_cast<int64_t>(chunks.size()), [&](int64_t chunk, Scratch& scratch) {
+    const WgradGroup& group = groups[chunks[chunk].group];
+    if (group.mode == GradMode::accumulate) {
+      accumulate_chunk(group, chunks[chunk], scratch);
+    } else {
+      walk_chunk(group, chunks[chunk], scratch);
+    }
+  });
+}
+
+}  // namespace cambium::reference
