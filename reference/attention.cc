@@ -1,7 +1,8 @@
 // Blocked causal attention on the CPU. One chunk of work is one key/value head of one sequence with
 // the query heads that share it. Scores are kept transposed, S^T[key, lane], where a lane is one
-// (query head, query position) of the block: maxima, sums and exponentials run along lanes, and no
-// horizontal reduction is needed.
+// (query position, query head) of the block: maxima, sums and exponentials run along lanes, and no
+// horizontal reduction is needed. On the diagonal block, strips of 8 positions skip what the causal
+// mask hides: probabilities there are zero, and adding their products would change no bit.
 #include "kernels/attention.h"
 
 #include <algorithm>
@@ -70,7 +71,7 @@ struct QueryBlock {
   int64_t group = 0;
   int64_t first = 0;  // position in the sequence
   int64_t tokens = 0;
-  int64_t lanes = 0;  // heads * tokens; lane = head * tokens + token
+  int64_t lanes = 0;  // heads * tokens; lane = token * heads + head
   int64_t padded = 0;
   int64_t first_key_block = 0;  // blocks before it belong to earlier documents
 };
@@ -102,8 +103,8 @@ QueryBlock query_block(const AttentionInputs& in, int64_t chunk, int64_t first, 
     earliest = std::min(earliest, start);
     range.latest_first = std::max(range.latest_first, static_cast<float>(start));
     for (int64_t head = 0; head < in.heads; ++head) {
-      range.first_key[head * block.tokens + token] = static_cast<float>(start);
-      range.last_key[head * block.tokens + token] = static_cast<float>(first + token);
+      range.first_key[token * in.heads + head] = static_cast<float>(start);
+      range.last_key[token * in.heads + head] = static_cast<float>(first + token);
     }
   }
   for (int64_t lane = block.lanes; lane < block.padded; ++lane) {
@@ -114,32 +115,29 @@ QueryBlock query_block(const AttentionInputs& in, int64_t chunk, int64_t first, 
   return block;
 }
 
-// to[d, lane] of the block's rows of a [T, heads, Q] tensor; padding lanes are zero.
-void load_transposed(const AttentionInputs& in, const ReadF32& tensor, const QueryBlock& block,
-                     float* to) {
-  for (int64_t head = 0; head < in.heads; ++head) {
-    const int64_t column = (block.group * in.heads + head) * in.head_dim;
-    panel_transpose({.from = tensor.row(block.sequence_row + block.first) + column,
-                     .from_row = tensor.stride,
-                     .to = to + head * block.tokens,
-                     .to_row = block.padded,
-                     .rows = block.tokens,
-                     .columns = in.head_dim});
-  }
-  for (int64_t d = 0; d < in.head_dim; ++d) {
-    for (int64_t lane = block.lanes; lane < block.padded; ++lane) to[d * block.padded + lane] = 0.f;
-  }
-}
+// stacked[lane, d] = the block's rows of a [T, heads, Q] tensor, transposed[d, lane] the same;
+// padding lanes of `transposed` are zero.
+struct QueryPanels {
+  float* stacked = nullptr;
+  float* transposed = nullptr;
+};
 
-// to[lane, d], the same rows untransposed.
-void load_stacked(const AttentionInputs& in, const ReadF32& tensor, const QueryBlock& block,
-                  float* to) {
-  for (int64_t head = 0; head < in.heads; ++head) {
-    const int64_t column = (block.group * in.heads + head) * in.head_dim;
-    for (int64_t token = 0; token < block.tokens; ++token, to += in.head_dim) {
-      const float* from = tensor.row(block.sequence_row + block.first + token) + column;
-      std::copy(from, from + in.head_dim, to);
-    }
+void load_queries(const AttentionInputs& in, const ReadF32& tensor, const QueryBlock& block,
+                  QueryPanels to) {
+  const int64_t width = in.heads * in.head_dim;
+  for (int64_t token = 0; token < block.tokens; ++token) {
+    const float* from = tensor.row(block.sequence_row + block.first + token) + block.group * width;
+    std::copy(from, from + width, to.stacked + token * width);
+  }
+  panel_transpose({.from = to.stacked,
+                   .from_row = in.head_dim,
+                   .to = to.transposed,
+                   .to_row = block.padded,
+                   .rows = block.lanes,
+                   .columns = in.head_dim});
+  for (int64_t d = 0; d < in.head_dim; ++d) {
+    float* row = to.transposed + d * block.padded;
+    std::fill(row + block.lanes, row + block.padded, 0.0f);
   }
 }
 
@@ -157,32 +155,79 @@ void load_keys(const AttentionInputs& in, const ReadF32& tensor, int64_t chunk, 
 struct KeyBlock {
   int64_t first = 0;
   int64_t keys = 0;
-  bool is_masked = false;  // some lane does not see some key
+  bool is_diagonal = false;  // keys and queries are the same positions
+  bool is_masked = false;    // some lane does not see some key
 };
+
+// Positions per strip of a diagonal block: a strip's lanes begin at a multiple of a register.
+constexpr int64_t kStripTokens = kLanes;
+
+// body(first, count) for the strips of a diagonal block, or once for another block. On the diagonal
+// keys [first, first + count) are seen by lanes from first * heads on.
+template <class Body>
+void for_strips(const KeyBlock& keys, Body&& body) {
+  const int64_t step = keys.is_diagonal ? kStripTokens : keys.keys;
+  for (int64_t first = 0; first < keys.keys; first += step) {
+    body(first, std::min(step, keys.keys - first));
+  }
+}
 
 KeyBlock key_block(const AttentionInputs& in, const QueryBlock& query, const LaneRange& range,
                    int64_t index) {
   KeyBlock block;
   block.first = index * in.block_tokens;
   block.keys = std::min(in.block_tokens, in.sequence_length - block.first);
-  const bool is_diagonal = block.first == query.first;
-  block.is_masked = is_diagonal || range.latest_first > static_cast<float>(block.first);
+  block.is_diagonal = block.first == query.first;
+  block.is_masked = block.is_diagonal || range.latest_first > static_cast<float>(block.first);
   return block;
 }
 
-// scores[key, lane] = k . q, not yet scaled.
+// scores[key, lane] = k . q, not yet scaled, for the lanes of the key's strip and later.
 void score_product(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
                    const float* key_panel, const float* query_transposed, float* scores) {
-  panel_product({.a = key_panel + keys.first * in.head_dim,
-                 .a_row = in.head_dim,
-                 .a_column = 1,
-                 .b = query_transposed,
-                 .b_row = query.padded,
-                 .c = scores,
-                 .c_row = query.padded,
-                 .rows = keys.keys,
-                 .columns = query.padded,
-                 .depth = in.head_dim});
+  for_strips(keys, [&](int64_t first, int64_t count) {
+    const int64_t first_lane = first * in.heads;
+    panel_product({.a = key_panel + (keys.first + first) * in.head_dim,
+                   .a_row = in.head_dim,
+                   .a_column = 1,
+                   .b = query_transposed + first_lane,
+                   .b_row = query.padded,
+                   .c = scores + first * query.padded + first_lane,
+                   .c_row = query.padded,
+                   .rows = count,
+                   .columns = query.padded - first_lane,
+                   .depth = in.head_dim});
+  });
+}
+
+// A product over the keys of a block whose result rows are lanes.
+struct LaneProduct {
+  const float* weights = nullptr;  // [key, lane]
+  const float* panel = nullptr;    // [key, Q], the block's first key
+  float* result = nullptr;         // [lane, Q]
+  PanelCombine combine = PanelCombine::store;
+  const float* lane_scale = nullptr;  // scale_add
+};
+
+// result[lane] = (combine) sum over keys of weights[key, lane] panel[key]
+void lane_product(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
+                  const LaneProduct& p) {
+  for_strips(keys, [&](int64_t first, int64_t count) {
+    const int64_t first_lane = first * in.heads;
+    const int64_t end_lane = keys.is_diagonal ? (first + count) * in.heads : query.lanes;
+    panel_product({.a = p.weights + first_lane,
+                   .a_row = 1,
+                   .a_column = query.padded,
+                   .b = p.panel,
+                   .b_row = in.head_dim,
+                   .c = p.result + first_lane * in.head_dim,
+                   .c_row = in.head_dim,
+                   .rows = end_lane - first_lane,
+                   .columns = in.head_dim,
+                   .depth = first + count,
+                   .combine = p.combine,
+                   .row_scale = p.lane_scale == nullptr ? nullptr : p.lane_scale + first_lane});
+  });
 }
 
 // The score of (key, 8 lanes): scaled, minus infinity where the lane does not see the key.
@@ -206,6 +251,17 @@ void exp_shifted(float* __restrict x, const float* __restrict shift, int64_t cou
   for (int64_t i = 0; i < count; ++i) x[i] = fmath::exp(x[i] - shift[i]);
 }
 
+// The first lane of a key's strip.
+int64_t strip_lane(const AttentionInputs& in, const KeyBlock& keys, int64_t key) {
+  return keys.is_diagonal ? key / kStripTokens * kStripTokens * in.heads : 0;
+}
+
+// Keys up to the end of the strip that the register of lanes from `lane` on lies in.
+int64_t key_count(const AttentionInputs& in, const KeyBlock& keys, int64_t lane) {
+  if (!keys.is_diagonal) return keys.keys;
+  return std::min(keys.keys, (lane / in.heads / kStripTokens + 1) * kStripTokens);
+}
+
 // Turns scores into probabilities relative to the new maxima and folds their sums into the state.
 void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
                  const LaneRange& range, const OnlineSoftmax& state, float* scores, float* shift) {
@@ -215,7 +271,7 @@ void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBl
     const Lanes last_key = load_lanes(range.last_key + lane);
     const Lanes before = load_lanes(state.largest + lane);
     Lanes largest = before;
-    for (int64_t key = 0; key < keys.keys; ++key) {
+    for (int64_t key = 0; key < key_count(in, keys, lane); ++key) {
       float* at = scores + key * padded + lane;
       const Lanes score = masked_score(load_lanes(at), in.scale, keys, key, first_key, last_key);
       store_lanes(at, score);
@@ -227,10 +283,13 @@ void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBl
     store_lanes(state.largest + lane, largest);
   }
   exp_shifted(state.rescale, shift, padded);
-  for (int64_t key = 0; key < keys.keys; ++key) exp_shifted(scores + key * padded, shift, padded);
+  for (int64_t key = 0; key < keys.keys; ++key) {
+    const int64_t first_lane = strip_lane(in, keys, key);
+    exp_shifted(scores + key * padded + first_lane, shift + first_lane, padded - first_lane);
+  }
   for (int64_t lane = 0; lane < padded; lane += kLanes) {
     Lanes block_sum = {};
-    for (int64_t key = 0; key < keys.keys; ++key) {
+    for (int64_t key = 0; key < key_count(in, keys, lane); ++key) {
       block_sum += load_lanes(scores + key * padded + lane);
     }
     const Lanes before = load_lanes(state.sum + lane) * load_lanes(state.rescale + lane);
@@ -246,17 +305,13 @@ struct AttentionOutputs {
 // o = output / sum and lse of the block's rows.
 void store_output(const AttentionInputs& in, const QueryBlock& query, const OnlineSoftmax& state,
                   const float* output, const AttentionOutputs& out) {
-  for (int64_t head = 0; head < in.heads; ++head) {
-    const int64_t h = query.group * in.heads + head;
-    for (int64_t token = 0; token < query.tokens; ++token, output += in.head_dim) {
-      const int64_t lane = head * query.tokens + token;
-      const int64_t row = query.sequence_row + query.first + token;
-      const float sum = state.sum[lane];
-      float* to = out.o.row(row) + h * in.head_dim;
-      for (int64_t d = 0; d < in.head_dim; ++d) to[d] = output[d] / sum;
-      out.lse.pointer()[row * out.lse.row_stride + h] =
-          state.largest[lane] + fmath::log(sum);
-    }
+  for (int64_t lane = 0; lane < query.lanes; ++lane, output += in.head_dim) {
+    const int64_t h = query.group * in.heads + lane % in.heads;
+    const int64_t row = query.sequence_row + query.first + lane / in.heads;
+    const float sum = state.sum[lane];
+    float* to = out.o.row(row) + h * in.head_dim;
+    for (int64_t d = 0; d < in.head_dim; ++d) to[d] = output[d] / sum;
+    out.lse.pointer()[row * out.lse.row_stride + h] = state.largest[lane] + fmath::log(sum);
   }
 }
 
@@ -278,7 +333,7 @@ void forward_group(const AttentionInputs& in, int64_t chunk, const AttentionOutp
   load_keys(in, in.v, chunk, value_panel);
   for (int64_t first = 0; first < S; first += in.block_tokens) {
     const QueryBlock query = query_block(in, chunk, first, range);
-    load_transposed(in, in.q, query, query_transposed);
+    load_queries(in, in.q, query, {.stacked = output, .transposed = query_transposed});
     std::fill_n(state.largest, query.padded, -kInfinity);
     std::fill_n(state.sum, query.padded, 0.0f);
     for (int64_t index = query.first_key_block; index <= first / in.block_tokens; ++index) {
@@ -286,18 +341,12 @@ void forward_group(const AttentionInputs& in, int64_t chunk, const AttentionOutp
       score_product(in, query, keys, key_panel, query_transposed, scores);
       fold_scores(in, query, keys, range, state, scores, shift);
       const bool is_first = index == query.first_key_block;
-      panel_product({.a = scores,
-                     .a_row = 1,
-                     .a_column = query.padded,
-                     .b = value_panel + keys.first * Q,
-                     .b_row = Q,
-                     .c = output,
-                     .c_row = Q,
-                     .rows = query.lanes,
-                     .columns = Q,
-                     .depth = keys.keys,
-                     .combine = is_first ? PanelCombine::store : PanelCombine::scale_add,
-                     .row_scale = state.rescale});
+      lane_product(in, query, keys,
+                   {.weights = scores,
+                    .panel = value_panel + keys.first * Q,
+                    .result = output,
+                    .combine = is_first ? PanelCombine::store : PanelCombine::scale_add,
+                    .lane_scale = state.rescale});
     }
     store_output(in, query, state, output, out);
   }
@@ -305,14 +354,12 @@ void forward_group(const AttentionInputs& in, int64_t chunk, const AttentionOutp
 
 // Everything the backward pass of one query block reads, as panels.
 struct BackwardPanels {
-  float* keys = nullptr;              // [S, Q]
-  float* values = nullptr;            // [S, Q]
-  float* d_keys = nullptr;            // [S, Q]
-  float* d_values = nullptr;          // [S, Q]
-  float* query = nullptr;             // [lanes, Q]
-  float* query_transposed = nullptr;  // [Q, padded]
-  float* d_output = nullptr;          // [lanes, Q]
-  float* d_output_transposed = nullptr;
+  float* keys = nullptr;      // [S, Q]
+  float* values = nullptr;    // [S, Q]
+  float* d_keys = nullptr;    // [S, Q]
+  float* d_values = nullptr;  // [S, Q]
+  QueryPanels query;          // [lanes, Q] and [Q, padded]
+  QueryPanels d_output;
   float* d_query = nullptr;   // [lanes, Q]
   float* probs = nullptr;     // [block, padded]
   float* d_scores = nullptr;  // [block, padded]
@@ -326,14 +373,15 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
   const int64_t padded = query.padded;
   for (int64_t key = 0; key < keys.keys; ++key) {
     float* probs = p.probs + key * padded;
-    for (int64_t lane = 0; lane < padded; lane += kLanes) {
+    const int64_t first_lane = strip_lane(in, keys, key);
+    for (int64_t lane = first_lane; lane < padded; lane += kLanes) {
       store_lanes(probs + lane, masked_score(load_lanes(probs + lane), in.scale, keys, key,
                                              load_lanes(range.first_key + lane),
                                              load_lanes(range.last_key + lane)));
     }
-    exp_shifted(probs, p.lse, padded);
+    exp_shifted(probs + first_lane, p.lse + first_lane, padded - first_lane);
     float* d_scores = p.d_scores + key * padded;
-    for (int64_t lane = 0; lane < padded; lane += kLanes) {
+    for (int64_t lane = first_lane; lane < padded; lane += kLanes) {
       const Lanes d_probs = load_lanes(d_scores + lane) - load_lanes(p.delta + lane);
       store_lanes(d_scores + lane, load_lanes(probs + lane) * d_probs * in.scale);
     }
@@ -345,40 +393,39 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
 void key_gradients(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
                    const BackwardPanels& p) {
   const int64_t Q = in.head_dim;
-  PanelProduct product{.a = p.probs,
-                       .a_row = query.padded,
-                       .a_column = 1,
-                       .b = p.d_output,
-                       .b_row = Q,
-                       .c = p.d_values + keys.first * Q,
-                       .c_row = Q,
-                       .rows = keys.keys,
-                       .columns = Q,
-                       .depth = query.lanes};
-  product.combine = keys.first == query.first ? PanelCombine::store : PanelCombine::add;
-  panel_product(product);
-  product.a = p.d_scores;
-  product.b = p.query;
-  product.c = p.d_keys + keys.first * Q;
-  panel_product(product);
+  for_strips(keys, [&](int64_t first, int64_t count) {
+    const int64_t first_lane = first * in.heads;
+    const int64_t corner = first * query.padded + first_lane;
+    PanelProduct product{.a = p.probs + corner,
+                         .a_row = query.padded,
+                         .a_column = 1,
+                         .b = p.d_output.stacked + first_lane * Q,
+                         .b_row = Q,
+                         .c = p.d_values + (keys.first + first) * Q,
+                         .c_row = Q,
+                         .rows = count,
+                         .columns = Q,
+                         .depth = query.lanes - first_lane};
+    product.combine = keys.is_diagonal ? PanelCombine::store : PanelCombine::add;
+    panel_product(product);
+    product.a = p.d_scores + corner;
+    product.b = p.query.stacked + first_lane * Q;
+    product.c = p.d_keys + (keys.first + first) * Q;
+    panel_product(product);
+  });
 }
 
 // Loads a query block's panels, lse and delta.
 void load_backward_query(const AttentionInputs& in, const QueryBlock& query, const ReadF32& o,
                          const ReadF32& d_o, In<float> lse, const BackwardPanels& p) {
-  load_transposed(in, in.q, query, p.query_transposed);
-  load_stacked(in, in.q, query, p.query);
-  load_transposed(in, d_o, query, p.d_output_transposed);
-  load_stacked(in, d_o, query, p.d_output);
-  for (int64_t head = 0; head < in.heads; ++head) {
-    const int64_t h = query.group * in.heads + head;
-    for (int64_t token = 0; token < query.tokens; ++token) {
-      const int64_t row = query.sequence_row + query.first + token;
-      const int64_t lane = head * query.tokens + token;
-      p.lse[lane] = lse.pointer()[row * lse.row_stride + h];
-      p.delta[lane] =
-          dot(o.row(row) + h * in.head_dim, p.d_output + lane * in.head_dim, in.head_dim);
-    }
+  load_queries(in, in.q, query, p.query);
+  load_queries(in, d_o, query, p.d_output);
+  for (int64_t lane = 0; lane < query.lanes; ++lane) {
+    const int64_t h = query.group * in.heads + lane % in.heads;
+    const int64_t row = query.sequence_row + query.first + lane / in.heads;
+    const float* d_output = p.d_output.stacked + lane * in.head_dim;
+    p.lse[lane] = lse.pointer()[row * lse.row_stride + h];
+    p.delta[lane] = dot(o.row(row) + h * in.head_dim, d_output, in.head_dim);
   }
   std::fill(p.lse + query.lanes, p.lse + query.padded, 0.0f);
   std::fill(p.delta + query.lanes, p.delta + query.padded, 0.0f);
@@ -387,36 +434,27 @@ void load_backward_query(const AttentionInputs& in, const QueryBlock& query, con
 // One query block against its key blocks in position order.
 void backward_query_block(const AttentionInputs& in, const QueryBlock& query,
                           const LaneRange& range, const BackwardPanels& p) {
-  const int64_t Q = in.head_dim;
   for (int64_t index = query.first_key_block; index <= query.first / in.block_tokens; ++index) {
     const KeyBlock keys = key_block(in, query, range, index);
-    score_product(in, query, keys, p.keys, p.query_transposed, p.probs);
-    score_product(in, query, keys, p.values, p.d_output_transposed, p.d_scores);
+    score_product(in, query, keys, p.keys, p.query.transposed, p.probs);
+    score_product(in, query, keys, p.values, p.d_output.transposed, p.d_scores);
     score_gradients(in, query, keys, range, p);
     key_gradients(in, query, keys, p);
     const bool is_first = index == query.first_key_block;
-    panel_product({.a = p.d_scores,
-                   .a_row = 1,
-                   .a_column = query.padded,
-                   .b = p.keys + keys.first * Q,
-                   .b_row = Q,
-                   .c = p.d_query,
-                   .c_row = Q,
-                   .rows = query.lanes,
-                   .columns = Q,
-                   .depth = keys.keys,
-                   .combine = is_first ? PanelCombine::store : PanelCombine::add});
+    lane_product(in, query, keys,
+                 {.weights = p.d_scores,
+                  .panel = p.keys + keys.first * in.head_dim,
+                  .result = p.d_query,
+                  .combine = is_first ? PanelCombine::store : PanelCombine::add});
   }
 }
 
 void store_d_query(const AttentionInputs& in, const QueryBlock& query, const float* d_query,
                    const WriteF32& d_q) {
-  for (int64_t head = 0; head < in.heads; ++head) {
-    const int64_t column = (query.group * in.heads + head) * in.head_dim;
-    for (int64_t token = 0; token < query.tokens; ++token, d_query += in.head_dim) {
-      float* to = d_q.row(query.sequence_row + query.first + token) + column;
-      std::copy(d_query, d_query + in.head_dim, to);
-    }
+  const int64_t width = in.heads * in.head_dim;
+  for (int64_t token = 0; token < query.tokens; ++token, d_query += width) {
+    float* to = d_q.row(query.sequence_row + query.first + token) + query.group * width;
+    std::copy(d_query, d_query + width, to);
   }
 }
 
@@ -435,8 +473,8 @@ BackwardPanels cut_backward_panels(const AttentionInputs& in, Scratch& scratch, 
   PanelCutter cut(scratch, 4 * PanelCutter::round_up(S * Q) + (5 * Q + 2 * rows + 4) * lanes + 320);
   BackwardPanels p;
   for (float** panel : {&p.keys, &p.values, &p.d_keys, &p.d_values}) *panel = cut.take(S * Q);
-  for (float** panel :
-       {&p.query, &p.query_transposed, &p.d_output, &p.d_output_transposed, &p.d_query}) {
+  for (float** panel : {&p.query.stacked, &p.query.transposed, &p.d_output.stacked,
+                        &p.d_output.transposed, &p.d_query}) {
     *panel = cut.take(lanes * Q);
   }
   for (float** panel : {&p.probs, &p.d_scores}) *panel = cut.take(rows * lanes);

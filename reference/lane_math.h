@@ -21,7 +21,7 @@ inline Lanes load_lanes(const float* from) {
   return lanes;
 }
 inline void store_lanes(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
-inline Lanes broadcast(float value) { return Lanes{} + value; }
+inline Lanes broadcast(float value) { return _mm256_set1_ps(value); }
 inline Lanes fma_lanes(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 inline Lanes max_lanes(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
 

@@ -75,27 +75,14 @@ inline void scalar_columns(const PanelProduct& p, int64_t first_column) {
 template <int kVectors>
 inline void column_tiles(const PanelProduct& p, int64_t column) {
   int64_t row = 0;
-  for (; row + 6 <= p.rows; row += 6) tile<6, kVectors>(p, row, column);
-  switch (p.rows - row) {
-    case 5:
-      tile<3, kVectors>(p, row, column);
-      tile<2, kVectors>(p, row + 3, column);
-      break;
-    case 4:
-      tile<4, kVectors>(p, row, column);
-      break;
-    case 3:
-      tile<3, kVectors>(p, row, column);
-      break;
-    case 2:
-      tile<2, kVectors>(p, row, column);
-      break;
-    case 1:
-      tile<1, kVectors>(p, row, column);
-      break;
-    default:
-      break;
-  }
+  // Two tiles of 4 or 3 rows run faster than one of 6 and one of 1 or 2.
+  const int64_t left = p.rows % 6;
+  const int64_t sixes = p.rows - left - (left != 0 && left <= 2 && p.rows > 6 ? 6 : 0);
+  for (; row < sixes; row += 6) tile<6, kVectors>(p, row, column);
+  for (; row + 4 <= p.rows; row += 4) tile<4, kVectors>(p, row, column);
+  if (p.rows - row == 3) tile<3, kVectors>(p, row, column);
+  if (p.rows - row == 2) tile<2, kVectors>(p, row, column);
+  if (p.rows - row == 1) tile<1, kVectors>(p, row, column);
 }
 
 }  // namespace panel_detail
