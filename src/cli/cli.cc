@@ -96,8 +96,8 @@ CLI::Option* add_number(CLI::App& app, const char* flag, Number& number, const c
   return app.add_option(flag, number, meaning)->capture_default_str();
 }
 
-const CLI::Range kPositive(int64_t{1}, int64_t{1'000'000'000});
-const CLI::Range kNotNegative(int64_t{0}, int64_t{1'000'000'000});
+CLI::Range positive() { return CLI::Range(int64_t{1}, int64_t{1'000'000'000}); }
+CLI::Range not_negative() { return CLI::Range(int64_t{0}, int64_t{1'000'000'000}); }
 
 int run_train(const Invocation& invocation) {
   TrainOptions options;
@@ -113,7 +113,7 @@ int run_train(const Invocation& invocation) {
       "--resume", [&] { options.resume = ResumeChoice::resume; },
       "go on from the newest good checkpoint of the run directory");
   app.add_option("--stop-after-step", options.stop_after_step, "save after this step, and end")
-      ->check(kPositive);
+      ->check(positive());
   app.footer(example("cambium train configs/quickstart.toml --set train.steps=100 --out runs/a"));
   parse(app, invocation);
   return command_train(options);
@@ -127,7 +127,7 @@ int run_check(const Invocation& invocation) {
       "matching collectives, no deadlock, any number of threads.",
       "cambium check");
   add_config(app, options.config);
-  add_number(app, "--seeds", options.seeds, "schedules to explore")->check(kPositive);
+  add_number(app, "--seeds", options.seeds, "schedules to explore")->check(positive());
   add_json(app, options.format);
   app.footer(example("cambium check configs/quickstart.toml"));
   parse(app, invocation);
@@ -140,7 +140,7 @@ int run_plan(const Invocation& invocation) {
   add_config(app, options.config);
   app.add_option("--machine", options.machine, "machine name or file; default plan.machine");
   add_number(app, "--ranks", options.ranks, "scale parallel.dp to so many ranks; 0 = as given")
-      ->check(kNotNegative);
+      ->check(not_negative());
   add_json(app, options.format);
   app.footer(example("cambium plan configs/quickstart.toml --machine laptop"));
   parse(app, invocation);
@@ -165,11 +165,11 @@ int run_eval(const Invocation& invocation) {
       ->allow_extra_args(false)
       ->type_name("FILE");
   add_number(app, "--sequences", options.sequences, "sequences to evaluate; 0 = all")
-      ->check(kNotNegative);
+      ->check(not_negative());
   add_number(app, "--sequence-length", options.sequence_length, "tokens of one; 0 = the run's")
-      ->check(kNotNegative);
+      ->check(not_negative());
   add_number(app, "--workers", options.workers, "worker threads; 0 = this machine's cores")
-      ->check(kNotNegative);
+      ->check(not_negative());
   add_json(app, options.format);
   app.footer(example("cambium eval runs/a --sequences 64"));
   parse(app, invocation);
@@ -181,14 +181,14 @@ int run_generate(const Invocation& invocation) {
   CLI::App app("Write text with a trained model.", "cambium generate");
   add_model(app, options.model);
   app.add_option("--prompt", options.prompt, "text to go on from");
-  add_number(app, "--tokens", options.tokens, "tokens to write")->check(kPositive);
+  add_number(app, "--tokens", options.tokens, "tokens to write")->check(positive());
   add_number(app, "--temperature", options.temperature, "0 = the likeliest token")
       ->check(CLI::Range(0.0, 100.0));
   add_number(app, "--top-k", options.top_k, "draw among the K likeliest; 0 = all")
-      ->check(kNotNegative);
+      ->check(not_negative());
   add_number(app, "--seed", options.seed, "seed of the draws");
   add_number(app, "--workers", options.workers, "worker threads; 0 = this machine's cores")
-      ->check(kNotNegative);
+      ->check(not_negative());
   add_json(app, options.format);
   app.footer(example("cambium generate runs/a --prompt \"It is a truth\" --tokens 100"));
   parse(app, invocation);
@@ -242,7 +242,7 @@ int run_tokenizer_train(const Invocation& invocation) {
   CLI::App app("Train a SentencePiece tokenizer.", "cambium tokenizer train");
   app.add_option("INPUT", options.inputs, "text or JSONL files")->required();
   app.add_option("--out", options.out, "model file to write (.model)")->required();
-  add_number(app, "--vocab", options.vocab, "number of pieces")->check(kPositive);
+  add_number(app, "--vocab", options.vocab, "number of pieces")->check(positive());
   add_json(app, options.format);
   app.footer(example("cambium tokenizer train novels.txt --vocab 1024 --out novels.model"));
   parse(app, invocation);
