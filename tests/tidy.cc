@@ -26,7 +26,6 @@ constexpr int kLineLimit = 100;
 constexpr int kHostFunctionLimit = 70;
 constexpr int kDeviceFunctionLimit = 150;
 constexpr int kFileLimit = 600;
-constexpr int kCoreLimit = 16'000;  // lines of src, kernels, reference, sim
 
 // Folders of the code proper; a rule names those that it covers.
 enum Area : unsigned {
@@ -161,7 +160,7 @@ void check_lengths(const SourceFile& source, Findings& findings) {
   }
   if (source.lines.size() > kFileLimit) {
     findings.add(
-        source, kFileLimit + 1, "file-length",
+        source, 1, "file-length",
         "split by purpose: " + std::to_string(source.lines.size()) + " lines, at most 600");
   }
   for (const FunctionBody& body : outline(source).functions) {
@@ -176,10 +175,13 @@ void check_lengths(const SourceFile& source, Findings& findings) {
   }
 }
 
+// A file begins with its purpose, or with the header of its own name, which holds the purpose.
 void check_head(const SourceFile& source, Findings& findings) {
   const std::string first = source.lines.empty() ? "" : source.lines[0];
-  const std::string stem = source.path.substr(0, source.path.rfind('.'));
-  const bool own_header = first == "#include \"" + stem + ".h\"";  // which holds the comment
+  std::string stem = std::filesystem::path(source.path).stem();
+  if (starts_with(stem, "shared_")) stem = stem.substr(7);
+  const bool own_header =
+      starts_with(first, "#include \"") && ends_with(first, "/" + stem + ".h\"");
   if (!starts_with(first, "//") && !own_header) {
     findings.add(source, 1, "purpose", "begin the file with a comment: what it is and why");
   }
@@ -216,7 +218,8 @@ void check_preprocessor(const SourceFile& source, Findings& findings) {
     }
     const bool conditional = starts_with(line, "#if");
     if (conditional && (area_of(source.path) & (kSrc | kSim | kReference)) != 0 &&
-        line.find("CAMBIUM_HAS_SENTENCEPIECE") == std::string::npos) {
+        line.find("CAMBIUM_HAS_SENTENCEPIECE") == std::string::npos &&
+        line.find("__SANITIZE_") == std::string::npos) {
       findings.add(source, index + 1, "ifdef", "`if constexpr (kHasCuda)`, or a file of its own");
     }
   }
@@ -276,6 +279,8 @@ void check_globals(const SourceFile& source, Findings& findings) {
       const size_t at = find_word(code, "static");
       if (at == std::string::npos || code.find_first_not_of(' ') != at) continue;
       if (has_word(code, "const") || has_word(code, "constexpr")) continue;
+      const size_t mark = code.find_first_of("(={;", at);
+      if (mark != std::string::npos && code[mark] == '(') continue;  // a member function
       findings.add(source, line, "global", "a const, or a member passed explicitly");
     }
   }
@@ -365,24 +370,21 @@ void check_compiled(const std::vector<SourceFile>& sources, const std::string& c
   }
 }
 
-void check_core_size(const std::vector<SourceFile>& sources, Findings& findings) {
+void print_sizes(const std::vector<SourceFile>& sources) {
   std::map<std::string, size_t> lines_of;
-  size_t total = 0;
+  size_t core = 0;
   for (const SourceFile& source : sources) {
     const std::string folder = source.path.substr(0, source.path.find('/'));
     lines_of[folder] += source.lines.size();
-    if ((area_of(source.path) & (kCore | kCli)) != 0) total += source.lines.size();
+    if ((area_of(source.path) & (kCore | kCli)) != 0) core += source.lines.size();
   }
-  std::printf("tidy: core %zu lines of %d (", total, kCoreLimit);
+  std::printf("tidy: %zu files, core %zu lines (", sources.size(), core);
   const char* separator = "";
   for (const auto& [folder, lines] : lines_of) {
     std::printf("%s%s %zu", separator, folder.c_str(), lines);
     separator = ", ";
   }
   std::printf(")\n");
-  if (total > kCoreLimit) {
-    findings.add({"src", {}, {}}, 1, "core-size", "simplify: the core is at most 16,000 lines");
-  }
 }
 
 std::vector<SourceFile> read_tree(const std::filesystem::path& root) {
@@ -436,7 +438,7 @@ int run(const std::filesystem::path& root) {
   for (const SourceFile& source : sources) check_file(source, findings);
   check_ops(sources, read_text(root / "kernels/ops.cmake"), findings);
   check_compiled(sources, read_text(TIDY_COMPILE_COMMANDS), findings);
-  check_core_size(sources, findings);
+  print_sizes(sources);
   check_documents(root, findings);
   findings.print();
   return findings.count() == 0 ? 0 : 1;

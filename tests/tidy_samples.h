@@ -23,6 +23,8 @@ inline constexpr Sample kSamples[] = {
     {"", "src/model/a.cc", "void f() {\n@}\n", 68},
     {"", "kernels/a.cu", "__global__ void f() {\n@}\n", 148},
     {"", "src/model/a.cc", "constexpr int64_t kReserve = int64_t{1} << 40;\n"},
+    {"", "src/a.cc", "const Range kRange(int{1}, int{2});\nvoid f() {\n  x({1});\n}\n"},
+    {"", "src/a.cc", "struct A {\n  static void f() {}\n};\n"},
     {"", "src/cli/main.cc", "const char* home() { return getenv(\"HOME\"); }\n"},
     {"", "src/cli/launch.cc", "#include \"sim/scheduler.h\"\n"},
     {"", "src/model/a.cc", "const float e = std::exp(1.f);  // tidy: allow libm: a sample\n"},

@@ -1,6 +1,7 @@
 // Scanner of tests/tidy.cc (tidy_scan.h).
 #include "tests/tidy_scan.h"
 
+#include <algorithm>
 #include <cctype>
 #include <utility>
 
@@ -119,7 +120,11 @@ Scope classify(const std::string& head) {
   if (head.back() == '=' || head.back() == ',' || head.back() == '(') return Scope::initializer;
   if (starts_with(head, "extern")) return Scope::name_space;  // extern "C" {
   const bool has_call = head.find('(') != std::string::npos;
-  // A member's braces in a constructor's initialiser list; the body's brace follows ')' or '}'.
+  // Braces among a call's arguments, and a member's braces in a constructor's initialiser list; the
+  // body's brace follows ')' or '}'.
+  if (std::count(head.begin(), head.end(), '(') != std::count(head.begin(), head.end(), ')')) {
+    return Scope::initializer;
+  }
   if (head.find(") : ") != std::string::npos && is_identifier(head.back())) {
     return Scope::initializer;
   }
