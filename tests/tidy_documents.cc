@@ -77,8 +77,10 @@ bool looks_like_path(const std::string& word) {
   return false;
 }
 
-// `path` may hold `*` inside its last component.
-bool path_exists(const fs::path& root, const std::string& path) {
+// `path` may hold `*` inside its last component; NAME stands for any.
+bool path_exists(const fs::path& root, std::string path) {
+  const size_t name = path.find("NAME");
+  if (name != std::string::npos) path.replace(name, 4, "*");
   const size_t star = path.find('*');
   if (star == std::string::npos) return fs::exists(root / path);
   const fs::path folder = root / fs::path(path).parent_path();
@@ -278,6 +280,7 @@ bool documents_self_test() {
   const auto only = [](const char* rule) { return std::set<std::string>{rule}; };
   bool good = rules_of("See `src/no_such_file.cc`.\n") == only("missing-path");
   good = good && rules_of("`src/base/no_such*.h`\n") == only("missing-path");
+  good = good && rules_of("`src/base/NAME.py`\n") == only("missing-path");
   good = good && rules_of("```sh\ncmake --preset no_such\n```\n") == only("dead-flag");
   good = good && rules_of("```sh\nscripts/test.sh --no-such\n```\n") == only("dead-flag");
   good = good && rules_of("```sh\nscripts/no_such.sh\n```\n") == only("missing-path");
