@@ -6,6 +6,7 @@
 set -euo pipefail
 export LC_ALL=C.UTF-8
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1  # clones of the same sources share compilations
 
 if [ $# -gt 0 ]; then
   echo "usage: scripts/demo.sh   (no options; see README.md)"
