@@ -10,7 +10,6 @@
 
 #include "reference/panel_product.h"
 #include "reference/rounding.h"
-#include "src/base/fmath.h"
 
 namespace cambium::reference {
 namespace {
@@ -246,16 +245,6 @@ struct OnlineSoftmax {
   float* rescale = nullptr;  // what the block just folded multiplies the earlier output by
 };
 
-// x[i] = exp(x[i] - shift[i])
-void exp_shifted(float* __restrict x, const float* __restrict shift, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] = fmath::exp(x[i] - shift[i]);
-}
-
-// The first lane of a key's strip.
-int64_t strip_lane(const AttentionInputs& in, const KeyBlock& keys, int64_t key) {
-  return keys.is_diagonal ? key / kStripTokens * kStripTokens * in.heads : 0;
-}
-
 // Keys up to the end of the strip that the register of lanes from `lane` on lies in.
 int64_t key_count(const AttentionInputs& in, const KeyBlock& keys, int64_t lane) {
   if (!keys.is_diagonal) return keys.keys;
@@ -264,36 +253,32 @@ int64_t key_count(const AttentionInputs& in, const KeyBlock& keys, int64_t lane)
 
 // Turns scores into probabilities relative to the new maxima and folds their sums into the state.
 void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
-                 const LaneRange& range, const OnlineSoftmax& state, float* scores, float* shift) {
-  const int64_t padded = query.padded;
-  for (int64_t lane = 0; lane < padded; lane += kLanes) {
+                 const LaneRange& range, const OnlineSoftmax& state, float* scores) {
+  for (int64_t lane = 0; lane < query.padded; lane += kLanes) {
     const Lanes first_key = load_lanes(range.first_key + lane);
     const Lanes last_key = load_lanes(range.last_key + lane);
     const Lanes before = load_lanes(state.largest + lane);
+    const int64_t count = key_count(in, keys, lane);
     Lanes largest = before;
-    for (int64_t key = 0; key < key_count(in, keys, lane); ++key) {
-      float* at = scores + key * padded + lane;
+    float* at = scores + lane;
+    for (int64_t key = 0; key < count; ++key, at += query.padded) {
       const Lanes score = masked_score(load_lanes(at), in.scale, keys, key, first_key, last_key);
       store_lanes(at, score);
       largest = max_lanes(largest, score);
     }
     // A lane that has seen no key yet keeps minus infinity; its shift must stay finite.
-    store_lanes(shift + lane, largest == broadcast(-kInfinity) ? Lanes{} : largest);
-    store_lanes(state.rescale + lane, before);
-    store_lanes(state.largest + lane, largest);
-  }
-  exp_shifted(state.rescale, shift, padded);
-  for (int64_t key = 0; key < keys.keys; ++key) {
-    const int64_t first_lane = strip_lane(in, keys, key);
-    exp_shifted(scores + key * padded + first_lane, shift + first_lane, padded - first_lane);
-  }
-  for (int64_t lane = 0; lane < padded; lane += kLanes) {
+    const Lanes shift = largest == broadcast(-kInfinity) ? Lanes{} : largest;
+    const Lanes rescale = exp_lanes(before - shift);
     Lanes block_sum = {};
-    for (int64_t key = 0; key < key_count(in, keys, lane); ++key) {
-      block_sum += load_lanes(scores + key * padded + lane);
+    at = scores + lane;
+    for (int64_t key = 0; key < count; ++key, at += query.padded) {
+      const Lanes prob = exp_lanes(load_lanes(at) - shift);
+      store_lanes(at, prob);
+      block_sum += prob;
     }
-    const Lanes before = load_lanes(state.sum + lane) * load_lanes(state.rescale + lane);
-    store_lanes(state.sum + lane, before + block_sum);
+    store_lanes(state.largest + lane, largest);
+    store_lanes(state.rescale + lane, rescale);
+    store_lanes(state.sum + lane, load_lanes(state.sum + lane) * rescale + block_sum);
   }
 }
 
@@ -320,13 +305,12 @@ void forward_group(const AttentionInputs& in, int64_t chunk, const AttentionOutp
   const int64_t S = in.sequence_length, Q = in.head_dim, rows = in.block_rows();
   const int64_t most_lanes = in.padded_lanes(rows);
   PanelCutter cut(scratch,
-                  2 * PanelCutter::round_up(S * Q) + (2 * Q + rows + 6) * most_lanes + 320);
+                  2 * PanelCutter::round_up(S * Q) + (2 * Q + rows + 5) * most_lanes + 320);
   float* key_panel = cut.take(S * Q);
   float* value_panel = cut.take(S * Q);
   float* query_transposed = cut.take(Q * most_lanes);
   float* output = cut.take(most_lanes * Q);
   float* scores = cut.take(rows * most_lanes);
-  float* shift = cut.take(most_lanes);
   LaneRange range{.first_key = cut.take(most_lanes), .last_key = cut.take(most_lanes)};
   const OnlineSoftmax state{cut.take(most_lanes), cut.take(most_lanes), cut.take(most_lanes)};
   load_keys(in, in.k, chunk, key_panel);
@@ -339,7 +323,7 @@ void forward_group(const AttentionInputs& in, int64_t chunk, const AttentionOutp
     for (int64_t index = query.first_key_block; index <= first / in.block_tokens; ++index) {
       const KeyBlock keys = key_block(in, query, range, index);
       score_product(in, query, keys, key_panel, query_transposed, scores);
-      fold_scores(in, query, keys, range, state, scores, shift);
+      fold_scores(in, query, keys, range, state, scores);
       const bool is_first = index == query.first_key_block;
       lane_product(in, query, keys,
                    {.weights = scores,
@@ -370,20 +354,18 @@ struct BackwardPanels {
 // probs = exp(scaled score - lse), d_scores = probs * (d_probs - delta) * scale, both in place.
 void score_gradients(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
                      const LaneRange& range, const BackwardPanels& p) {
-  const int64_t padded = query.padded;
-  for (int64_t key = 0; key < keys.keys; ++key) {
-    float* probs = p.probs + key * padded;
-    const int64_t first_lane = strip_lane(in, keys, key);
-    for (int64_t lane = first_lane; lane < padded; lane += kLanes) {
-      store_lanes(probs + lane, masked_score(load_lanes(probs + lane), in.scale, keys, key,
-                                             load_lanes(range.first_key + lane),
-                                             load_lanes(range.last_key + lane)));
-    }
-    exp_shifted(probs + first_lane, p.lse + first_lane, padded - first_lane);
-    float* d_scores = p.d_scores + key * padded;
-    for (int64_t lane = first_lane; lane < padded; lane += kLanes) {
-      const Lanes d_probs = load_lanes(d_scores + lane) - load_lanes(p.delta + lane);
-      store_lanes(d_scores + lane, load_lanes(probs + lane) * d_probs * in.scale);
+  for (int64_t lane = 0; lane < query.padded; lane += kLanes) {
+    const Lanes first_key = load_lanes(range.first_key + lane);
+    const Lanes last_key = load_lanes(range.last_key + lane);
+    const Lanes lse = load_lanes(p.lse + lane), delta = load_lanes(p.delta + lane);
+    const int64_t count = key_count(in, keys, lane);
+    for (int64_t key = 0; key < count; ++key) {
+      const int64_t at = key * query.padded + lane;
+      const Lanes score =
+          masked_score(load_lanes(p.probs + at), in.scale, keys, key, first_key, last_key);
+      const Lanes prob = exp_lanes(score - lse);
+      store_lanes(p.probs + at, prob);
+      store_lanes(p.d_scores + at, prob * (load_lanes(p.d_scores + at) - delta) * in.scale);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Cross entropy on the CPU: three passes over a row that stays in cache, one exp per logit.
+// Cross entropy on the CPU: passes over a row that stays in cache, one exp per logit.
 #include "kernels/cross_entropy.h"
 
 #include <algorithm>
@@ -10,10 +10,25 @@
 namespace cambium::reference {
 namespace {
 
-// out = exp(x - shift); `out` may be `x`.
-void exp_row(const float* x, float shift, float* out, int64_t count) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) out[i] = fmath::exp(x[i] - shift);
+// out = exp(x - shift) and its sum in 32 partial sums; `out` may be `x`.
+float exp_row(const float* x, float shift, float* out, int64_t count) {
+  const Lanes shift_lanes = broadcast(shift);
+  Lanes sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int part = 0; part < 4; ++part) {
+      const int64_t at = i + part * kLanes;
+      const Lanes e = exp_lanes(load_lanes(x + at) - shift_lanes);
+      store_lanes(out + at, e);
+      sum[part] += e;
+    }
+  }
+  float total = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < count; ++i) {
+    out[i] = fmath::exp(x[i] - shift);
+    total += out[i];
+  }
+  return total;
 }
 
 void scale_in_place(float* x, float factor, int64_t count) {
@@ -41,8 +56,7 @@ void cross_entropy(const CrossEntropyArgs& args, Workers& workers) {
       const float* x = logits.row(t);
       const float at_target = x[target], largest = max_of(x, V);
       float* probs = wants_gradient ? d_logits.row(t) : scratch.floats(0, V);
-      exp_row(x, largest, probs, V);
-      const float total = sum(probs, V);
+      const float total = exp_row(x, largest, probs, V);
       loss[t] = fmath::log(total) + (largest - at_target);
       if (!wants_gradient) continue;
       scale_in_place(probs, 1.0f / total, V);

@@ -7,12 +7,16 @@
 
 #include <immintrin.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
+
+#include "src/base/fmath.h"
 
 namespace cambium::reference {
 
 using Lanes = float __attribute__((vector_size(32)));
+using LaneBits = int32_t __attribute__((vector_size(32)));
 constexpr int64_t kLanes = 8;
 
 inline Lanes load_lanes(const float* from) {
@@ -24,6 +28,22 @@ inline void store_lanes(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof
 inline Lanes broadcast(float value) { return _mm256_set1_ps(value); }
 inline Lanes fma_lanes(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 inline Lanes max_lanes(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
+
+struct LaneOps {
+  static Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+  static Lanes fused(Lanes a, float b, float c) { return fused(a, broadcast(b), broadcast(c)); }
+  static Lanes fused(Lanes a, float b, Lanes c) { return fused(a, broadcast(b), c); }
+  static Lanes fused(Lanes a, Lanes b, float c) { return fused(a, b, broadcast(c)); }
+  // The operand order keeps NaN, as the scalar form does.
+  static Lanes clamp(Lanes x, float low, float high) {
+    return _mm256_min_ps(broadcast(high), _mm256_max_ps(broadcast(low), x));
+  }
+  static LaneBits to_bits(Lanes x) { return std::bit_cast<LaneBits>(x); }
+  static Lanes from_bits(LaneBits bits) { return std::bit_cast<Lanes>(bits); }
+};
+
+// fmath::exp of every lane, bit for bit.
+inline Lanes exp_lanes(Lanes x) { return fmath::detail::exp_steps<LaneOps>(x); }
 
 inline float sum_of_lanes(Lanes v) {
   return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
@@ -47,19 +67,6 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-// Sum of a[i] in fp32.
-inline float sum(const float* a, int64_t count) {
-  Lanes sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int part = 0; part < 4; ++part) sum[part] += load_lanes(a + i + part * kLanes);
-  }
-  for (; i + kLanes <= count; i += kLanes) sum[0] += load_lanes(a + i);
-  float total = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; i < count; ++i) total += a[i];
-  return total;
-}
-
 // Sum of a[i] b[i] c[i] in fp32.
 inline float dot3(const float* a, const float* b, const float* c, int64_t count) {
   Lanes sum[4] = {};
@@ -78,13 +85,18 @@ inline float dot3(const float* a, const float* b, const float* c, int64_t count)
   return total;
 }
 
-// The largest of a[0..count), count >= 1. NaN in, anything out.
+// The largest of a[0..count), count >= 1. A NaN may be passed over.
 inline float max_of(const float* a, int64_t count) {
-  Lanes best = broadcast(a[0]);
+  Lanes best[4] = {broadcast(a[0]), broadcast(a[0]), broadcast(a[0]), broadcast(a[0])};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) best = max_lanes(best, load_lanes(a + i));
-  float largest = best[0];
-  for (int lane = 1; lane < kLanes; ++lane) largest = best[lane] > largest ? best[lane] : largest;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int part = 0; part < 4; ++part) {
+      best[part] = max_lanes(best[part], load_lanes(a + i + part * kLanes));
+    }
+  }
+  const Lanes top = max_lanes(max_lanes(best[0], best[1]), max_lanes(best[2], best[3]));
+  float largest = top[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = top[lane] > largest ? top[lane] : largest;
   for (; i < count; ++i) largest = a[i] > largest ? a[i] : largest;
   return largest;
 }

@@ -152,28 +152,43 @@ inline constexpr double kLargestAngle = 0x1p30;
 
 inline double exp(double x) { return detail::exp_sum(x, 0.0); }
 
-inline float exp(float x) {
-  float bounded = x < -104.0f ? -104.0f : x;
-  bounded = bounded > 89.0f ? 89.0f : bounded;
-  const float shifted = __builtin_fmaf(bounded, 0x1.715476p+0f, detail::kRoundToIntegerF);
-  const float n = shifted - detail::kRoundToIntegerF;
-  const int32_t exponent =
-      std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(detail::kRoundToIntegerF);
-  float r = __builtin_fmaf(n, -0x1.62e43p-1f, bounded);
-  r = __builtin_fmaf(n, 0x1.05c61p-29f, r);
+namespace detail {
+
+// The steps of exp(float), written once for a float and for vectors of floats (reference/
+// lane_math.h), whose operations `Ops` names: fused multiply-add, clamp, and bits. Same bits.
+template <class Ops, class Float>
+inline Float exp_steps(Float x) {
+  const Float bounded = Ops::clamp(x, -104.0f, 89.0f);
+  const Float shifted = Ops::fused(bounded, 0x1.715476p+0f, kRoundToIntegerF);
+  const Float n = shifted - kRoundToIntegerF;
+  const auto exponent = Ops::to_bits(shifted) - std::bit_cast<int32_t>(kRoundToIntegerF);
+  Float r = Ops::fused(n, -0x1.62e43p-1f, bounded);
+  r = Ops::fused(n, 0x1.05c61p-29f, r);
   // Minimax for (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, relative error 3.1e-9 of exp(r).
-  float p = 0x1.6a23dep-10f;
-  p = __builtin_fmaf(p, r, 0x1.123a2p-7f);
-  p = __builtin_fmaf(p, r, 0x1.5558f2p-5f);
-  p = __builtin_fmaf(p, r, 0x1.555492p-3f);
-  p = __builtin_fmaf(p, r, 0x1.fffffcp-2f);
-  const float y = 1.0f + __builtin_fmaf(r * r, p, r);
+  Float p = Ops::fused(r, 0x1.6a23dep-10f, 0x1.123a2p-7f);
+  p = Ops::fused(p, r, 0x1.5558f2p-5f);
+  p = Ops::fused(p, r, 0x1.555492p-3f);
+  p = Ops::fused(p, r, 0x1.fffffcp-2f);
+  const Float y = 1.0f + Ops::fused(r * r, p, r);
   // Two factors, so that results below FLT_MIN and above FLT_MAX come out right.
-  const int32_t half = exponent >> 1;
-  const float first = std::bit_cast<float>(static_cast<uint32_t>(half + 127) << 23);
-  const float second = std::bit_cast<float>(static_cast<uint32_t>(exponent - half + 127) << 23);
-  return y * first * second;
+  const auto half = exponent >> 1;
+  return y * Ops::from_bits((half + 127) << 23) * Ops::from_bits((exponent - half + 127) << 23);
 }
+
+struct ScalarOps {
+  static float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  // NaN stays NaN.
+  static float clamp(float x, float low, float high) {
+    const float bounded = x < low ? low : x;
+    return bounded > high ? high : bounded;
+  }
+  static int32_t to_bits(float x) { return std::bit_cast<int32_t>(x); }
+  static float from_bits(int32_t bits) { return std::bit_cast<float>(bits); }
+};
+
+}  // namespace detail
+
+inline float exp(float x) { return detail::exp_steps<detail::ScalarOps>(x); }
 
 inline double log(double x) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
