@@ -1,0 +1,82 @@
+#include "kernels/grad_norm.h"
+
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "reference/chunks.h"
+#include "reference/lanes.h"
+
+namespace cambium::reference {
+
+namespace {
+
+constexpr int64_t kLanes = 32;
+static_assert(kNormBlockElements % kLanes == 0, "only a tensor's last block has a partial row");
+constexpr int64_t kBlocksPerChunk = 8;  // 128 KiB
+
+float block_square_sum(const float* x, int64_t count) {
+  Float8 sum[4] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const Float8 value = load8(x + i + 8 * j);
+      sum[j] += value * value;
+    }
+  }
+  for (int j = 0; j < 4 && i + 8 * j < count; ++j) {
+    const Float8 value = load8_partial(x + i + 8 * j, count - i - 8 * j, 0.0f);
+    sum[j] += value * value;
+  }
+  return fold_sum((sum[0] + sum[2]) + (sum[1] + sum[3]));
+}
+
+// Fixed binary tree over [0, count): split at the largest power of two below the count.
+double tree_sum(const double* values, int64_t count) {
+  if (count == 0) return 0;
+  if (count == 1) return values[0];
+  const auto half = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(count - 1)));
+  return tree_sum(values, half) + tree_sum(values + half, count - half);
+}
+
+}  // namespace
+
+void square_sum(const SquareSumArgs& a, Workers& workers) {
+  const int64_t N = a.grad_N[0], B = a.partial_B[0];
+  for_ranges(workers, B, kBlocksPerChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kNormBlockElements;
+      a.partial_B.pointer()[block] =
+          block_square_sum(a.grad_N.pointer() + first, std::min(kNormBlockElements, N - first));
+    }
+  });
+}
+
+void clip_scale(const ClipScaleArgs& a, Workers&) {
+  const int64_t tensors = a.tensor_first_block_n1[0] - 1;
+  const int32_t* first_block = a.tensor_first_block_n1.pointer();
+  CHECK_EQ(first_block[0], 0);
+  CHECK_EQ(int64_t{first_block[tensors]}, a.partial_B[0]);
+  const std::vector<double> partial_B(a.partial_B.pointer(),
+                                      a.partial_B.pointer() + a.partial_B[0]);
+  std::vector<double> tensor_sum(static_cast<size_t>(tensors));
+  int64_t first_bad = -1;
+  for (int64_t n = 0; n < tensors; ++n) {
+    CHECK_LE(first_block[n], first_block[n + 1]);
+    tensor_sum[n] =
+        tree_sum(partial_B.data() + first_block[n], first_block[n + 1] - first_block[n]);
+    if (first_bad == -1 && !std::isfinite(tensor_sum[n])) first_bad = n;
+  }
+  // Squares are fp32, so a finite fp64 sum of them cannot overflow.
+  const double norm = std::sqrt(tree_sum(tensor_sum.data(), tensors)) * a.inverse_tokens;
+  const double factor = a.clip > 0 ? std::min(1.0, a.clip / (norm + 1e-6)) : 1.0;
+  float* result = a.result_4.pointer();
+  result[kClipNorm] = static_cast<float>(norm);
+  result[kClipScale] = first_bad == -1 ? static_cast<float>(a.inverse_tokens * factor)
+                                       : std::numeric_limits<float>::quiet_NaN();
+  result[kClipNonFinite] = first_bad == -1 ? 0.0f : 1.0f;
+  result[kClipFirstTensor] = static_cast<float>(first_bad);
+}
+
+}  // namespace cambium::reference
