@@ -1,7 +1,7 @@
 // Gradient norm over canonical tensors, and the scale that AdamW applies.
 //
 //   square_sum:  partial_B[b] = sum of squares of block b (4,096 elements, the last one short), in
-//                fp32 over 32 lanes (lane = element mod 32) folded by halves
+//                fp32 over 32 lanes (lane = element mod 32), each fused
 //   clip_scale:  total = fixed binary tree (split at the largest power of two below the count) over
 //                each tensor's blocks, then the same tree over tensors, in fp64
 //                norm  = sqrt(total) * inverse_tokens

@@ -6,31 +6,13 @@
 #include <vector>
 
 #include "reference/chunks.h"
-#include "reference/lanes.h"
+#include "reference/lane_math.h"
 
 namespace cambium::reference {
 
 namespace {
 
-constexpr int64_t kLanes = 32;
-static_assert(kNormBlockElements % kLanes == 0, "only a tensor's last block has a partial row");
 constexpr int64_t kBlocksPerChunk = 8;  // 128 KiB
-
-float block_square_sum(const float* x, int64_t count) {
-  Float8 sum[4] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      const Float8 value = load8(x + i + 8 * j);
-      sum[j] += value * value;
-    }
-  }
-  for (int j = 0; j < 4 && i + 8 * j < count; ++j) {
-    const Float8 value = load8_partial(x + i + 8 * j, count - i - 8 * j, 0.0f);
-    sum[j] += value * value;
-  }
-  return fold_sum((sum[0] + sum[2]) + (sum[1] + sum[3]));
-}
 
 // Fixed binary tree over [0, count): split at the largest power of two below the count.
 double tree_sum(const double* values, int64_t count) {

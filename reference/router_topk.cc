@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "reference/chunks.h"
-#include "reference/lanes.h"
+#include "reference/lane_math.h"
 #include "src/base/fmath.h"
 
 namespace cambium::reference {
@@ -30,10 +30,10 @@ struct Selection {
 };
 
 void softmax_row(const float* logits, float* probs, int64_t E) {
-  const float most = row_max(logits, E);
+  const float most = max_of(logits, E);
   for (int64_t e = 0; e < E; ++e) probs[e] = fmath::exp(logits[e] - most);
-  const float sum = row_sum(probs, E);
-  for (int64_t e = 0; e < E; ++e) probs[e] /= sum;
+  const float total = sum(probs, E);
+  for (int64_t e = 0; e < E; ++e) probs[e] /= total;
 }
 
 // Selects and weighs one token. A NaN score counts as -infinity, so that indices are always valid
@@ -95,19 +95,19 @@ void router_topk_backward(const RouterTopkBackwardArgs& a, Workers& workers) {
       selected_gradient(probs, index, a.d_weight_TK.pointer() + t * a.d_weight_TK.row_stride, K,
                         a.normalize, d_selected);
       const float* d_probs = nullptr;
-      float dot = 0;  // sum over experts of g * probs
-      for (int64_t k = 0; k < K; ++k) dot += d_selected[k] * probs[index[k]];
+      float mean = 0;  // sum over experts of g * probs
+      for (int64_t k = 0; k < K; ++k) mean += d_selected[k] * probs[index[k]];
       if (!a.d_probs_TE.empty()) {
         d_probs = a.d_probs_TE.pointer() + t * a.d_probs_TE.row_stride;
-        dot += row_dot(d_probs, probs, E);
-        for (int64_t e = 0; e < E; ++e) d_logits[e] = probs[e] * (d_probs[e] - dot);
+        mean += dot(d_probs, probs, E);
+        for (int64_t e = 0; e < E; ++e) d_logits[e] = probs[e] * (d_probs[e] - mean);
       } else {
-        for (int64_t e = 0; e < E; ++e) d_logits[e] = probs[e] * -dot;
+        for (int64_t e = 0; e < E; ++e) d_logits[e] = probs[e] * -mean;
       }
       for (int64_t k = 0; k < K; ++k) {
         const int32_t e = index[k];
         const float direct = d_probs == nullptr ? 0.0f : d_probs[e];
-        d_logits[e] = probs[e] * ((direct + d_selected[k]) - dot);
+        d_logits[e] = probs[e] * ((direct + d_selected[k]) - mean);
       }
       if (a.d_logits_in_TE.empty()) continue;
       const float* d_logits_in = a.d_logits_in_TE.pointer() + t * a.d_logits_in_TE.row_stride;

@@ -1,7 +1,7 @@
 #include "kernels/z_loss.h"
 
 #include "reference/chunks.h"
-#include "reference/lanes.h"
+#include "reference/lane_math.h"
 #include "src/base/fmath.h"
 
 namespace cambium::reference {
@@ -12,12 +12,12 @@ void z_loss(const ZLossArgs& a, Workers& workers) {
     for (int64_t t = begin; t < end; ++t) {
       const float* logits = a.logits_TE.pointer() + t * a.logits_TE.row_stride;
       float* d_logits = a.d_logits_TE.pointer() + t * a.d_logits_TE.row_stride;
-      const float most = row_max(logits, E);
+      const float most = max_of(logits, E);
       for (int64_t e = 0; e < E; ++e) d_logits[e] = fmath::exp(logits[e] - most);
-      const float sum = row_sum(d_logits, E);
-      const float lse = most + fmath::log(sum);
+      const float total = sum(d_logits, E);
+      const float lse = most + fmath::log(total);
       a.loss_T.pointer()[t] = a.loss_scale * (lse * lse);
-      const float coefficient = a.gradient_scale * 2.0f * lse / sum;
+      const float coefficient = a.gradient_scale * 2.0f * lse / total;
       for (int64_t e = 0; e < E; ++e) d_logits[e] *= coefficient;
     }
   });

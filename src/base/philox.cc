@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "src/base/check.h"
+#include "src/base/fmath.h"
 
 namespace cambium {
 
@@ -45,7 +46,39 @@ uint64_t feistel(uint64_t value, int bits, const FeistelKey& key) {
   return left << right_bits | right;
 }
 
+// The four normals of one counter: elements 4 * quad .. 4 * quad + 3 of a tensor. Box-Muller in
+// fp64, rounded once; a radius of at most 6.8 comes from 32 random bits.
+std::array<float, 4> normal_quad(const RandomSequence& sequence, uint64_t quad) {
+  constexpr double kTwoPi = 0x1.921fb54442d18p+2;
+  const PhiloxCounter bits = random_bits(sequence, quad);
+  std::array<float, 4> normals{};
+  for (int pair = 0; pair < 2; ++pair) {
+    const double open_uniform = (static_cast<double>(bits[2 * pair]) + 0.5) * 0x1p-32;
+    const double angle = kTwoPi * (static_cast<double>(bits[2 * pair + 1]) * 0x1p-32);
+    const double radius = __builtin_sqrt(-2.0 * fmath::log(open_uniform));
+    normals[2 * pair] = static_cast<float>(radius * fmath::cos(angle));
+    normals[2 * pair + 1] = static_cast<float>(radius * fmath::sin(angle));
+  }
+  return normals;
+}
+
 }  // namespace
+
+float random_normal(const RandomSequence& sequence, uint64_t element) {
+  return normal_quad(sequence, element / 4)[element % 4];
+}
+
+void fill_normal(float* out, uint64_t first_element, int64_t count, float std, uint64_t seed,
+                 uint64_t tensor_id) {
+  const RandomSequence sequence{seed, RandomStream::init, tensor_id};
+  const uint64_t end = first_element + static_cast<uint64_t>(count);
+  for (uint64_t element = first_element; element < end;) {
+    const std::array<float, 4> normals = normal_quad(sequence, element / 4);
+    do {
+      *out++ = std * normals[element % 4];
+    } while (++element % 4 != 0 && element < end);
+  }
+}
 
 uint64_t permute_index(uint64_t index, uint64_t n, uint64_t seed, uint64_t epoch) {
   CHECK_LT(index, n);

@@ -84,8 +84,8 @@ constexpr uint64_t random_below(uint64_t bound, const RandomSequence& sequence, 
       (static_cast<unsigned __int128>(random_u64(sequence, element)) * bound) >> 64);
 }
 
-// Standard normal of draw number `element` (Box-Muller, fp32, through src/base/fmath.h). Its
-// sequence is independent of `random_u64` only when the entity differs.
+// Standard normal of draw number `element` (Box-Muller through src/base/fmath.h). Four elements
+// share a counter, so an entity draws either normals or bits, never both.
 float random_normal(const RandomSequence& sequence, uint64_t element);
 
 // out[i] = std * normal(first_element + i) of the init stream: a value depends on (seed, tensor_id)

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <vector>
 
@@ -87,6 +88,46 @@ TEST(Philox, PermuteIndexOfThreeReachesEveryOrder) {
                    permute_index(2, 3, 9, epoch)});
   }
   EXPECT_EQ(orders.size(), 6u);
+}
+
+TEST(Philox, NormalsDependOnTheElementAlone) {
+  std::vector<float> whole(1003);
+  fill_normal(whole.data(), 0, 1003, 0.5f, 11, 77);
+  for (uint64_t first : {0, 1, 2, 3, 4, 500, 1002}) {
+    for (int64_t count : {0, 1, 2, 5, 200}) {
+      if (first + count > 1003) continue;
+      std::vector<float> part(count + 1, -99.0f);
+      fill_normal(part.data(), first, count, 0.5f, 11, 77);
+      EXPECT_TRUE(std::equal(part.begin(), part.end() - 1, whole.begin() + first));
+      EXPECT_EQ(part.back(), -99.0f);
+    }
+  }
+  EXPECT_EQ(whole[6], 0.5f * random_normal({11, RandomStream::init, 77}, 6));
+  std::vector<float> other(1003);
+  fill_normal(other.data(), 0, 1003, 0.5f, 11, 78);
+  EXPECT_NE(whole, other);
+}
+
+TEST(Philox, NormalsHaveTheMomentsOfANormal) {
+  constexpr int64_t kCount = 400000;
+  std::vector<float> x(kCount);
+  fill_normal(x.data(), 12345, kCount, 1.0f, 3, 5);
+  double sum1 = 0, sum2 = 0, sum3 = 0, sum4 = 0, lag = 0;
+  int64_t beyond_two = 0;
+  for (int64_t i = 0; i < kCount; ++i) {
+    const double v = x[i];
+    sum1 += v, sum2 += v * v, sum3 += v * v * v, sum4 += v * v * v * v;
+    if (i > 0) lag += v * x[i - 1];
+    beyond_two += std::abs(v) > 2;
+  }
+  // Five standard errors of each estimate.
+  const double unit = 5 / std::sqrt(static_cast<double>(kCount));
+  EXPECT_NEAR(sum1 / kCount, 0, unit);
+  EXPECT_NEAR(sum2 / kCount, 1, unit * std::sqrt(2.0));
+  EXPECT_NEAR(sum3 / kCount, 0, unit * std::sqrt(15.0));
+  EXPECT_NEAR(sum4 / kCount, 3, unit * std::sqrt(96.0));
+  EXPECT_NEAR(lag / kCount, 0, unit);
+  EXPECT_NEAR(static_cast<double>(beyond_two) / kCount, 0.0455003, unit * 0.2084);
 }
 
 }  // namespace
