@@ -13,6 +13,10 @@ struct CopyBytesArgs {
 struct ZeroBytesArgs {
   Out<uint8_t> to_N;
 };
+struct ScaleValuesArgs {
+  InOut<float> value_N;
+  float factor = 1;
+};
 struct CastRealArgs {
   In<Real> from_N;
   Out<Real> to_N;  // rounded to nearest-even when bf16
@@ -26,6 +30,16 @@ inline void check_args(const ZeroBytesArgs& a) {
 }
 inline void check_args(const CastRealArgs& a) {
   check_shape("cast_real", "to_N", a.to_N, Shape(a.from_N[0]));
+}
+inline void check_args(const ScaleValuesArgs& a) {
+  check_shape("scale_values", "value_N", a.value_N, Shape(a.value_N[0]));
+}
+inline Cost cost(const ScaleValuesArgs& a) {
+  return {"scale_values", {a.value_N[0]}, a.value_N[0], 8 * a.value_N[0], 0};
+}
+template <class Visitor>
+void visit_views(const ScaleValuesArgs& a, Visitor&& visit) {
+  visit("value_N", a.value_N);
 }
 inline Cost cost(const CastRealArgs& a) {
   return {"cast_real",
@@ -58,6 +72,7 @@ namespace reference {
 void copy_bytes(const CopyBytesArgs& args, Workers& workers);
 void zero_bytes(const ZeroBytesArgs& args, Workers& workers);
 void cast_real(const CastRealArgs& args, Workers& workers);
+void scale_values(const ScaleValuesArgs& args, Workers& workers);
 }  // namespace reference
 
 inline void copy_bytes(const CopyBytesArgs& args, OpContext& context) {
@@ -65,6 +80,9 @@ inline void copy_bytes(const CopyBytesArgs& args, OpContext& context) {
 }
 inline void zero_bytes(const ZeroBytesArgs& args, OpContext& context) {
   execute(args, context, reference::zero_bytes, kCpuOnly);
+}
+inline void scale_values(const ScaleValuesArgs& args, OpContext& context) {
+  execute(args, context, reference::scale_values, kCpuOnly);
 }
 inline void cast_real(const CastRealArgs& args, OpContext& context) {
   execute(args, context, reference::cast_real, kCpuOnly);

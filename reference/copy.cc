@@ -29,6 +29,10 @@ void zero_bytes(const ZeroBytesArgs& args, Workers& workers) {
   });
 }
 
+void scale_values(const ScaleValuesArgs& args, Workers&) {
+  for (int64_t i = 0; i < args.value_N[0]; ++i) args.value_N.pointer()[i] *= args.factor;
+}
+
 void cast_real(const CastRealArgs& args, Workers&) {
   const ReadF32 from(args.from_N);
   const WriteF32 to(args.to_N);

@@ -315,6 +315,14 @@ void ParamGroup::merge_nodes(const std::vector<BlockRange>& nodes, float* data, 
   }
 }
 
+void ParamGroup::scale_gradient(float factor) {
+  for (const ParamPiece& piece : optimized_) {
+    scale_values(
+        {.value_N = {gradient(piece.flat_offset()), Shape(piece.elements)}, .factor = factor},
+        rank_.ops);
+  }
+}
+
 void ParamGroup::gather_weights() {
   if (shards_ > 1 && rank_.config.parallel.sharding != Sharding::none) {
     rank_.comm_waits_for_compute();

@@ -82,6 +82,8 @@ class ParamGroup {
   float* moment2(int64_t flat_offset) const { return moment2_.f32() + flat_offset - state_first_; }
   // bf16 copy's address of a flat offset; null when compute is fp32.
   uint16_t* compute_copy(int64_t flat_offset) const;
+  // Multiplies the final gradient of the optimized pieces (the fault `expert_gradient_scale`).
+  void scale_gradient(float factor);
   // After the optimizer: every replica gets every shard.
   void gather_weights();
   // Host values into the fp32 weights, from `first_element` of the tensor on.

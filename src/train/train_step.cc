@@ -1,0 +1,302 @@
+#include "src/train/train_step.h"
+
+#include <cmath>
+
+#include "kernels/adamw.h"
+#include "kernels/copy.h"
+#include "kernels/expert_load.h"
+#include "kernels/grad_norm.h"
+#include "kernels/metric_sum.h"
+#include "kernels/param_digest.h"
+#include "src/base/fmath.h"
+
+namespace cambium {
+
+namespace {
+
+// Sum of one column of the metrics table by the canonical tree, in fp64.
+double tree_sum(const float* table, int64_t column, BlockRange range) {
+  if (range.count() == 0) return 0;
+  if (range.count() == 1) return table[range.first * kMetricColumns + column];
+  const int64_t middle = range.first + canonical_split(range.count());
+  return tree_sum(table, column, {range.first, middle}) +
+         tree_sum(table, column, {middle, range.end});
+}
+
+}  // namespace
+
+TrainStep::TrainStep(Rank& rank, const ModelConfig& model)
+    : rank_(rank), model_(rank, model), layout_(rank.config) {
+  const int64_t loads = model.layers * model.experts;
+  const int64_t table = layout_.total_blocks * kMetricColumns;
+  metric_table_ = rank.workspace(4 * table, "metrics table");
+  global_count_LE_ = rank.workspace(4 * loads, "global expert loads");
+  norm_partial_ = rank.workspace(4 * model_.first_norm_block().back(), "norm partials");
+  clip_result_ = rank.workspace(4 * 4, "clip result");
+  first_norm_block_ = rank.upload(model_.first_norm_block(), "first norm blocks");
+  const int64_t digest_bytes = std::ssize(model_.tensors()) * 16;
+  digest_table_ = rank.workspace(digest_bytes, "digests");
+  gathered_digests_ = rank.workspace(digest_bytes * rank.data->ranks(), "all ranks' digests");
+}
+
+void TrainStep::begin(int64_t batch_index, const SequenceSource& source) {
+  targets_ = source.target_count(batch_index);
+  batches_.clear();
+  batches_.reserve(static_cast<size_t>(layout_.micro_batches));
+  rank_.zero(metric_table_);
+  rank_.zero(model_.router().count_LE);
+}
+
+MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t batch_index,
+                                         int64_t micro_batch) {
+  const Config& config = rank_.config;
+  const int64_t dp_index = rank_.at.dp_index;
+  Batch& batch = batches_.emplace_back();
+  source.fill(batch_index,
+              {layout_.first_sequence(dp_index, micro_batch), layout_.micro_batch_sequences},
+              batch);
+  const BlockRange blocks = layout_.blocks(dp_index, micro_batch);
+  const double sequences = static_cast<double>(config.train.global_batch_sequences);
+  const double positions = sequences * static_cast<double>(config.train.sequence_length);
+  const double count = static_cast<double>(targets_);
+  return model_.upload(
+      {.token_T = &batch.token_T,
+       .target_T = &batch.target_T,
+       .position_T = &batch.position_T,
+       .document_start_T = config.data.document_mask ? &batch.document_start_T : nullptr,
+       .sequence_length = config.train.sequence_length,
+       .first_block = blocks.first,
+       .balance_gradient_scale = config.balance.loss_weight * count / sequences,
+       .z_gradient_scale = config.balance.z_loss_weight * count / positions},
+      {metric_table_.f32() + blocks.first * kMetricColumns, Shape(blocks.count(), kMetricColumns)});
+}
+
+void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
+  begin(batch_index, source);
+  model_.dense().begin_step();
+  model_.expert().begin_step();
+  for (int64_t micro = 0; micro < layout_.micro_batches; ++micro) {
+    const MicroBatch batch = upload_micro_batch(source, batch_index, micro);
+    model_.dense().begin_micro_batch(micro);
+    model_.expert().begin_micro_batch(micro);
+    model_.train_micro_batch(batch);
+  }
+  model_.dense().reduce_gradients();
+  model_.expert().reduce_gradients();
+  // The fault `expert_gradient_scale`: this rank's expert gradients times the size of its group.
+  if (rank_.has_fault("expert_gradient_scale")) {
+    model_.expert().scale_gradient(static_cast<float>(rank_.mesh.ep));
+  }
+  reduce_metrics();
+  compute_norm();
+}
+
+// Every entry of the tables has one contributor, or is an integer: the sums are exact.
+void TrainStep::reduce_metrics() {
+  const int64_t loads = model_.config().layers * model_.config().experts;
+  rank_.comm_waits_for_compute();
+  rank_.compute_waits(all_reduce({.communicator = *rank_.data,
+                                  .stream = rank_.comm,
+                                  .send = metric_table_.data(),
+                                  .recv = metric_table_.data(),
+                                  .count = layout_.total_blocks * kMetricColumns}));
+  rank_.compute_waits(all_reduce({.communicator = *rank_.data,
+                                  .stream = rank_.comm,
+                                  .send = model_.router().count_LE.data(),
+                                  .recv = global_count_LE_.data(),
+                                  .count = loads,
+                                  .dtype = DType::i32}));
+}
+
+void TrainStep::compute_norm() {
+  const int64_t blocks = model_.first_norm_block().back();
+  rank_.zero(norm_partial_);
+  for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
+    for (const ParamPiece& piece : group->owned_pieces()) {
+      const int64_t first =
+          piece.tensor->first_norm_block + piece.first_element / kNormBlockElements;
+      square_sum(
+          {.grad_N = {group->gradient(piece.flat_offset()), Shape(piece.elements)},
+           .partial_B = {norm_partial_.f32() + first, Shape(norm_block_count(piece.elements))}},
+          rank_.ops);
+    }
+  }
+  rank_.comm_waits_for_compute();
+  rank_.compute_waits(all_reduce({.communicator = *rank_.data,
+                                  .stream = rank_.comm,
+                                  .send = norm_partial_.data(),
+                                  .recv = norm_partial_.data(),
+                                  .count = blocks}));
+  const int64_t tensors = std::ssize(model_.tensors());
+  clip_scale({.partial_B = {norm_partial_.f32(), Shape(blocks)},
+              .tensor_first_block_n1 = {first_norm_block_.as<int32_t>(), Shape(tensors + 1)},
+              .inverse_tokens = 1.0 / static_cast<double>(std::max<int64_t>(1, targets_)),
+              .clip = rank_.config.optimizer.clip,
+              .result_4 = {clip_result_.f32(), Shape(4)}},
+             rank_.ops);
+}
+
+void TrainStep::apply_adamw(int64_t step, double learning_rate) {
+  const OptimizerConfig& optimizer = rank_.config.optimizer;
+  const double count = static_cast<double>(step);
+  const double correction1 = 1.0 - fmath::pow(optimizer.beta1, count);
+  const double correction2 = 1.0 - fmath::pow(optimizer.beta2, count);
+  for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
+    for (const ParamPiece& piece : group->optimized_pieces()) {
+      const int64_t at = piece.flat_offset();
+      const Shape shape(piece.elements);
+      const bool decays = optimizer.decay == DecayRule::all ||
+                          piece.tensor->canonical.decay_kind() == DecayKind::matrix;
+      adamw({.param_N = {group->weights() + at, shape},
+             .m_N = {group->moment1(at), shape},
+             .v_N = {group->moment2(at), shape},
+             .grad_N = {group->gradient(at), shape},
+             .scale_1 = {clip_result_.f32() + kClipScale, Shape(1)},
+             .lr = learning_rate,
+             .beta1 = optimizer.beta1,
+             .beta2 = optimizer.beta2,
+             .epsilon = optimizer.epsilon,
+             .weight_decay = decays ? optimizer.weight_decay : 0.0,
+             .bias_correction1 = correction1,
+             .bias_correction2 = correction2},
+            rank_.ops);
+    }
+    group->gather_weights();
+  }
+}
+
+void TrainStep::update_router_state() {
+  const int64_t layers = model_.config().layers, experts = model_.config().experts;
+  RouterState& router = model_.router();
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const In<int32_t> count(global_count_LE_.as<int32_t>() + layer * experts, Shape(experts));
+    if (!router.select_bias_LE.empty()) {
+      router_bias_update({.count_E = count,
+                          .bias_E = {router.select_bias_LE.f32() + layer * experts, Shape(experts)},
+                          .rate = static_cast<float>(rank_.config.balance.bias_update_rate)},
+                         rank_.ops);
+    }
+    if (!router.fraction_LE.empty()) {
+      count_fraction({.count_E = count,
+                      .fraction_E = {router.fraction_LE.f32() + layer * experts, Shape(experts)}},
+                     rank_.ops);
+    }
+  }
+}
+
+void TrainStep::enqueue_digests() {
+  rank_.zero(digest_table_);
+  for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
+    for (const ParamPiece& piece : group->owned_pieces()) {
+      const CanonicalTensor& canonical = piece.tensor->canonical;
+      param_digest({.data_N = {group->weights() + piece.flat_offset(), Shape(piece.elements)},
+                    .tensor_id = tensor_id(canonical.name),
+                    .first_block = piece.first_element / kDigestBlockElements,
+                    .sum_2 = {digest_table_.as<int64_t>() + 2 * canonical.id, Shape(2)}},
+                   rank_.ops);
+    }
+  }
+  rank_.comm_waits_for_compute();
+  rank_.compute_waits(all_gather({.communicator = *rank_.data,
+                                  .stream = rank_.comm,
+                                  .send = digest_table_.data(),
+                                  .recv = gathered_digests_.data(),
+                                  .count = digest_table_.size_bytes(),
+                                  .dtype = DType::u8}));
+}
+
+std::map<std::string, Digest128> TrainStep::read_digests() {
+  const int64_t tensors = std::ssize(model_.tensors());
+  const auto* words = gathered_digests_.as<uint64_t>();
+  std::map<std::string, Digest128> digests;
+  for (int64_t rank = 0; rank < rank_.data->ranks(); ++rank) {
+    for (int64_t tensor = 0; tensor < tensors; ++tensor) {
+      const uint64_t* sum = words + 2 * (rank * tensors + tensor);
+      digests[model_.tensors()[tensor].name] += Digest128{sum[0], sum[1]};
+    }
+  }
+  return digests;
+}
+
+std::map<std::string, Digest128> TrainStep::digests() {
+  enqueue_digests();
+  rank_.finish_step();
+  return read_digests();
+}
+
+void TrainStep::check_finite(int64_t step) const {
+  const float* result = clip_result_.f32();
+  const char* next = "next: look at the last finite steps in metrics.jsonl, lower optimizer.lr";
+  if (result[kClipNonFinite] != 0.0f) {
+    const int64_t tensor = static_cast<int64_t>(result[kClipFirstTensor]);
+    const char* name = tensor >= 0 ? model_.tensors()[tensor].name.c_str() : "(sum overflows)";
+    fail(ExitCode::non_finite,
+         "gradient of '{}' is not finite at step {} (rank {}); the optimizer did not run; {}", name,
+         step, rank_.at.rank, next);
+  }
+  if (!std::isfinite(read_result().loss)) {
+    fail(ExitCode::non_finite, "the loss is not finite at step {} (rank {}); {}", step,
+         rank_.at.rank, next);
+  }
+}
+
+StepResult TrainStep::read_result() const {
+  const BlockRange all{0, layout_.total_blocks};
+  const double sequences = static_cast<double>(rank_.config.train.global_batch_sequences);
+  const double positions = sequences * static_cast<double>(rank_.config.train.sequence_length);
+  StepResult result;
+  result.tokens = targets_;
+  const float* table = metric_table_.f32();
+  result.loss = tree_sum(table, kMetricLoss, all) / static_cast<double>(targets_);
+  result.balance_loss = tree_sum(table, kMetricBalance, all) / sequences;
+  result.z_loss = tree_sum(table, kMetricZ, all) / positions;
+  result.grad_norm = clip_result_.f32()[kClipNorm];
+  const int64_t layers = model_.config().layers, experts = model_.config().experts;
+  const int32_t* count = global_count_LE_.as<int32_t>();
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    result.expert_load.emplace_back(count + layer * experts, count + (layer + 1) * experts);
+  }
+  return result;
+}
+
+StepResult TrainStep::update(int64_t step, double learning_rate, WithDigests with_digests) {
+  apply_adamw(step, learning_rate);
+  update_router_state();
+  if (with_digests == WithDigests::yes) enqueue_digests();
+  rank_.finish_step();
+  check_finite(step);
+  StepResult result = read_result();
+  result.learning_rate = learning_rate;
+  if (with_digests == WithDigests::yes) result.digests = read_digests();
+  return result;
+}
+
+TrainStep::Evaluation TrainStep::evaluate(const SequenceSource& source, int64_t batch_index,
+                                          float* logits_TV) {
+  begin(batch_index, source);
+  for (int64_t micro = 0; micro < layout_.micro_batches; ++micro) {
+    const MicroBatch batch = upload_micro_batch(source, batch_index, micro);
+    model_.evaluate_micro_batch(batch, micro == 0 ? logits_TV : nullptr);
+  }
+  reduce_metrics();
+  rank_.finish_step();
+  return {tree_sum(metric_table_.f32(), kMetricLoss, {0, layout_.total_blocks}), targets_};
+}
+
+std::map<std::string, std::vector<float>> TrainStep::owned_gradients() {
+  rank_.finish_step();
+  std::map<std::string, std::vector<float>> gradients;
+  for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
+    for (const ParamPiece& piece : group->owned_pieces()) {
+      std::vector<float>& whole = gradients[piece.tensor->canonical.name];
+      whole.resize(static_cast<size_t>(piece.tensor->elements));
+      const float* from = group->gradient(piece.flat_offset());
+      for (int64_t i = 0; i < piece.elements; ++i) {
+        whole[piece.first_element + i] = from[i] / static_cast<float>(targets_);
+      }
+    }
+  }
+  return gradients;
+}
+
+}  // namespace cambium
