@@ -1,0 +1,260 @@
+// cambium train: run directory, data, ranks, and what a finished run leaves behind.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <csignal>
+#include <ctime>
+#include <filesystem>
+#include <optional>
+
+#include "src/cli/commands.h"
+#include "src/cli/launch.h"
+#include "src/cli/model_source.h"
+#include "src/data/ngram.h"
+#include "src/train/generate.h"
+#include "src/train/report.h"
+#include "src/train/train_run.h"
+
+namespace cambium {
+
+namespace {
+
+// NOTE: the one mutable global: a signal handler can reach nothing else.
+volatile std::sig_atomic_t stop_signal_received = 0;
+
+void on_stop_signal(int signal_number) { stop_signal_received = signal_number; }
+
+void install_signal_handlers() {
+  struct sigaction action {};
+  action.sa_handler = on_stop_signal;
+  action.sa_flags = SA_RESTART;
+  sigaction(SIGTERM, &action, nullptr);
+  sigaction(SIGINT, &action, nullptr);
+}
+
+std::string utc_now(const char* format) {
+  const std::time_t now = std::time(nullptr);
+  std::tm parts{};
+  gmtime_r(&now, &parts);
+  char text[64];
+  std::strftime(text, sizeof text, format, &parts);
+  return text;
+}
+
+std::string run_directory(const TrainOptions& options, const Config& config) {
+  if (!options.out.empty()) return options.out;
+  if (!config.run.out.empty()) return config.run.out;
+  return fmt::format("runs/{}-{}", config.name, utc_now("%Y%m%d-%H%M%S"));
+}
+
+void refuse_faults(const Config& config) {
+  if (config.faults.empty() || config.run.allow_faults) return;
+  fail(ExitCode::usage,
+       "[[faults]] injects '{}': train refuses it unless run.allow_faults = true; next: "
+       "`cambium check` shows what a fault does",
+       config.faults.front().kind);
+}
+
+// The run directory, held: new and empty, or an existing one to resume.
+struct RunDirectory {
+  RunDirectory(FileSystem& files, const std::string& path, ResumeChoice resume) {
+    const bool exists = files.kind(path) != EntryKind::missing;
+    if (exists && resume == ResumeChoice::fresh) {
+      fail(ExitCode::directory_in_use,
+           "run directory '{}' exists; next: --resume to go on, or another --out", path);
+    }
+    files.make_directories(path);
+    lock.emplace(files, path);
+    prepare_checkpoints(files, checkpoint_directory(path));
+    if (resume == ResumeChoice::fresh) return;
+    NewestCheckpoint newest = open_newest_checkpoint(files, checkpoint_directory(path));
+    for (const std::string& warning : newest.warnings) fmt::print(stderr, "{}\n", warning);
+    reader = std::move(newest.reader);
+    if (reader == nullptr) {
+      fmt::print(stderr, "resume: '{}' has no completed checkpoint; starting at step 0\n", path);
+    } else {
+      fmt::print(stderr, "resume: from step {}\n", reader->state().step);
+    }
+  }
+  std::optional<DirectoryLock> lock;
+  std::unique_ptr<CheckpointReader> reader;
+};
+
+void check_resume(const CheckpointReader& reader, const Config& config) {
+  const Config saved = parse_config(reader.state().config, reader.path(), {});
+  const std::vector<std::string> differing = resume_differences(saved, config);
+  if (!differing.empty()) {
+    fail(ExitCode::usage,
+         "--resume: {} differs from the saved run's; next: the saved value, or a new --out",
+         differing.front());
+  }
+  if (reader.state().step > config.train.steps) {
+    fail(ExitCode::usage, "--resume: the checkpoint is at step {}, beyond train.steps = {}",
+         reader.state().step, config.train.steps);
+  }
+}
+
+std::string processor_name() {
+  std::string model = "unknown";
+  if (std::FILE* file = std::fopen("/proc/cpuinfo", "r"); file != nullptr) {
+    char line[256];
+    while (std::fgets(line, sizeof line, file) != nullptr) {
+      const std::string text = line;
+      if (text.starts_with("model name")) {
+        model = text.substr(text.find(':') + 2);
+        model.pop_back();
+        break;
+      }
+    }
+    std::fclose(file);
+  }
+  return model;
+}
+
+RunRecord run_record(const Config& config, const Derived& derived, const std::string& resolved) {
+  RunRecord record;
+  record.name = config.name;
+  record.build = fmt::format("g++ {}, {}", __VERSION__, kHasCuda ? "cuda" : "cpu");
+  record.machine = fmt::format("{}, {} cores", processor_name(), worker_threads(0));
+  record.config_hash = xxh3_128(resolved.data(), resolved.size()).hex();
+  record.layout = layout_text(config);
+  record.transport = "sim";
+  record.device = "cpu";
+  record.reduction = config.numerics.reduction == ReductionMode::exact ? "exact" : "fast";
+  record.start_time = utc_now("%Y-%m-%dT%H:%M:%SZ");
+  record.seed = config.run.seed;
+  record.ranks = derived.ranks;
+  record.workers = worker_threads(config.run.workers);
+  record.steps = config.train.steps;
+  record.parameters = derived.parameters;
+  record.active_parameters = derived.active_parameters;
+  return record;
+}
+
+struct LoadedData {
+  TrainingData data;
+  std::unique_ptr<CorpusSequences> train, validation;
+  int64_t validation_batches = 0;
+};
+
+LoadedData load_data(const Config& config) {
+  LoadedData loaded{open_data(data_options(config)), nullptr, nullptr, 0};
+  BatchOptions options;
+  options.sequence_length = config.train.sequence_length;
+  options.global_batch_sequences = config.train.global_batch_sequences;
+  options.document_mask = config.data.document_mask ? DocumentMask::on : DocumentMask::off;
+  options.seed = config.run.seed;
+  loaded.train = std::make_unique<CorpusSequences>(BatchSource(loaded.data.train, options));
+  if (loaded.data.validation.token_count() > config.train.sequence_length) {
+    options.order = BatchOrder::spread;
+    options.sequence_limit = config.train.eval_sequences;
+    loaded.validation =
+        std::make_unique<CorpusSequences>(BatchSource(loaded.data.validation, options));
+    loaded.validation_batches = loaded.validation->source().spread_batches();
+  }
+  return loaded;
+}
+
+// Samples, baselines and the report, from the newest checkpoint: also what --resume of a finished
+// run completes.
+void finish_outputs(const Config& config, const std::string& directory, FileSystem& files,
+                    const LoadedData& data, const TrainOutcome& outcome, RunRecord record) {
+  if (config.train.sample_tokens > 0) {
+    NewestCheckpoint newest = open_newest_checkpoint(files, checkpoint_directory(directory));
+    CHECK(newest.reader != nullptr);
+    GenerateRequest request;
+    request.tokens = config.train.sample_tokens;
+    request.seed = config.run.seed;
+    const std::string text = generate_text(config, *newest.reader, data.data.tokenizer, request);
+    files.write_file_atomic(directory + "/samples.txt",
+                            fmt::format("step {}:\n{}\n", outcome.step, text));
+    fmt::print("sample: {}\n", text);
+  }
+  if (data.validation != nullptr && outcome.reason == StopReason::finished) {
+    const NgramBaselines baselines =
+        ngram_baselines(data.data.train, data.validation->source(), data.data.tokenizer.vocab());
+    record.unigram_loss = baselines.unigram_loss;
+    record.bigram_loss = baselines.bigram_loss;
+    if (!std::isnan(outcome.validation_loss)) {
+      fmt::print("validation loss: {:.4f} nats/token; smoothed unigram {:.4f}, bigram {:.4f}\n",
+                 outcome.validation_loss, baselines.unigram_loss, baselines.bigram_loss);
+    }
+  }
+  write_run_record(directory, record);
+  write_report(directory);
+  fmt::print("report: {}/report.html\n", directory);
+}
+
+}  // namespace
+
+int command_train(const TrainOptions& options) {
+  const Config config = load_config(options.config.path, options.config.sets);
+  const Derived derived = derive(config);
+  refuse_faults(config);
+  const Transport transport =
+      resolve_transport(options.environment, config, static_cast<int>(derived.ranks));
+  CHECK(transport == Transport::sim);
+  const std::string directory = run_directory(options, config);
+  fmt::print("transport: sim, {} ranks ({})\nrun: {}\n", derived.ranks, layout_text(config),
+             directory);
+  std::fflush(stdout);
+  const LoadedData data = load_data(config);
+  FileSystem files;
+  RunDirectory run_files(files, directory, options.resume);
+  if (run_files.reader != nullptr) check_resume(*run_files.reader, config);
+  const std::string resolved = resolved_toml(config);
+  files.write_file_atomic(directory + "/config.resolved.toml", resolved);
+  RunRecord record = run_record(config, derived, resolved);
+  write_run_record(directory, record);
+  const int64_t first_step = run_files.reader == nullptr ? 0 : run_files.reader->state().step;
+  MetricsWriter metrics(directory, first_step,
+                        config.logging.tensorboard ? EventFiles::on : EventFiles::off);
+  const int64_t last_step = options.stop_after_step > 0
+                                ? std::min(options.stop_after_step, config.train.steps)
+                                : config.train.steps;
+  Progress progress(
+      {.first_step = first_step,
+       .total_steps = last_step,
+       .style = stderr_progress_style(),
+       .color = options.environment.get("NO_COLOR").empty() ? Color::on : Color::off});
+  install_signal_handlers();
+  TrainRun run{.config = &config,
+               .derived = &derived,
+               .resolved_config = resolved,
+               .directory = directory,
+               .files = &files,
+               .train = data.train.get(),
+               .validation = data.validation.get(),
+               .validation_batches = data.validation_batches,
+               .resume = run_files.reader.get(),
+               .last_step = last_step,
+               .stop_signal = &stop_signal_received,
+               .metrics = &metrics,
+               .progress = &progress};
+  const std::string resume =
+      fmt::format("cambium train {} --out {} --resume", options.config.path, directory);
+  TrainOutcome outcome;
+  try {
+    launch_ranks({.ranks = derived.ranks, .workers = config.run.workers, .faults = config.faults},
+                 [&](RankEnvironment& environment) { train_rank(environment, run, outcome); });
+    progress.finish();
+    if (outcome.reason != StopReason::signal) {
+      finish_outputs(config, directory, files, data, outcome, record);
+    }
+  } catch (const Error& error) {
+    metrics.write_exit({static_cast<int>(error.exit_code()), error.what(), resume});
+    throw;
+  }
+  if (outcome.reason == StopReason::signal) {
+    metrics.write_exit(
+        {static_cast<int>(ExitCode::stopped_by_signal), "stopped by signal", resume});
+    fmt::print(stderr, "stopped by signal after step {}; resume: {}\n", outcome.step, resume);
+    return static_cast<int>(ExitCode::stopped_by_signal);
+  }
+  const bool finished = outcome.reason == StopReason::finished;
+  metrics.write_exit({0, finished ? "finished" : "stopped after step", finished ? "" : resume});
+  return 0;
+}
+
+}  // namespace cambium
