@@ -276,7 +276,8 @@ TrainStep::Evaluation TrainStep::evaluate(const SequenceSource& source, int64_t 
   begin(batch_index, source);
   for (int64_t micro = 0; micro < layout_.micro_batches; ++micro) {
     const MicroBatch batch = upload_micro_batch(source, batch_index, micro);
-    model_.evaluate_micro_batch(batch, micro == 0 ? logits_TV : nullptr);
+    const int64_t first = micro * batch.tokens * model_.config().vocab;
+    model_.evaluate_micro_batch(batch, logits_TV == nullptr ? nullptr : logits_TV + first);
   }
   reduce_metrics();
   rank_.finish_step();

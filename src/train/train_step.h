@@ -70,8 +70,8 @@ class TrainStep {
   void accumulate(const SequenceSource& source, int64_t batch_index);
   // Steps 4 and 5; waits, and throws exit code 50 when a gradient or the loss is not finite.
   StepResult update(int64_t step, double learning_rate, WithDigests digests);
-  // Mean loss of one global batch, the same on every rank. `logits_TV` (optional, fp32): of this
-  // rank's first micro-batch.
+  // Summed loss of one global batch, the same on every rank. `logits_TV` (optional, fp32): of all
+  // this rank's sequences.
   struct Evaluation {
     double loss_sum = 0;
     int64_t tokens = 0;
