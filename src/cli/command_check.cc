@@ -1,0 +1,343 @@
+// cambium check: the cheap proof before GPU time.
+//
+// On the configuration, or on its small twin when it is large (same mesh, schedule, experts, top-k
+// and layer pattern; reduced widths, vocabulary and sequence), with synthetic documents:
+//   1. bits: the layout against one rank, exact mode, poisoned memory: losses, norm, parameters
+//   2. no rank computes what another did: FLOPs of all ranks equal one rank's
+//   3. threads: 1, 2 and 4 workers give the same bits
+//   4. schedules: seeded random orders of ranks and streams give the same bits
+//   5. the configured reduction mode, when it is `fast`, repeats itself bit for bit
+// Every run also proves collective matching and freedom from deadlock for its schedule. Injected
+// [[faults]] strike the layout's runs, never the one rank it is compared with.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <nlohmann/json.hpp>
+
+#include "src/base/philox.h"
+#include "src/cli/commands.h"
+#include "src/cli/launch.h"
+#include "src/optim/lr_schedule.h"
+#include "src/train/train_run.h"
+
+namespace cambium {
+
+namespace {
+
+constexpr int64_t kCheckSteps = 2;
+// A run of one rank below this many FLOPs a step is checked as it is.
+constexpr double kSmallStepFlops = 3e9;
+
+// Documents of random lengths with random tokens: a pure function of (seed, batch, sequence).
+class SyntheticSequences : public SequenceSource {
+ public:
+  SyntheticSequences(const Config& config) : config_(config) {}
+  void fill(int64_t batch_index, SequenceRange range, Batch& batch) const override {
+    batch = Batch{};
+    for (int64_t s = 0; s < range.sequence_count; ++s) {
+      add_sequence(batch_index, range.first_sequence + s, s, batch);
+    }
+  }
+  int64_t target_count(int64_t batch_index) const override {
+    Batch batch;
+    fill(batch_index, {0, config_.train.global_batch_sequences}, batch);
+    return std::ranges::count_if(batch.target_T,
+                                 [](int32_t target) { return target != kIgnoredTarget; });
+  }
+
+ private:
+  void add_sequence(int64_t batch_index, int64_t sequence, int64_t slot, Batch& batch) const {
+    const int64_t length = config_.train.sequence_length;
+    const RandomSequence random{config_.run.seed, RandomStream::data,
+                                static_cast<uint64_t>(batch_index << 32 | sequence)};
+    // Zipf-like: low ids are common, so that experts' loads are uneven and some ids never occur.
+    auto token = [&](int64_t i) {
+      const double u = random_uniform(random, static_cast<uint64_t>(i));
+      return static_cast<int32_t>(u * u * u * static_cast<double>(config_.model.vocab));
+    };
+    int64_t document = 0;
+    for (int64_t i = 0; i < length; ++i) {
+      const bool ends = random_below(37, random, static_cast<uint64_t>(length + 1 + i)) == 0;
+      batch.token_T.push_back(token(i));
+      batch.target_T.push_back(ends ? kIgnoredTarget : token(i + 1));
+      batch.position_T.push_back(static_cast<int32_t>(i - document));
+      batch.document_start_T.push_back(static_cast<int32_t>(slot * length + document));
+      if (ends) document = i + 1;
+    }
+  }
+  const Config& config_;
+};
+
+// What one run leaves, for comparison.
+struct Trace {
+  std::vector<std::map<std::string, Digest128>> digests;  // [0] = initial
+  std::vector<std::map<std::string, std::vector<float>>> gradients;
+  std::vector<StepResult> steps;
+  int64_t flops = 0;  // over all ranks
+};
+
+struct CheckRun {
+  Config config;
+  int64_t workers = 1;
+  uint64_t schedule_seed = 0;
+};
+
+void check_rank(RankEnvironment& environment, const Config& config, const Derived& derived,
+                const SequenceSource& source, Trace& trace) {
+  Rank rank(config, environment);
+  TrainStep step(rank, config.model);
+  step.model().initialize(config.run.seed);
+  const auto initial = step.digests();
+  if (rank.is_first()) trace.digests.push_back(initial);
+  trace.gradients.resize(kCheckSteps);
+  for (int64_t now = 1; now <= kCheckSteps; ++now) {
+    rank.step = now;
+    environment.set_step(now);
+    step.accumulate(source, now - 1);
+    for (const auto& [name, part] : step.owned_gradients()) {
+      std::vector<float>& whole = trace.gradients[now - 1][name];
+      whole.resize(part.size());
+      for (size_t i = 0; i < part.size(); ++i) whole[i] += part[i];
+    }
+    const StepResult result =
+        step.update(now, learning_rate(config, derived, now), WithDigests::yes);
+    if (!rank.is_first()) continue;
+    trace.digests.push_back(result.digests);
+    trace.steps.push_back(result);
+  }
+  for (const auto& [op, totals] : rank.totals) trace.flops += totals.flops;
+}
+
+Trace run_trace(const CheckRun& run) {
+  const Derived derived = derive(run.config);
+  const SyntheticSequences source(run.config);
+  Trace trace;
+  launch_ranks({.ranks = derived.ranks,
+                .workers = run.workers,
+                .schedule_seed = run.schedule_seed,
+                .poison = Poison::on,
+                .faults = run.config.faults},
+               [&](RankEnvironment& environment) {
+                 check_rank(environment, run.config, derived, source, trace);
+               });
+  return trace;
+}
+
+// Why two gradients of one tensor differ, as far as their values tell.
+std::string gradient_cause(const std::vector<float>& value, const std::vector<float>& want) {
+  double ratio = 0, largest = 0, gap = 0;
+  bool constant = true;
+  for (size_t i = 0; i < std::min(value.size(), want.size()); ++i) {
+    largest = std::max(largest, std::abs(static_cast<double>(want[i])));
+    gap = std::max(gap, std::abs(static_cast<double>(value[i]) - want[i]));
+    if (want[i] == 0) continue;
+    const double here = static_cast<double>(value[i]) / want[i];
+    if (ratio == 0) ratio = here;
+    constant = constant && std::abs(here - ratio) <= 1e-5 * std::abs(ratio);
+  }
+  if (constant && ratio != 0) {
+    return fmt::format("its gradient is {:.6g} times that of one rank: a wrong gradient scale",
+                       ratio);
+  }
+  if (gap <= 1e-3 * largest) {
+    return fmt::format(
+        "its gradient differs by {:.1e} of its largest value: the same terms in another order, as "
+        "from a routing sort that is not stable or a sum outside the canonical tree",
+        gap / largest);
+  }
+  return "its gradient has other terms: tokens lost, repeated or sent to the wrong place";
+}
+
+// The first difference, with its cause; empty when the bits are equal.
+std::string first_difference(const Trace& one, const Trace& other) {
+  for (const auto& [name, digest] : one.digests.front()) {
+    if (other.digests.front().at(name) != digest) {
+      return fmt::format(
+          "step 0, tensor '{}': the initial weights differ: a rank draws from another random "
+          "stream "
+          "(run.seed, stream init)",
+          name);
+    }
+  }
+  for (size_t i = 0; i < one.steps.size(); ++i) {
+    for (const auto& [name, want] : one.gradients[i]) {
+      const std::vector<float>& value = other.gradients[i].at(name);
+      if (std::memcmp(value.data(), want.data(), 4 * want.size()) != 0) {
+        return fmt::format("step {}, tensor '{}': {}", i + 1, name, gradient_cause(value, want));
+      }
+    }
+    if (one.steps[i].loss != other.steps[i].loss) {
+      return fmt::format("step {}: loss {} against {} of one rank, with equal gradients", i + 1,
+                         other.steps[i].loss, one.steps[i].loss);
+    }
+    if (one.steps[i].grad_norm != other.steps[i].grad_norm) {
+      return fmt::format("step {}: gradient norm {} against {} of one rank, with equal gradients",
+                         i + 1, other.steps[i].grad_norm, one.steps[i].grad_norm);
+    }
+    for (const auto& [name, digest] : one.digests[i + 1]) {
+      if (other.digests[i + 1].at(name) != digest) {
+        return fmt::format(
+            "step {}, tensor '{}': parameters differ after equal gradients: the "
+            "optimizer or the gathering of its shards",
+            i + 1, name);
+      }
+    }
+  }
+  return "";
+}
+
+// The rule-made small twin: a configuration whose step one core does in well under a second.
+Config small_twin(const Config& config) {
+  Config twin = config;
+  ModelConfig& model = twin.model;
+  model.layers = std::min<int64_t>(model.layers, 2 * config.parallel.pp);
+  const int64_t groups = model.heads / model.kv_heads;
+  model.kv_heads = std::min<int64_t>(model.kv_heads, 2);
+  model.heads = model.kv_heads * std::min<int64_t>(groups, 2);
+  model.head_dim = 16;
+  model.hidden = 48;
+  model.expert_hidden = 40;
+  model.vocab = std::min<int64_t>(model.vocab, 211);
+  twin.numerics.block_tokens = 16;
+  twin.train.sequence_length = 32 * config.parallel.cp;
+  // At least one micro-batch more than ranks need, so that accumulation is exercised.
+  const int64_t per_rank =
+      config.train.global_batch_sequences / config.parallel.dp / config.train.micro_batch_sequences;
+  twin.train.micro_batch_sequences = 1;
+  twin.train.global_batch_sequences = config.parallel.dp * std::clamp<int64_t>(per_rank, 1, 3);
+  twin.model.max_positions = std::max(model.max_positions, twin.train.sequence_length);
+  return twin;
+}
+
+struct CheckReport {
+  std::vector<std::string> passed;
+  std::string failure;
+  uint64_t failing_seed = 0;
+  ExitCode exit_code = ExitCode::done;
+};
+
+Config checked_config(const Config& given, const Derived& derived, std::string& what) {
+  const double step_flops =
+      derived.training_flops_per_token * static_cast<double>(derived.tokens_per_step);
+  Config config = given;
+  what = "the configuration itself";
+  if (step_flops > kSmallStepFlops) {
+    config = small_twin(given);
+    what = fmt::format(
+        "a small twin: layers {}, hidden {}, heads {}/{} of {}, expert width {}, vocabulary {}, "
+        "sequences {} of {}; experts {}, top-k {} and the layout as given",
+        config.model.layers, config.model.hidden, config.model.heads, config.model.kv_heads,
+        config.model.head_dim, config.model.expert_hidden, config.model.vocab,
+        config.train.global_batch_sequences, config.train.sequence_length, config.model.experts,
+        config.model.top_k);
+  }
+  config.train.steps = std::max(config.train.steps, kCheckSteps);
+  return config;
+}
+
+Config one_rank(const Config& config) {
+  Config one = config;
+  one.parallel = ParallelConfig{};
+  one.faults.clear();
+  return one;
+}
+
+void expect_equal(const Trace& want, const CheckRun& run, const std::string& what,
+                  CheckReport& report) {
+  if (!report.failure.empty()) return;
+  report.failing_seed = run.schedule_seed;
+  const std::string difference = first_difference(want, run_trace(run));
+  if (difference.empty()) {
+    report.passed.push_back(what);
+    return;
+  }
+  report.failure = fmt::format("{}: {}", what, difference);
+  report.exit_code = ExitCode::verification_mismatch;
+}
+
+void run_checks(const Config& config, int64_t seeds, CheckReport& report) {
+  Config exact = config;
+  exact.numerics.reduction = ReductionMode::exact;
+  const Trace one = run_trace({one_rank(exact), 1, 0});
+  const Trace layout = run_trace({exact, 2, 0});
+  const std::string difference = first_difference(one, layout);
+  if (!difference.empty()) {
+    report.failure = fmt::format("bits against one rank: {}", difference);
+    report.exit_code = ExitCode::verification_mismatch;
+    return;
+  }
+  report.passed.push_back(fmt::format("bits of {} steps equal one rank's", kCheckSteps));
+  const Derived derived = derive(config);
+  const int64_t replicas = config.parallel.sharding == Sharding::none ? derived.data_ranks : 1;
+  if (replicas == 1) {
+    if (layout.flops != one.flops) {
+      report.failure = fmt::format(
+          "FLOPs of all ranks are {}, of one rank {}: a rank computes what "
+          "another did",
+          layout.flops, one.flops);
+      report.exit_code = ExitCode::verification_mismatch;
+      return;
+    }
+    report.passed.push_back("FLOPs of all ranks equal one rank's");
+  }
+  for (const int64_t workers : {1, 4}) {
+    expect_equal(one, {exact, workers, 0}, fmt::format("{} worker threads", workers), report);
+  }
+  for (int64_t seed = 1; seed <= seeds; ++seed) {
+    expect_equal(one, {exact, 2, static_cast<uint64_t>(seed)},
+                 fmt::format("schedule seed {}", seed), report);
+  }
+  if (config.numerics.reduction == ReductionMode::fast && report.failure.empty()) {
+    const Trace fast = run_trace({config, 2, 0});
+    expect_equal(fast, {config, 1, 1}, "fast mode repeats itself", report);
+  }
+}
+
+std::string repro_line(const CheckOptions& options, const CheckReport& report) {
+  std::string line = fmt::format("REPRO: cambium check {}", options.config.path);
+  for (const std::string& set : options.config.sets) line += fmt::format(" --set '{}'", set);
+  return line +
+         fmt::format(" --seeds {}",
+                     std::max<int64_t>(options.seeds, static_cast<int64_t>(report.failing_seed)));
+}
+
+}  // namespace
+
+int command_check(const CheckOptions& options) {
+  const Config given = load_config(options.config.path, options.config.sets);
+  const Derived derived = derive(given);
+  std::string what;
+  const Config config = checked_config(given, derived, what);
+  if (options.format == OutputFormat::text) {
+    fmt::print("checking {} ({})\n", what, layout_text(config));
+  }
+  CheckReport report;
+  try {
+    run_checks(config, options.seeds, report);
+  } catch (const Error& error) {
+    const ExitCode code = error.exit_code();
+    const bool own_code = code == ExitCode::collective_mismatch || code == ExitCode::deadlock;
+    if (code == ExitCode::usage) throw;
+    report.failure = error.what();
+    report.exit_code = own_code ? code : ExitCode::verification_mismatch;
+  }
+  const bool pass = report.failure.empty();
+  if (options.format == OutputFormat::json) {
+    const nlohmann::json object{{"pass", pass},
+                                {"checked", what},
+                                {"passed", report.passed},
+                                {"failure", report.failure},
+                                {"repro", pass ? "" : repro_line(options, report)}};
+    fmt::print("{}\n", object.dump());
+  } else {
+    for (const std::string& line : report.passed) fmt::print("  ok  {}\n", line);
+    if (pass) {
+      fmt::print("PASS\n");
+    } else {
+      fmt::print("FAIL: {}\n{}\n", report.failure, repro_line(options, report));
+    }
+  }
+  return static_cast<int>(report.exit_code);
+}
+
+}  // namespace cambium
