@@ -1,0 +1,58 @@
+// Parity of copy_bytes, zero_bytes, cast_real and scale_values with plain loops.
+#include "kernels/copy.h"
+#include "tests/ops/copy_cases.h"
+#include "tests/ops/op_test.h"
+
+namespace cambium::test {
+
+namespace {
+
+TEST(CopyOp, CopiesAndZeroesEveryByteAndNoOther) {
+  for (const int64_t size : copy_case_sizes()) {
+    TestRandom random(static_cast<uint64_t>(size));
+    TestTensor from(Shape(size), DType::u8), to(Shape(size), DType::u8);
+    from.fill_integers(random, 1, 254);
+    run_op(copy_bytes, CopyBytesArgs{.from_N = from.in<uint8_t>(), .to_N = to.out<uint8_t>()});
+    EXPECT_TRUE(bits_equal(to, from)) << size;
+    run_op(zero_bytes, ZeroBytesArgs{.to_N = to.out<uint8_t>()});
+    EXPECT_TRUE(bits_equal(to, std::vector<double>(static_cast<size_t>(size), 0.0))) << size;
+  }
+}
+
+TEST(CopyOp, CastRoundsToNearestEven) {
+  for (const int64_t size : copy_case_sizes()) {
+    TestRandom random(static_cast<uint64_t>(size));
+    TestTensor from(Shape(size)), to(Shape(size), DType::bf16);
+    from.fill_normal(random);
+    run_op(cast_real, CastRealArgs{.from_N = from.in<Real>(), .to_N = to.out<Real>()});
+    EXPECT_TRUE(bits_equal(to, from.values())) << size;
+  }
+  // Ties go to the even neighbour: 1 + 2^-8 lies between 1 and 1 + 2^-7.
+  TestTensor tie(Shape(2)), rounded(Shape(2), DType::bf16);
+  tie.assign(std::vector<double>{1.0 + 0x1p-8, 1.0 + 0x1p-7 + 0x1p-8});
+  run_op(cast_real, CastRealArgs{.from_N = tie.in<Real>(), .to_N = rounded.out<Real>()});
+  EXPECT_EQ(rounded.at(0), 1.0);
+  EXPECT_EQ(rounded.at(1), 1.0 + 0x1p-6);
+}
+
+TEST(CopyOp, ScaleMultipliesInPlace) {
+  TestRandom random(3);
+  TestTensor value(Shape(1001));
+  value.fill_normal(random);
+  std::vector<double> want = value.values();
+  for (double& element : want) element *= 4.0;
+  run_op(scale_values, ScaleValuesArgs{.value_N = value.inout<float>(), .factor = 4.0f});
+  EXPECT_TRUE(bits_equal(value, want));
+}
+
+TEST(CopyOp, MustFailWhenAnElementIsMissed) {
+  TestTensor value(Shape(64));
+  value.fill(1.0);
+  TestTensor other = value;
+  other.set(63, 2.0);
+  EXPECT_FALSE(bits_equal(value, other));
+}
+
+}  // namespace
+
+}  // namespace cambium::test
