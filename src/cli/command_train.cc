@@ -174,11 +174,11 @@ void finish_outputs(const Config& config, const std::string& directory, FileSyst
   if (data.validation != nullptr && outcome.reason == StopReason::finished) {
     const NgramBaselines baselines =
         ngram_baselines(data.data.train, data.validation->source(), data.data.tokenizer.vocab());
-    record.unigram_loss = baselines.unigram_loss;
-    record.bigram_loss = baselines.bigram_loss;
+    record.unigram_loss = baselines.unigram_nats;
+    record.bigram_loss = baselines.bigram_nats;
     if (!std::isnan(outcome.validation_loss)) {
       fmt::print("validation loss: {:.4f} nats/token; smoothed unigram {:.4f}, bigram {:.4f}\n",
-                 outcome.validation_loss, baselines.unigram_loss, baselines.bigram_loss);
+                 outcome.validation_loss, baselines.unigram_nats, baselines.bigram_nats);
     }
   }
   write_run_record(directory, record);

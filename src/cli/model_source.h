@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "src/base/io.h"
 #include "src/checkpoint/tensor_source.h"
 #include "src/cli/commands.h"
 #include "src/config/config.h"

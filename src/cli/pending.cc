@@ -21,26 +21,15 @@ void validate(const ConfigSource& source, const Environment& environment) {
 
 }  // namespace
 
-int command_train(const TrainOptions& options) {
-  validate(options.config, options.environment);
-  not_built("train");
-}
-int command_check(const CheckOptions& options) {
-  validate(options.config, options.environment);
-  not_built("check");
-}
 int command_plan(const PlanOptions& options) {
   validate(options.config, Environment{});
   not_built("plan");
 }
 int command_calibrate(const CalibrateOptions&) { not_built("calibrate"); }
-int command_eval(const EvalOptions&) { not_built("eval"); }
-int command_generate(const GenerateOptions&) { not_built("generate"); }
 int command_data_build(const DataBuildOptions&) { not_built("data build"); }
 int command_data_inspect(const InspectOptions&) { not_built("data inspect"); }
 int command_tokenizer_train(const TokenizerTrainOptions&) { not_built("tokenizer train"); }
 int command_tokenizer_inspect(const InspectOptions&) { not_built("tokenizer inspect"); }
 int command_checkpoint(const CheckpointOptions&) { not_built("checkpoint"); }
-int command_parity(const ParityOptions&) { not_built("parity"); }
 
 }  // namespace cambium
