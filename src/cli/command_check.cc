@@ -73,7 +73,7 @@ struct Trace {
   std::vector<std::map<std::string, Digest128>> digests;  // [0] = initial
   std::vector<std::map<std::string, std::vector<float>>> gradients;
   std::vector<StepResult> steps;
-  int64_t flops = 0;  // over all ranks
+  std::map<std::string, int64_t> flops;  // by op, over all ranks
 };
 
 struct CheckRun {
@@ -105,7 +105,7 @@ void check_rank(RankEnvironment& environment, const Config& config, const Derive
     trace.digests.push_back(result.digests);
     trace.steps.push_back(result);
   }
-  for (const auto& [op, totals] : rank.totals) trace.flops += totals.flops;
+  for (const auto& [op, totals] : rank.totals) trace.flops[op] += totals.flops;
 }
 
 Trace run_trace(const CheckRun& run) {
@@ -198,6 +198,7 @@ Config small_twin(const Config& config) {
   model.hidden = 48;
   model.expert_hidden = 40;
   model.vocab = std::min<int64_t>(model.vocab, 211);
+  twin.data.tokenizer_vocab = 0;  // no text is read
   twin.numerics.block_tokens = 16;
   twin.train.sequence_length = 32 * config.parallel.cp;
   // At least one micro-batch more than ranks need, so that accumulation is exercised.
@@ -258,6 +259,13 @@ void expect_equal(const Trace& want, const CheckRun& run, const std::string& wha
 void run_checks(const Config& config, int64_t seeds, CheckReport& report) {
   Config exact = config;
   exact.numerics.reduction = ReductionMode::exact;
+  const BalanceLoss loss = config.balance.loss;
+  if (loss == BalanceLoss::global_batch || loss == BalanceLoss::micro_batch) {
+    // These depend on the layout by definition: exact mode refuses them.
+    exact.balance.loss = BalanceLoss::sequence;
+    report.passed.push_back(
+        "(balance.loss = sequence stands in for a loss that depends on layout)");
+  }
   const Trace one = run_trace({one_rank(exact), 1, 0});
   const Trace layout = run_trace({exact, 2, 0});
   const std::string difference = first_difference(one, layout);
@@ -270,11 +278,12 @@ void run_checks(const Config& config, int64_t seeds, CheckReport& report) {
   const Derived derived = derive(config);
   const int64_t replicas = config.parallel.sharding == Sharding::none ? derived.data_ranks : 1;
   if (replicas == 1) {
-    if (layout.flops != one.flops) {
+    for (const auto& [op, flops] : one.flops) {
+      // Every rank folds the same few norm partials into one scale.
+      if (op == "clip_scale" || layout.flops.at(op) == flops) continue;
       report.failure = fmt::format(
-          "FLOPs of all ranks are {}, of one rank {}: a rank computes what "
-          "another did",
-          layout.flops, one.flops);
+          "op '{}': FLOPs of all ranks are {}, of one rank {}: a rank computes what another did",
+          op, layout.flops.at(op), flops);
       report.exit_code = ExitCode::verification_mismatch;
       return;
     }
