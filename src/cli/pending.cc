@@ -26,10 +26,6 @@ int command_plan(const PlanOptions& options) {
   not_built("plan");
 }
 int command_calibrate(const CalibrateOptions&) { not_built("calibrate"); }
-int command_data_build(const DataBuildOptions&) { not_built("data build"); }
-int command_data_inspect(const InspectOptions&) { not_built("data inspect"); }
-int command_tokenizer_train(const TokenizerTrainOptions&) { not_built("tokenizer train"); }
-int command_tokenizer_inspect(const InspectOptions&) { not_built("tokenizer inspect"); }
 int command_checkpoint(const CheckpointOptions&) { not_built("checkpoint"); }
 
 }  // namespace cambium

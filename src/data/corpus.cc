@@ -137,7 +137,8 @@ Tokenizer trained_tokenizer(const DataOptions& options) {
   if (stat(path.c_str(), &status) != 0) {
     std::fprintf(stderr, "cambium: training a tokenizer of %lld pieces: %s\n",
                  static_cast<long long>(vocab), path.c_str());
-    train_sentencepiece({.text_paths = texts, .vocab = vocab, .model_path = path});
+    train_sentencepiece(
+        {.text_paths = texts, .vocab = vocab, .model_path = path, .existing = ExistingModel::keep});
   }
   return Tokenizer::load_sentencepiece(path);
 }

@@ -40,7 +40,7 @@ SourceKind source_kind(const std::string& path) {
 // The bytes of a source, decompressed, cut at a delimiter.
 class ByteSource {
  public:
-  explicit ByteSource(const std::string& path) : path_(path), raw_(kRawBytes), plain_(kPlainBytes) {
+  explicit ByteSource(const std::string& path) : path_(path), plain_(kPlainBytes) {
     descriptor_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (descriptor_ < 0 && (errno == ENOENT || errno == ENOTDIR))
       fail(ExitCode::bad_corpus, "{}: no such file; check the path in [data]", path);
@@ -51,6 +51,7 @@ class ByteSource {
       fail(ExitCode::bad_corpus, "{}: not a regular file; name a text file in [data]", path);
     }
     if (has_ending(path, ".zst")) {
+      raw_.resize(kRawBytes);
       zstd_ = ZSTD_createDStream();
       CHECK(zstd_ != nullptr);
       ZSTD_DCtx_setParameter(zstd_, ZSTD_d_windowLogMax, kMaxZstdWindowLog);
@@ -136,7 +137,7 @@ class ByteSource {
     }
   }
 
-  static constexpr size_t kRawBytes = 1 << 16, kPlainBytes = 1 << 18;
+  static constexpr size_t kRawBytes = 1 << 16, kPlainBytes = 1 << 16;
   std::string path_;
   int descriptor_ = -1;
   ZSTD_DStream* zstd_ = nullptr;

@@ -215,7 +215,8 @@ void train_sentencepiece(const SentencePieceTraining& training) {
     fail(ExitCode::usage, "a SentencePiece vocabulary of {} is too small: at least {}",
          training.vocab, kLeastVocab);
   OutputFile output(training.model_path);
-  if (output.existing() == OutputFile::Existing::yes) return;
+  if (training.existing == ExistingModel::keep && output.existing() == OutputFile::Existing::yes)
+    return;
   TrainingLines lines(training.text_paths);
   std::string model;
   // Nothing is normalised, added or dropped, so that text survives encoding and decoding.

@@ -53,10 +53,13 @@ class Tokenizer {
 
 const char* tokenizer_kind_name(TokenizerKind kind);
 
+enum class ExistingModel { keep, replace };
+
 struct SentencePieceTraining {
   std::vector<std::string> text_paths;  // what open_corpus (text_reader.h) reads
   int64_t vocab = 1024;
-  std::string model_path;  // written by temporary file, fsync and rename
+  std::string model_path;                           // written by temporary file, fsync and rename
+  ExistingModel existing = ExistingModel::replace;  // keep: another process may have made it
 };
 
 // Trains a BPE model: the same text gives the same model. Exit 2 in a build without SentencePiece

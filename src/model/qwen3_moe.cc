@@ -328,7 +328,8 @@ namespace {
 // all-to-all of rows of `width` elements, `counts` rows per rank; compute waits for it.
 void exchange_rows(const LayerContext& c, const void* send, void* recv,
                    const std::vector<int64_t>& send_rows, const std::vector<int64_t>& recv_rows,
-                   int64_t width, DType dtype) {
+                   int64_t width, DType dtype,
+                   std::source_location site = std::source_location::current()) {
   std::vector<int64_t> send_counts(send_rows), recv_counts(recv_rows);
   for (int64_t& count : send_counts) count *= width;
   for (int64_t& count : recv_counts) count *= width;
@@ -338,7 +339,8 @@ void exchange_rows(const LayerContext& c, const void* send, void* recv,
                                      .recv = recv,
                                      .send_counts = send_counts,
                                      .recv_counts = recv_counts,
-                                     .dtype = dtype}));
+                                     .dtype = dtype,
+                                     .site = site}));
 }
 
 // The host wait of an MoE layer: counts that stage 1 exchanged, reused in backward.
