@@ -1,0 +1,178 @@
+// Contract D3: every layout of 1, 2, 4 and 8 ranks has the bits of one rank; and no rank gets there
+// by computing what another did, holding more than its share, or moving more than the design says.
+#include <gtest/gtest.h>
+
+#include "tests/train/run_trace.h"
+
+namespace cambium::test {
+
+namespace {
+
+constexpr int64_t kSteps = 3;
+
+std::vector<TestLayout> layouts() {
+  std::vector<TestLayout> all;
+  for (const int64_t dp : {1, 2, 4, 8}) {
+    for (const int64_t ep : {1, 2, 4, 8}) {
+      if (ep > dp) continue;
+      for (const int64_t micro : {1, 2, 4, 8}) {
+        if (8 % (dp * micro) != 0) continue;
+        for (const Sharding sharding : {Sharding::none, Sharding::zero1}) {
+          all.push_back({dp, ep, micro, sharding, 1 + (dp + ep + micro) % 4});
+        }
+      }
+    }
+  }
+  return all;
+}
+
+std::string layout_name(const TestLayout& l) {
+  return fmt::format("dp {} ep {} micro {} sharding {} workers {}", l.dp, l.ep, l.micro_batch,
+                     static_cast<int>(l.sharding), l.workers);
+}
+
+void expect_same_bits(const RunTrace& run, const RunTrace& one, const std::string& what) {
+  ASSERT_EQ(run.steps.size(), one.steps.size());
+  for (size_t i = 0; i < run.steps.size(); ++i) {
+    EXPECT_EQ(run.steps[i].loss, one.steps[i].loss) << what;
+    EXPECT_EQ(run.steps[i].balance_loss, one.steps[i].balance_loss) << what;
+    EXPECT_EQ(run.steps[i].z_loss, one.steps[i].z_loss) << what;
+    EXPECT_EQ(run.steps[i].grad_norm, one.steps[i].grad_norm) << what;
+    EXPECT_EQ(run.steps[i].expert_load, one.steps[i].expert_load) << what;
+    EXPECT_EQ(total_hex(run.steps[i]), total_hex(one.steps[i])) << what << " step " << i + 1;
+  }
+}
+
+TEST(Layouts, AtLeast24LayoutsHaveTheBitsOfOneRank) {
+  const Config config = tiny_config();
+  const RunTrace one = run_trace(with_layout(config, {1, 1, 8, Sharding::none, 1}), kSteps);
+  ASSERT_GE(layouts().size(), 24u);
+  for (const TestLayout& layout : layouts()) {
+    const RunTrace run = run_trace(with_layout(config, layout), kSteps, layout.workers);
+    expect_same_bits(run, one, layout_name(layout));
+  }
+}
+
+TEST(Layouts, OtherModelsAndBatchesToo) {
+  std::vector<Config> configs;
+  Config odd = tiny_config();  // a batch whose tree is not a power of two, one expert a token
+  odd.train.global_batch_sequences = 6;
+  odd.model.top_k = 1;
+  odd.train.sequence_length = 48;
+  configs.push_back(odd);
+  Config mixtral = tiny_config();
+  mixtral.model.family = ModelFamily::mixtral;
+  mixtral.model.qk_norm = QkNorm::none;
+  mixtral.balance.loss = BalanceLoss::global_batch_lagged;
+  configs.push_back(mixtral);
+  Config olmoe = tiny_config();
+  olmoe.model.family = ModelFamily::olmoe;
+  olmoe.model.qk_norm = QkNorm::full_width;
+  olmoe.model.normalize_top_k = false;
+  olmoe.balance.bias_update_rate = 0.01;
+  configs.push_back(olmoe);
+  Config bf16 = tiny_config();
+  bf16.numerics.compute = ComputeType::bf16;
+  configs.push_back(bf16);
+  for (const Config& config : configs) {
+    const RunTrace one = run_trace(with_layout(config, {1, 1, 2, Sharding::none, 1}), kSteps);
+    for (const TestLayout& layout :
+         {TestLayout{2, 1, 1, Sharding::zero1, 2}, TestLayout{2, 2, 3, Sharding::none, 4}}) {
+      TestLayout fitted = layout;
+      if (config.train.global_batch_sequences % (fitted.dp * fitted.micro_batch) != 0) {
+        fitted.micro_batch = 1;
+      }
+      expect_same_bits(run_trace(with_layout(config, fitted), kSteps, fitted.workers), one,
+                       layout_name(fitted));
+    }
+  }
+}
+
+TEST(Layouts, AnotherSeedGivesOtherBits) {
+  Config config = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
+  const RunTrace one = run_trace(config, 1);
+  config.run.seed = 77;
+  EXPECT_NE(total_hex(run_trace(config, 1).steps[0]), total_hex(one.steps[0]));
+}
+
+// Ops whose FLOPs are spent where tokens or owned shards are; `clip_scale` folds a small table on
+// every rank.
+TEST(Layouts, NoRankComputesWhatAnotherDid) {
+  const Config config = tiny_config();
+  const RunTrace one = run_trace(with_layout(config, {1, 1, 1, Sharding::zero1, 1}), kSteps);
+  for (const TestLayout& layout : layouts()) {
+    if (layout.sharding != Sharding::zero1) continue;
+    const RunTrace run = run_trace(with_layout(config, layout), kSteps, 2);
+    for (const auto& [op, want] : one.ranks[0].ops) {
+      if (op == "clip_scale") continue;
+      int64_t flops = 0;
+      for (const RankUse& rank : run.ranks) {
+        const auto found = rank.ops.find(op);
+        if (found != rank.ops.end()) flops += found->second.flops;
+      }
+      EXPECT_EQ(flops, want.flops) << op << ", " << layout_name(layout);
+    }
+  }
+}
+
+TEST(Layouts, OptimizerStateIsShared) {
+  const Config config = tiny_config();
+  const RunTrace one = run_trace(with_layout(config, {1, 1, 1, Sharding::zero1, 1}), 1);
+  const RunTrace eight = run_trace(with_layout(config, {8, 4, 1, Sharding::zero1, 1}), 1);
+  // Shards are whole blocks of 4,096 elements: at most one block of padding per group and state.
+  constexpr int64_t kPadding = 2 * 2 * 4096 * 4;
+  for (const RankUse& rank : eight.ranks) {
+    EXPECT_LE(rank.optimizer_bytes, one.ranks[0].optimizer_bytes / 8 + kPadding);
+    EXPECT_LT(rank.weight_bytes, one.ranks[0].weight_bytes);
+    EXPECT_LT(rank.peak_bytes, one.ranks[0].peak_bytes / 2);
+  }
+}
+
+// Each token goes once to each other rank that holds one of its experts: the bytes of a layer's
+// dispatch follow from the routing, and are far below sending every row.
+TEST(Layouts, BytesPerCollectiveAreTheDesigns) {
+  const Config config = with_layout(tiny_config(), {2, 2, 4, Sharding::zero1, 1});
+  const RunTrace run = run_trace(config, 1);
+  const int64_t tokens = 4 * config.train.sequence_length;
+  const int64_t K = config.model.top_k, D = config.model.hidden;
+  for (const RankUse& rank : run.ranks) {
+    // At most all tokens to the one other rank: hidden row, experts, weights, block; rows home (K
+    // of them, exact mode); backward the same with gradients of the weights; and the counts.
+    const int64_t most = config.model.layers * (tokens * (4 * D + 8 * K + 4) + tokens * K * 4 * D +
+                                                tokens * 4 * D + tokens * K * (4 * D + 4) + 8);
+    EXPECT_LE(rank.expert_all_to_all.sent_bytes, most);
+    EXPECT_GT(rank.expert_all_to_all.sent_bytes, most / 8);
+    // The gradient's forest has one node per rank here: a reduce-scatter's volume.
+    EXPECT_EQ(rank.expert_data_all_to_all.sent_bytes, 0);
+    EXPECT_LE(rank.data_all_to_all.sent_bytes, rank.weight_bytes);
+  }
+}
+
+TEST(Layouts, FastModeRepeatsItselfAndStaysClose) {
+  Config config = tiny_config();
+  const RunTrace exact = run_trace(with_layout(config, {4, 2, 1, Sharding::zero1, 1}), kSteps);
+  config.numerics.reduction = ReductionMode::fast;
+  for (const Sharding sharding : {Sharding::none, Sharding::zero1}) {
+    const Config fast = with_layout(config, {4, 2, 1, sharding, 1});
+    const RunTrace run = run_trace(fast, kSteps, 1);
+    expect_same_bits(run_trace(fast, kSteps, 4, 9), run, "fast, 4 workers, schedule seed 9");
+    for (int64_t i = 0; i < kSteps; ++i) {
+      // fp32 sums of a few hundred terms in another order: c eps sqrt(terms), c = 4 per step, and
+      // AdamW's normalisation passes relative errors on.
+      const double bound = 4 * 1.2e-7 * 16 * static_cast<double>(i + 1);
+      EXPECT_NEAR(run.steps[i].loss / exact.steps[i].loss, 1.0, bound);
+      EXPECT_NEAR(run.steps[i].grad_norm / exact.steps[i].grad_norm, 1.0, 8 * bound);
+    }
+  }
+}
+
+TEST(Layouts, MustFailWithAWrongGradientScale) {
+  Config config = with_layout(tiny_config(), {4, 2, 1, Sharding::zero1, 1});
+  const RunTrace right = run_trace(config, 1);
+  config.faults.push_back({"expert_gradient_scale", 1, 1});
+  EXPECT_NE(total_hex(run_trace(config, 1).steps[0]), total_hex(right.steps[0]));
+}
+
+}  // namespace
+
+}  // namespace cambium::test

@@ -1,0 +1,101 @@
+// A short training run in this process, for tests: losses, norms, digests, and what each rank did.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "src/cli/launch.h"
+#include "src/optim/lr_schedule.h"
+#include "src/train/synthetic.h"
+#include "src/train/train_step.h"
+
+namespace cambium::test {
+
+struct TestLayout {
+  int64_t dp = 1, ep = 1, micro_batch = 1;
+  Sharding sharding = Sharding::zero1;
+  int64_t workers = 1;
+};
+
+// A tiny model with every part on: clip, sequence balance loss, z-loss, documents.
+inline Config tiny_config() {
+  Config config = parse_config(
+      "[model]\nlayers = 2\nhidden = 32\nheads = 4\nkv_heads = 2\nhead_dim = 8\nexperts = 8\n"
+      "top_k = 2\nexpert_hidden = 24\nvocab = 97\nmax_positions = 64\n"
+      "[train]\nsteps = 20\nglobal_batch_sequences = 8\nsequence_length = 32\n"
+      "[numerics]\nblock_tokens = 16\nreduction = \"exact\"\n"
+      "[optimizer]\nlr = 0.01\nclip = 0.5\n[schedule]\nwarmup_steps = 2\n"
+      "[balance]\nloss = \"sequence\"\nloss_weight = 0.02\nz_loss_weight = 0.001\n",
+      "tiny_config", {});
+  return config;
+}
+
+inline Config with_layout(Config config, const TestLayout& layout) {
+  config.parallel.dp = layout.dp;
+  config.parallel.ep = layout.ep;
+  config.parallel.sharding = layout.sharding;
+  config.train.micro_batch_sequences = layout.micro_batch;
+  return config;
+}
+
+// What one rank used.
+struct RankUse {
+  std::map<std::string, OpTotals> ops;
+  int64_t optimizer_bytes = 0, weight_bytes = 0, peak_bytes = 0;
+  CommTotals data_gather, data_all_to_all, expert_all_to_all, expert_data_all_to_all;
+};
+
+struct RunTrace {
+  std::vector<StepResult> steps;
+  std::vector<RankUse> ranks;
+};
+
+inline std::string total_hex(const StepResult& result) {
+  Digest128 total;
+  for (const auto& [name, digest] : result.digests) total += digest;
+  return total.hex();
+}
+
+inline RankUse rank_use(const Rank& rank) {
+  RankUse use;
+  use.ops = rank.totals;
+  use.optimizer_bytes = rank.arena.used_bytes(MemoryClass::optimizer);
+  use.weight_bytes = rank.arena.used_bytes(MemoryClass::weights);
+  use.peak_bytes = rank.arena.peak_bytes();
+  use.data_gather = rank.data->totals(CollectiveKind::all_gather);
+  use.data_all_to_all = rank.data->totals(CollectiveKind::all_to_all_v);
+  use.expert_all_to_all = rank.expert->totals(CollectiveKind::all_to_all_v);
+  use.expert_data_all_to_all = rank.expert_data->totals(CollectiveKind::all_to_all_v);
+  return use;
+}
+
+inline RunTrace run_trace(const Config& config, int64_t steps, int64_t workers = 1,
+                          uint64_t schedule_seed = 0) {
+  const Derived derived = derive(config);
+  const SyntheticSequences source(config);
+  RunTrace trace;
+  trace.ranks.resize(static_cast<size_t>(derived.ranks));
+  launch_ranks({.ranks = derived.ranks,
+                .workers = workers,
+                .schedule_seed = schedule_seed,
+                .poison = Poison::on,
+                .faults = config.faults},
+               [&](RankEnvironment& environment) {
+                 Rank rank(config, environment);
+                 TrainStep step(rank, config.model);
+                 step.model().initialize(config.run.seed);
+                 rank.finish_step();
+                 for (int64_t now = 1; now <= steps; ++now) {
+                   rank.step = now;
+                   environment.set_step(now);
+                   step.accumulate(source, now - 1);
+                   const StepResult result =
+                       step.update(now, learning_rate(config, derived, now), WithDigests::yes);
+                   if (rank.is_first()) trace.steps.push_back(result);
+                 }
+                 trace.ranks[rank.at.rank] = rank_use(rank);
+               });
+  return trace;
+}
+
+}  // namespace cambium::test
