@@ -29,8 +29,8 @@ void square_sum(const SquareSumArgs& a, Workers& workers) {
   for_ranges(workers, B, kBlocksPerChunk, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kNormBlockElements;
-      a.partial_B.pointer()[block] =
-          block_square_sum(a.grad_N.pointer() + first, std::min(kNormBlockElements, N - first));
+      a.partial_B.pointer()[block] = dot(a.grad_N.pointer() + first, a.grad_N.pointer() + first,
+                                         std::min(kNormBlockElements, N - first));
     }
   });
 }
