@@ -98,32 +98,30 @@ inline float sum(const float* a, int64_t count) {
   return total;
 }
 
-// Sum of a[i] b[i] c[i] in fp32.
-inline float dot3(const float* a, const float* b, const float* c, int64_t count) {
-  // The largest of a[0..count), count >= 1. A NaN may be passed over.
-  inline float max_of(const float* a, int64_t count) {
-    Lanes best[4] = {broadcast(a[0]), broadcast(a[0]), broadcast(a[0]), broadcast(a[0])};
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-      for (int part = 0; part < 4; ++part) {
-        best[part] = max_lanes(best[part], load_lanes(a + i + part * kLanes));
-      }
+// The largest of a[0..count), count >= 1. A NaN may be passed over.
+inline float max_of(const float* a, int64_t count) {
+  Lanes best[4] = {broadcast(a[0]), broadcast(a[0]), broadcast(a[0]), broadcast(a[0])};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int part = 0; part < 4; ++part) {
+      best[part] = max_lanes(best[part], load_lanes(a + i + part * kLanes));
     }
-    const Lanes top = max_lanes(max_lanes(best[0], best[1]), max_lanes(best[2], best[3]));
-    float largest = top[0];
-    for (int lane = 1; lane < kLanes; ++lane) largest = top[lane] > largest ? top[lane] : largest;
-    for (; i < count; ++i) largest = a[i] > largest ? a[i] : largest;
-    return largest;
   }
+  const Lanes top = max_lanes(max_lanes(best[0], best[1]), max_lanes(best[2], best[3]));
+  float largest = top[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = top[lane] > largest ? top[lane] : largest;
+  for (; i < count; ++i) largest = a[i] > largest ? a[i] : largest;
+  return largest;
+}
 
-  // Rows per chunk of a parallel_for over rows: about 16K elements a chunk, so that a chunk is
-  // worth its overhead, and at most `kMostChunks` chunks. A function of the shape alone.
-  inline int64_t rows_per_chunk(int64_t rows, int64_t row_elements) {
-    constexpr int64_t kChunkElements = 16384, kMostChunks = 64;
-    const int64_t by_size = kChunkElements / (row_elements > 0 ? row_elements : 1);
-    const int64_t by_count = (rows + kMostChunks - 1) / kMostChunks;
-    const int64_t chosen = by_size > by_count ? by_size : by_count;
-    return chosen < 1 ? 1 : chosen;
-  }
+// Rows per chunk of a parallel_for over rows: about 16K elements a chunk, so that a chunk is worth
+// its overhead, and at most `kMostChunks` chunks. A function of the shape alone.
+inline int64_t rows_per_chunk(int64_t rows, int64_t row_elements) {
+  constexpr int64_t kChunkElements = 16384, kMostChunks = 64;
+  const int64_t by_size = kChunkElements / (row_elements > 0 ? row_elements : 1);
+  const int64_t by_count = (rows + kMostChunks - 1) / kMostChunks;
+  const int64_t chosen = by_size > by_count ? by_size : by_count;
+  return chosen < 1 ? 1 : chosen;
+}
 
 }  // namespace cambium::reference
