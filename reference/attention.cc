@@ -126,7 +126,7 @@ void load_queries(const AttentionInputs& in, const ReadF32& tensor, const QueryB
   const int64_t width = in.heads * in.head_dim;
   for (int64_t token = 0; token < block.tokens; ++token) {
     const float* from = tensor.row(block.sequence_row + block.first + token) + block.group * width;
-    std::copy(from, from + width, to.stacked + token * width);
+    copy_row(from, to.stacked + token * width, width);
   }
   panel_transpose({.from = to.stacked,
                    .from_row = in.head_dim,
@@ -145,8 +145,7 @@ void load_keys(const AttentionInputs& in, const ReadF32& tensor, int64_t chunk, 
   const int64_t row = chunk / in.groups * in.sequence_length;
   const int64_t column = chunk % in.groups * in.head_dim;
   for (int64_t position = 0; position < in.sequence_length; ++position, to += in.head_dim) {
-    const float* from = tensor.row(row + position) + column;
-    std::copy(from, from + in.head_dim, to);
+    copy_row(tensor.row(row + position) + column, to, in.head_dim);
   }
 }
 
@@ -436,7 +435,7 @@ void store_d_query(const AttentionInputs& in, const QueryBlock& query, const flo
   const int64_t width = in.heads * in.head_dim;
   for (int64_t token = 0; token < query.tokens; ++token, d_query += width) {
     float* to = d_q.row(query.sequence_row + query.first + token) + query.group * width;
-    std::copy(d_query, d_query + width, to);
+    copy_row(d_query, to, width);
   }
 }
 
@@ -445,7 +444,7 @@ void store_d_keys(const AttentionInputs& in, int64_t chunk, const float* panel,
   const int64_t row = chunk / in.groups * in.sequence_length;
   const int64_t column = chunk % in.groups * in.head_dim;
   for (int64_t position = 0; position < in.sequence_length; ++position, panel += in.head_dim) {
-    std::copy(panel, panel + in.head_dim, tensor.row(row + position) + column);
+    copy_row(panel, tensor.row(row + position) + column, in.head_dim);
   }
 }
 

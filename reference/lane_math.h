@@ -25,6 +25,12 @@ inline Lanes load_lanes(const float* from) {
   return lanes;
 }
 inline void store_lanes(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof(lanes)); }
+// For short rows: a call of memmove costs more than the copy.
+inline void copy_row(const float* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_lanes(to + i, load_lanes(from + i));
+  for (; i < count; ++i) to[i] = from[i];
+}
 inline Lanes broadcast(float value) { return _mm256_set1_ps(value); }
 inline Lanes fma_lanes(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 inline Lanes max_lanes(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
