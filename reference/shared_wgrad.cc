@@ -1,9 +1,10 @@
+#include "reference/wgrad.h"
+
 #include <algorithm>
 #include <cstring>
 
 #include "reference/gemm.h"
 #include "reference/gemm_tile.h"
-#include "reference/wgrad.h"
 #include "src/base/check.h"
 
 namespace cambium::reference {
@@ -233,7 +234,8 @@ WgradPlan plan_wgrad(const GradTarget& target, const WgradLeaves& leaves, int64_
           plan.steps.push_back({leaves.leaf_row[leaf], leaves.leaf_row[leaf + 1], 0, -1});
         },
         [&](int) { ++plan.steps.back().merges; });
-    const NodeStore store = resolve_store(row, is_present, present, slot_step);
+    const NodeStore store =
+        resolve_store(row, is_present ? Presence::present : Presence::absent, present, slot_step);
     if (!store.is_stored) continue;
     if (!is_present) {
       const int64_t here = plan.steps.empty() ? 0 : plan.steps.back().row_end;

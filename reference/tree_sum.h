@@ -73,6 +73,8 @@ inline NodeRow node_row(const GradTarget& target, int64_t node, int64_t slot_cou
   return result;
 }
 
+enum class Presence { absent, present };
+
 // What remains to be done for one group and one row of the node table, absent operands left out.
 struct NodeStore {
   bool value_present = false;  // the node itself has a contribution
@@ -84,15 +86,15 @@ struct NodeStore {
 
 // `present` is the group's flag in slot 0; flags of consecutive slots are `slot_step` apart. Sets
 // the destination's flag: rows of a table must be resolved in order.
-inline NodeStore resolve_store(const NodeRow& row, bool value_present, uint8_t* present,
+inline NodeStore resolve_store(const NodeRow& row, Presence value, uint8_t* present,
                                int64_t slot_step) {
   NodeStore store;
-  store.value_present = value_present;
+  store.value_present = value == Presence::present;
   store.destination = static_cast<int32_t>(row.destination);
   for (const int32_t slot : row.folds) {
     if (present[slot * slot_step] != 0) store.folds[store.fold_count++] = slot;
   }
-  store.is_stored = value_present || store.fold_count > 0;
+  store.is_stored = store.value_present || store.fold_count > 0;
   present[row.destination * slot_step] = store.is_stored ? 1 : 0;
   return store;
 }
@@ -148,7 +150,8 @@ void sum_small_group(const GradTarget& target, const SmallGroup& group,
         row.first_block, row.end_block, present_blocks, 0, 0,
         [&](int64_t index, int level) { contribution(index, stack + level * n); },
         [&](int level) { add_right(stack + level * n, stack + (level + 1) * n, n); });
-    const NodeStore store = resolve_store(row, is_present, group.present, group.present_step);
+    const NodeStore store = resolve_store(row, is_present ? Presence::present : Presence::absent,
+                                          group.present, group.present_step);
     store_node(store, stack, group.slots, group.slot_stride, n);
   }
 }
