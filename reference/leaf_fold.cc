@@ -52,7 +52,7 @@ void leaf_fold(const LeafFoldArgs& args, Workers& workers) {
                         .slot_stride = args.d_w_SN.row_stride,
                         .group_elements = N,
                         .present = args.present_S.pointer(),
-                        .present_stride = 1};
+                        .present_stride = args.present_S.row_stride};
   const int64_t chunks = (N + kColumnChunk - 1) / kColumnChunk;
   // Presence is read by every chunk and changed by every node: one node at a time.
   for (int64_t index = 0; index < (is_nodes ? nodes : 1); ++index) {

@@ -21,7 +21,7 @@ struct TestLayout {
 inline Config tiny_config() {
   Config config = parse_config(
       "[model]\nlayers = 2\nhidden = 32\nheads = 4\nkv_heads = 2\nhead_dim = 8\nexperts = 8\n"
-      "top_k = 2\nexpert_hidden = 24\nvocab = 97\nmax_positions = 64\n"
+      "top_k = 2\nexpert_hidden = 24\nvocab = 300\nmax_positions = 64\n"
       "[train]\nsteps = 20\nglobal_batch_sequences = 8\nsequence_length = 32\n"
       "[numerics]\nblock_tokens = 16\nreduction = \"exact\"\n"
       "[optimizer]\nlr = 0.01\nclip = 0.5\n[schedule]\nwarmup_steps = 2\n"
