@@ -17,8 +17,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "src/comm/rank_environment.h"
@@ -46,8 +46,8 @@ struct CommFault {
   CommFaultKind kind = CommFaultKind::wrong_count;
   int rank = 0;
   int64_t step = 1;
-  std::string communicator;  // empty = any
-  int64_t skip_calls = 0;    // fitting calls that are left alone first
+  std::string communicator = {};  // empty = any
+  int64_t skip_calls = 0;         // fitting calls that are left alone first
 };
 
 struct ClusterOptions {
@@ -57,7 +57,7 @@ struct ClusterOptions {
   uint64_t schedule_seed = 0;  // 0 = rank order
   Poison poison = Poison::off;
   ReductionOrder reduction_order = ReductionOrder::rank;
-  std::vector<CommFault> faults;
+  std::vector<CommFault> faults = {};
   int64_t stack_bytes = 1 << 20;  // per rank; only touched pages cost memory
 };
 
@@ -78,13 +78,13 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body);
 // NOTE: a body never waits inside `catch`: store what is needed and wait after the handler.
 template <class Body>
 ClusterReport run_cluster(const ClusterOptions& options, Body&& body) {
-  using Stored = std::remove_reference_t<Body>;
+  auto* pointer = std::addressof(body);  // of a callable object or of a function
   return cluster_detail::run(
       options,
       [](void* stored, RankEnvironment& environment) {
-        (*static_cast<Stored*>(stored))(environment);
+        (**static_cast<decltype(pointer)*>(stored))(environment);
       },
-      const_cast<void*>(static_cast<const void*>(&body)));
+      &pointer);
 }
 
 }  // namespace cambium::sim
