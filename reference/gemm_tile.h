@@ -27,37 +27,37 @@ struct Tile {
   __m256 low[kRows];
   __m256 high[kRows];
 
-  void clear() {
+  [[gnu::always_inline]] inline void clear() {
     unrolled<kRows>([&]<int i>()
                         __attribute__((always_inline)) { low[i] = high[i] = _mm256_setzero_ps(); });
   }
-  void load(const float* c, int64_t c_stride) {
+  [[gnu::always_inline]] inline void load(const float* c, int64_t c_stride) {
     unrolled<kRows>([&]<int i>() __attribute__((always_inline)) {
       low[i] = _mm256_loadu_ps(c + i * c_stride);
       high[i] = _mm256_loadu_ps(c + i * c_stride + 8);
     });
   }
-  void store(float* c, int64_t c_stride) const {
+  [[gnu::always_inline]] inline void store(float* c, int64_t c_stride) const {
     unrolled<kRows>([&]<int i>() __attribute__((always_inline)) {
       _mm256_storeu_ps(c + i * c_stride, low[i]);
       _mm256_storeu_ps(c + i * c_stride + 8, high[i]);
     });
   }
   // this = c + this
-  void add_left(const float* c, int64_t c_stride) {
+  [[gnu::always_inline]] inline void add_left(const float* c, int64_t c_stride) {
     unrolled<kRows>([&]<int i>() __attribute__((always_inline)) {
       low[i] = _mm256_add_ps(_mm256_loadu_ps(c + i * c_stride), low[i]);
       high[i] = _mm256_add_ps(_mm256_loadu_ps(c + i * c_stride + 8), high[i]);
     });
   }
   // this = this + right
-  void add(const Tile& right) {
+  [[gnu::always_inline]] inline void add(const Tile& right) {
     unrolled<kRows>([&]<int i>() __attribute__((always_inline)) {
       low[i] = _mm256_add_ps(low[i], right.low[i]);
       high[i] = _mm256_add_ps(high[i], right.high[i]);
     });
   }
-  void scale_rows(const float* scale) {
+  [[gnu::always_inline]] inline void scale_rows(const float* scale) {
     unrolled<kRows>([&]<int i>() __attribute__((always_inline)) {
       const __m256 factor = _mm256_broadcast_ss(scale + i);
       low[i] = _mm256_mul_ps(low[i], factor);
@@ -86,7 +86,8 @@ struct Tile {
 
 // A tile of fewer than 16 columns goes through a full one on the stack.
 template <int kRows>
-inline void load_tile(Tile<kRows>& tile, const float* c, int64_t c_stride, int64_t columns) {
+[[gnu::always_inline]] inline void load_tile(Tile<kRows>& tile, const float* c, int64_t c_stride,
+                                             int64_t columns) {
   if (columns == kTileColumns) return tile.load(c, c_stride);
   alignas(64) float full[kTileRows * kTileColumns] = {};
   for (int i = 0; i < kRows; ++i) {
@@ -96,7 +97,8 @@ inline void load_tile(Tile<kRows>& tile, const float* c, int64_t c_stride, int64
 }
 
 template <int kRows>
-inline void store_tile(const Tile<kRows>& tile, float* c, int64_t c_stride, int64_t columns) {
+[[gnu::always_inline]] inline void store_tile(const Tile<kRows>& tile, float* c, int64_t c_stride,
+                                              int64_t columns) {
   if (columns == kTileColumns) return tile.store(c, c_stride);
   alignas(64) float full[kTileRows * kTileColumns];
   tile.store(full, kTileColumns);

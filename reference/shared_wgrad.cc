@@ -17,6 +17,7 @@ constexpr int64_t kMaxBatchRows = 256;  // a panel of x is 16 KB
 constexpr int64_t kChunksPerOp = 16;
 constexpr int64_t kMinChunkSide = 64;
 constexpr int kTileFloats = kTileRows * kTileColumns;
+constexpr int64_t kGroupTiles = 16;  // one level of their stacks is 6 KB
 
 // A part of one group's matrix.
 struct WgradChunk {
@@ -82,22 +83,36 @@ PackedBatch pack_batch(const WgradGroup& group, const WgradChunk& chunk, int64_t
   return packed;
 }
 
-// Calls run.template operator()<rows>(a_panel, b_panel, n, k, columns, tile_index) for every
-// register tile of the chunk; n and k are the tile's place in the whole matrix.
+// Tiles of the same height in one panel of x, below each other. They are walked together, step by
+// step: the branches of a step depend on the step alone, so only the first tile can mispredict.
+struct TileGroup {
+  const float* a = nullptr;  // panel of the first tile; the next one is a_stride further
+  int64_t a_stride = 0;
+  const float* b = nullptr;
+  int64_t count = 0;
+  int64_t n = 0;  // place in the whole matrix
+  int64_t k = 0;
+  int64_t columns = 0;
+  int64_t tile_index = 0;  // of the first tile in the chunk
+};
+
+// Calls run.template operator()<rows>(group) for every group of register tiles of the chunk.
 template <class Run>
-void for_each_tile(const WgradChunk& chunk, const PackedBatch& packed, Run&& run) {
+void for_each_tile_group(const WgradChunk& chunk, const PackedBatch& packed, Run&& run) {
   const PanelCut cut(chunk.n_count);
-  const float* b = packed.b;
-  int64_t tile_index = 0;
-  for (int64_t k = 0; k < chunk.k_count; k += kTileColumns, b += packed.b_panel_stride()) {
-    const int64_t columns = std::min(kTileColumns, chunk.k_count - k);
-    for (int64_t p = 0; p < cut.panels; ++p) {
-      const float* a = packed.a + p * packed.a_panel_stride();
-      with_tile_rows(cut.count(p), [&]<int kRows>() {
-        run.template operator()<kRows>(a, b, chunk.n_begin + cut.begin(p), chunk.k_begin + k,
-                                       columns, tile_index);
-      });
-      ++tile_index;
+  TileGroup group;
+  group.a_stride = packed.a_panel_stride();
+  group.b = packed.b;
+  for (int64_t k = 0; k < chunk.k_count; k += kTileColumns, group.b += packed.b_panel_stride()) {
+    group.k = chunk.k_begin + k;
+    group.columns = std::min(kTileColumns, chunk.k_count - k);
+    for (int64_t p = 0; p < cut.panels; p += group.count) {
+      const int64_t same_height = p < cut.longer ? cut.longer : cut.panels;
+      group.count = std::min(kGroupTiles, same_height - p);
+      group.a = packed.a + p * packed.a_panel_stride();
+      group.n = chunk.n_begin + cut.begin(p);
+      with_tile_rows(cut.count(p), [&]<int kRows>() { run.template operator()<kRows>(group); });
+      group.tile_index += group.count;
     }
   }
 }
@@ -106,54 +121,65 @@ void accumulate_chunk(const WgradGroup& group, const WgradChunk& chunk, Scratch&
   for (int64_t row = group.row_begin; row < group.row_end; row += kMaxBatchRows) {
     const int64_t rows = std::min(kMaxBatchRows, group.row_end - row);
     const PackedBatch packed = pack_batch(group, chunk, row, rows, scratch);
-    for_each_tile(chunk, packed,
-                  [&]<int kRows>(const float* a, const float* b, int64_t n, int64_t k,
-                                 int64_t columns, int64_t) {
-                    float* c = group.slots + n * group.K + k;
-                    Tile<kRows> tile;
-                    load_tile(tile, c, group.K, columns);
-                    tile.multiply(a, 1, kRows, b, rows);
-                    store_tile(tile, c, group.K, columns);
-                  });
+    for_each_tile_group(chunk, packed, [&]<int kRows>(const TileGroup& tiles) {
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        float* c = group.slots + (tiles.n + i * kRows) * group.K + tiles.k;
+        Tile<kRows> tile;
+        load_tile(tile, c, group.K, tiles.columns);
+        tile.multiply(tiles.a + i * tiles.a_stride, 1, kRows, tiles.b, rows);
+        store_tile(tile, c, group.K, tiles.columns);
+      }
+    });
   }
 }
 
-// Folds the left slots into a finished node's tile and stores it.
+// Folds the left slots into a finished node's value and stores it. The value comes through memory,
+// so that the tiles of the walk itself stay in registers.
 template <int kRows>
-void finish_node(const WgradGroup& group, const NodeStore& store, Tile<kRows>& tile, int64_t offset,
-                 int64_t columns) {
+void finish_node(const WgradGroup& group, const NodeStore& store, const float* value,
+                 int64_t offset, int64_t columns) {
+  Tile<kRows> tile;
+  tile.load(value, kTileColumns);
   bool has_value = store.value_present;
   for (int32_t f = 0; f < store.fold_count; ++f) {
-    const float* left = group.slots + store.folds[f] * group.slot_stride + offset;
-    Tile<kRows> other;
-    load_tile(other, left, group.K, columns);
-    if (has_value) other.add(tile);
-    tile = other;
+    Tile<kRows> left;
+    load_tile(left, group.slots + store.folds[f] * group.slot_stride + offset, group.K, columns);
+    if (has_value) left.add(tile);
+    tile = left;
     has_value = true;
   }
   store_tile(tile, group.slots + store.destination * group.slot_stride + offset, group.K, columns);
 }
 
-// Runs a batch of steps on one register tile; `stack` holds the tile's unfinished operands.
+// Runs a batch of steps on a group of tiles. `stack` holds their unfinished operands, the tiles of
+// one level next to each other.
 template <int kRows>
-void walk_tile(const WgradGroup& group, const StepBatch& batch, const float* a, const float* b,
-               float* stack, int64_t offset, int64_t columns) {
-  float* top = stack + batch.stack_depth * kTileFloats;
+void walk_tiles(const WgradGroup& group, const StepBatch& batch, const TileGroup& tiles,
+                float* stack) {
+  const int64_t level_floats = tiles.count * kTileFloats;
+  float* top = stack + batch.stack_depth * level_floats;
   for (int64_t s = batch.step_begin; s < batch.step_end; ++s) {
     const WgradStep& step = group.plan.steps[s];
-    const int64_t row = step.row_begin - batch.row_begin;
-    Tile<kRows> tile;
-    tile.clear();
-    tile.multiply(a + row * kRows, 1, kRows, b + row * kTileColumns, step.row_end - step.row_begin);
-    for (int32_t m = 0; m < step.merges; ++m) {
-      top -= kTileFloats;
-      tile.add_left(top, kTileColumns);
+    const int64_t row = step.row_begin - batch.row_begin, rows = step.row_end - step.row_begin;
+    float* value = top - step.merges * level_floats;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      Tile<kRows> tile;
+      tile.clear();
+      tile.multiply(tiles.a + i * tiles.a_stride + row * kRows, 1, kRows,
+                    tiles.b + row * kTileColumns, rows);
+      for (int32_t m = 1; m <= step.merges; ++m) {
+        tile.add_left(top - m * level_floats + i * kTileFloats, kTileColumns);
+      }
+      tile.store(value + i * kTileFloats, kTileColumns);
     }
+    top = value;
     if (step.node < 0) {
-      tile.store(top, kTileColumns);
-      top += kTileFloats;
-    } else {
-      finish_node(group, group.plan.nodes[step.node], tile, offset, columns);
+      top += level_floats;
+      continue;
+    }
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      finish_node<kRows>(group, group.plan.nodes[step.node], top + i * kTileFloats,
+                         (tiles.n + i * kRows) * group.K + tiles.k, tiles.columns);
     }
   }
 }
@@ -174,8 +200,8 @@ std::vector<StepBatch> cut_batches(const WgradPlan& plan, int64_t packed_columns
     batches.back().row_end = step.row_end;
     depth -= step.merges;
     CHECK_GE(depth, 0);
+    stack_tiles = std::max(stack_tiles, depth + 1);  // every step's value passes through the top
     if (step.node < 0) ++depth;
-    stack_tiles = std::max(stack_tiles, depth);
   }
   CHECK_EQ(depth, 0);
   return batches;
@@ -189,18 +215,15 @@ void walk_chunk(const WgradGroup& group, const WgradChunk& chunk, Scratch& scrat
                                       [](const StepBatch& b) { return b.stack_depth > 0; });
   const int64_t tiles =
       PanelCut(chunk.n_count).panels * ((chunk.k_count + kTileColumns - 1) / kTileColumns);
-  // One stack serves all tiles in turn, unless operands wait across batches.
-  const int64_t stack_stride = is_carried ? stack_tiles * kTileFloats : 0;
-  float* stack =
-      scratch.floats(kPartialSlot, is_carried ? tiles * stack_stride : stack_tiles * kTileFloats);
+  // One stack serves all tile groups in turn, unless operands wait across batches.
+  const int64_t stack_floats = stack_tiles * kTileFloats;
+  float* stack = scratch.floats(kPartialSlot, (is_carried ? tiles : kGroupTiles) * stack_floats);
   for (const StepBatch& batch : batches) {
     const PackedBatch packed = pack_batch(group, chunk, batch.row_begin, batch.rows(), scratch);
-    for_each_tile(chunk, packed,
-                  [&]<int kRows>(const float* a, const float* b, int64_t n, int64_t k,
-                                 int64_t columns, int64_t tile) {
-                    walk_tile<kRows>(group, batch, a, b, stack + tile * stack_stride,
-                                     n * group.K + k, columns);
-                  });
+    for_each_tile_group(chunk, packed, [&]<int kRows>(const TileGroup& tiles) {
+      walk_tiles<kRows>(group, batch, tiles,
+                        stack + (is_carried ? tiles.tile_index * stack_floats : 0));
+    });
   }
 }
 
