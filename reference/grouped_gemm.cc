@@ -210,7 +210,13 @@ void grouped_wgrad(const GroupedWgradArgs& a, Workers& workers) {
     leaf_row.clear();
     for (int64_t row = group.row_begin; row < group.row_end; ++row) {
       if (!leaf_block.empty() && leaf_block.back() == row_block[row]) continue;
-      CHECK(leaf_block.empty() || leaf_block.back() < row_block[row]);
+      if (!leaf_block.empty() && leaf_block.back() > row_block[row]) {
+        fail(
+            ExitCode::verification_mismatch,
+            "grouped_wgrad: row {} of expert {} is of block {} after block {}: the routing sort is "
+            "not stable by (token, k)",
+            row, expert, row_block[row], leaf_block.back());
+      }
       leaf_block.push_back(row_block[row]);
       leaf_row.push_back(row);
     }

@@ -166,6 +166,7 @@ void finish_outputs(const Config& config, const std::string& directory, FileSyst
     GenerateRequest request;
     request.tokens = config.train.sample_tokens;
     request.seed = config.run.seed;
+    request.at_document_end = DocumentEnd::go_on;
     const std::string text = generate_text(config, *newest.reader, data.data.tokenizer, request);
     files.write_file_atomic(directory + "/samples.txt",
                             fmt::format("step {}:\n{}\n", outcome.step, text));

@@ -75,7 +75,7 @@ std::string generate_on_rank(RankEnvironment& environment, const Config& single_
     rank.finish_step();
     const int32_t next =
         draw_token(logits.f32() + (count - 1) * vocab, vocab, request, static_cast<uint64_t>(draw));
-    if (next == tokenizer.eos()) break;
+    if (next == tokenizer.eos() && request.at_document_end == DocumentEnd::stop) break;
     tokens.push_back(next);
   }
   return tokenizer.decode(std::span(tokens).subspan(prompt_end));

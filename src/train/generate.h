@@ -10,12 +10,15 @@
 
 namespace cambium {
 
+enum class DocumentEnd { stop, go_on };
+
 struct GenerateRequest {
   std::string prompt;  // empty = the start of a document
   int64_t tokens = 200;
   double temperature = 0.8;  // 0 = the likeliest token
   int64_t top_k = 0;         // 0 = the whole vocabulary
   uint64_t seed = 1;
+  DocumentEnd at_document_end = DocumentEnd::stop;
 };
 
 // The same model as one rank: dp = cp = pp = ep = 1, a batch of one sequence, no balance loss.

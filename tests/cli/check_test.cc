@@ -1,0 +1,70 @@
+// `cambium check` passes on what is right, and names the cause of each injected fault.
+#include <gtest/gtest.h>
+
+#include <chrono>
+
+#include "fmt/format.h"
+#include "tests/cli/run_binary.h"
+
+namespace cambium {
+
+namespace {
+
+struct FaultCase {
+  const char* kind;
+  int exit_code;
+  const char* cause;  // what the message must hold
+};
+
+// dp 4 with ep 2 of the small model of configs/tiny.toml.
+std::string faulty_config(const char* kind) {
+  return fmt::format(
+      "[model]\nlayers = 2\nhidden = 32\nheads = 4\nkv_heads = 2\nhead_dim = 8\nexperts = 8\n"
+      "top_k = 2\nexpert_hidden = 24\nvocab = 300\nmax_positions = 64\n"
+      "[train]\nsteps = 4\nglobal_batch_sequences = 8\nsequence_length = 32\n"
+      "[numerics]\nblock_tokens = 16\n[parallel]\ndp = 4\nep = 2\n"
+      "[[faults]]\nkind = \"{}\"\nrank = 3\nstep = 1\n",
+      kind);
+}
+
+TEST(Check, PassesOnTheShippedConfigurationsWithinAMinute) {
+  for (const char* path : {"configs/quickstart.toml", "configs/tiny.toml"}) {
+    const auto start = std::chrono::steady_clock::now();
+    const BinaryRun run = run_binary({"check", path});
+    EXPECT_EQ(run.exit_code, 0) << run.output;
+    EXPECT_NE(run.output.find("PASS"), std::string::npos);
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(60));
+  }
+}
+
+TEST(Check, NamesTheCauseOfEveryFault) {
+  const ScratchDirectory scratch;
+  const FaultCase cases[] = {
+      {"wrong_count", 22, "count"},
+      {"swapped_collectives", 22, "skipped or reordered"},
+      {"skipped_collective", 22, "skipped or reordered"},
+      {"expert_gradient_scale", 51, "2 times that of one rank: a wrong gradient scale"},
+      {"rng_rank", 51, "initial weights differ: a rank draws from another random stream"},
+      {"routing_order", 51, "the routing sort is not stable by (token, k)"},
+  };
+  for (const FaultCase& fault : cases) {
+    const std::string path =
+        scratch.write(fmt::format("{}.toml", fault.kind), faulty_config(fault.kind));
+    const BinaryRun run = run_binary({"check", path});
+    EXPECT_EQ(run.exit_code, fault.exit_code) << fault.kind << ": " << run.output;
+    EXPECT_NE(run.output.find(fault.cause), std::string::npos) << fault.kind << ": " << run.output;
+    EXPECT_NE(run.output.find("REPRO: cambium check"), std::string::npos) << run.output;
+  }
+}
+
+TEST(Check, TrainRefusesFaultsUnlessAllowed) {
+  const ScratchDirectory scratch;
+  const std::string path = scratch.write("f.toml", faulty_config("rng_rank"));
+  const BinaryRun run = run_binary({"train", path, "--out", scratch.path() + "/run"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_NE(run.output.find("run.allow_faults"), std::string::npos) << run.output;
+}
+
+}  // namespace
+
+}  // namespace cambium

@@ -1,0 +1,118 @@
+// Whole runs through the binary: outputs, resume in other layouts, signals, golden parity.
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "fmt/format.h"
+#include "tests/cli/run_binary.h"
+
+namespace cambium {
+
+namespace {
+
+// Text enough for a few sequences of bytes.
+std::string corpus() {
+  std::string text;
+  for (int i = 0; i < 400; ++i) {
+    text += fmt::format("Line {} of a small corpus, {} words long.\n", i, i % 7);
+  }
+  return text;
+}
+
+std::string small_config(const ScratchDirectory& scratch) {
+  const std::string text = scratch.write("corpus.txt", corpus());
+  return scratch.write(
+      "small.toml",
+      fmt::format("[model]\nlayers = 2\nhidden = 32\nheads = 4\nkv_heads = 2\nhead_dim = 8\n"
+                  "experts = 8\ntop_k = 2\nexpert_hidden = 24\nvocab = 300\nmax_positions = 64\n"
+                  "[data]\ntrain = [\"{}\"]\n"
+                  "[train]\nsteps = 6\nglobal_batch_sequences = 8\nsequence_length = 32\n"
+                  "sample_tokens = 20\neval_sequences = 8\n[numerics]\nblock_tokens = 16\n"
+                  "[balance]\nloss = \"global_batch_lagged\"\nbias_update_rate = 0.01\n"
+                  "[parallel]\ndp = 4\nep = 2\n[checkpoint]\nevery_steps = 2\n",
+                  text));
+}
+
+std::string last_step_line(const std::string& run) {
+  std::ifstream file(run + "/metrics.jsonl");
+  std::string line, last;
+  while (std::getline(file, line)) {
+    if (line.find("\"digest\"") != std::string::npos) last = line;
+  }
+  return last.substr(0, last.find("\"step_ms\"")) + last.substr(last.find("\"digest\""), 45);
+}
+
+TEST(Train, WritesEveryOutputAndResumesBitExactInOtherLayouts) {
+  const ScratchDirectory scratch;
+  const std::string config = small_config(scratch), a = scratch.path() + "/a";
+  const BinaryRun straight = run_binary({"train", config, "--out", a});
+  ASSERT_EQ(straight.exit_code, 0) << straight.output;
+  for (const char* name : {"config.resolved.toml", "run.json", "metrics.jsonl", "digests.jsonl",
+                           "samples.txt", "report.html"}) {
+    EXPECT_TRUE(std::filesystem::exists(a + "/" + name)) << name;
+  }
+  EXPECT_EQ(run_binary({"train", config, "--out", a}).exit_code, 33);
+  const char* layouts[][2] = {{"1", "1"}, {"2", "2"}, {"8", "4"}, {"8", "8"}};
+  for (int stop = 1; stop <= 4; ++stop) {
+    const std::string b = fmt::format("{}/b{}", scratch.path(), stop);
+    const BinaryRun first =
+        run_binary({"train", config, "--out", b, "--stop-after-step", std::to_string(stop)});
+    ASSERT_EQ(first.exit_code, 0) << first.output;
+    const auto& layout = layouts[stop - 1];
+    const BinaryRun second = run_binary({"train", config, "--out", b, "--resume", "--set",
+                                         fmt::format("parallel.dp={}", layout[0]), "--set",
+                                         fmt::format("parallel.ep={}", layout[1])});
+    ASSERT_EQ(second.exit_code, 0) << second.output;
+    EXPECT_EQ(last_step_line(b), last_step_line(a)) << "stop after " << stop;
+    const BinaryRun equal = run_binary({"compare", a, b});
+    EXPECT_EQ(equal.exit_code, 0) << equal.output;
+  }
+  const BinaryRun other =
+      run_binary({"train", config, "--out", scratch.path() + "/c", "--set", "run.seed=5"});
+  ASSERT_EQ(other.exit_code, 0) << other.output;
+  EXPECT_EQ(run_binary({"compare", a, scratch.path() + "/c"}).exit_code, 51);
+}
+
+TEST(Train, ResumeRefusesAnotherModelAndCompletesAFinishedRun) {
+  const ScratchDirectory scratch;
+  const std::string config = small_config(scratch), a = scratch.path() + "/a";
+  ASSERT_EQ(run_binary({"train", config, "--out", a}).exit_code, 0);
+  std::filesystem::remove(a + "/report.html");
+  const BinaryRun again = run_binary({"train", config, "--out", a, "--resume"});
+  EXPECT_EQ(again.exit_code, 0) << again.output;
+  EXPECT_TRUE(std::filesystem::exists(a + "/report.html"));
+  const BinaryRun other =
+      run_binary({"train", config, "--out", a, "--resume", "--set", "optimizer.lr=0.5"});
+  EXPECT_EQ(other.exit_code, 2);
+  EXPECT_NE(other.output.find("optimizer.lr"), std::string::npos) << other.output;
+}
+
+TEST(Train, EvalAndGenerateReadTheRun) {
+  const ScratchDirectory scratch;
+  const std::string config = small_config(scratch), a = scratch.path() + "/a";
+  ASSERT_EQ(run_binary({"train", config, "--out", a}).exit_code, 0);
+  const BinaryRun eval = run_binary({"eval", a, "--json"});
+  EXPECT_EQ(eval.exit_code, 0) << eval.output;
+  EXPECT_NE(eval.output.find("bits_per_byte"), std::string::npos);
+  const BinaryRun text = run_binary({"generate", a, "--tokens", "8", "--seed", "3"});
+  EXPECT_EQ(text.exit_code, 0) << text.output;
+  EXPECT_EQ(run_binary({"generate", a, "--tokens", "8", "--seed", "3"}).output, text.output);
+}
+
+TEST(Parity, GoldenModelsPassOnEveryLayout) {
+  const std::string goldens = std::string(CAMBIUM_SOURCE_DIR) + "/../shared/golden/";
+  if (!std::filesystem::exists(goldens)) GTEST_SKIP() << "skipped: no golden directories";
+  for (const char* name : {"qwen3_moe", "mixtral", "olmoe"}) {
+    for (const auto& [dp, ep] : {std::pair{1, 1}, {2, 1}, {2, 2}}) {
+      const BinaryRun run =
+          run_binary({"parity", goldens + name, "--set", fmt::format("parallel.dp={}", dp), "--set",
+                      fmt::format("parallel.ep={}", ep)});
+      EXPECT_EQ(run.exit_code, 0) << name << ": " << run.output;
+    }
+  }
+}
+
+}  // namespace
+
+}  // namespace cambium
