@@ -73,8 +73,10 @@ std::string generate_on_rank(RankEnvironment& environment, const Config& single_
                                                  {});
     step.model().evaluate_micro_batch(batch, logits.f32());
     rank.finish_step();
-    const int32_t next =
-        draw_token(logits.f32() + (count - 1) * vocab, vocab, request, static_cast<uint64_t>(draw));
+    // Ids that the tokenizer does not have are never drawn.
+    const int64_t drawable = std::min(vocab, tokenizer.vocab());
+    const int32_t next = draw_token(logits.f32() + (count - 1) * vocab, drawable, request,
+                                    static_cast<uint64_t>(draw));
     if (next == tokenizer.eos() && request.at_document_end == DocumentEnd::stop) break;
     tokens.push_back(next);
   }
