@@ -143,27 +143,26 @@ const std::vector<int64_t>& lower_counts(const PairCounts& counts, LowerOrder lo
   return lower == LowerOrder::unigram ? counts.follower_V : counts.distinct_before_V;
 }
 
-// The settings that do best on `held_out`, counted on the pairs before it.
+// The settings that do best on `held_out`, counted on the pairs before it: first alpha, by the
+// unigram, then the discount and the lower order.
 void tune(const PairCounts& counts, const std::vector<TokenPair>& held_out,
           NgramBaselines& settings) {
   double best_unigram = 1e300, best_bigram = 1e300;
-  const std::vector<CountedTarget> targets = look_up(counts, held_out);
   for (double alpha : kAlphas) {
     const double nats = unigram_nats(smoothed(counts.follower_V, alpha), held_out);
-    if (nats < best_unigram) {
-      best_unigram = nats;
-      settings.unigram_alpha = alpha;
-    }
-    for (LowerOrder lower : {LowerOrder::unigram, LowerOrder::continuation}) {
-      const std::vector<double> lower_V = smoothed(lower_counts(counts, lower), alpha);
-      for (double discount : kDiscounts) {
-        const double bigram = bigram_nats(targets, lower_V, discount);
-        if (bigram >= best_bigram) continue;
-        best_bigram = bigram;
-        settings.bigram_alpha = alpha;
-        settings.bigram_discount = discount;
-        settings.lower_order = lower;
-      }
+    if (nats >= best_unigram) continue;
+    best_unigram = nats;
+    settings.alpha = alpha;
+  }
+  const std::vector<CountedTarget> targets = look_up(counts, held_out);
+  for (LowerOrder lower : {LowerOrder::unigram, LowerOrder::continuation}) {
+    const std::vector<double> lower_V = smoothed(lower_counts(counts, lower), settings.alpha);
+    for (double discount : kDiscounts) {
+      const double nats = bigram_nats(targets, lower_V, discount);
+      if (nats >= best_bigram) continue;
+      best_bigram = nats;
+      settings.discount = discount;
+      settings.lower_order = lower;
     }
   }
 }
@@ -182,10 +181,10 @@ NgramBaselines ngram_baselines(const Corpus& train, const BatchSource& validatio
   const auto split = pairs.end() - std::ssize(pairs) / kTuningShare;
   tune(count_pairs({pairs.begin(), split}, vocab), {split, pairs.end()}, result);
   const PairCounts counts = count_pairs(pairs, vocab);
-  result.unigram_nats = unigram_nats(smoothed(counts.follower_V, result.unigram_alpha), targets);
+  result.unigram_nats = unigram_nats(smoothed(counts.follower_V, result.alpha), targets);
   const std::vector<double> lower_V =
-      smoothed(lower_counts(counts, result.lower_order), result.bigram_alpha);
-  result.bigram_nats = bigram_nats(look_up(counts, targets), lower_V, result.bigram_discount);
+      smoothed(lower_counts(counts, result.lower_order), result.alpha);
+  result.bigram_nats = bigram_nats(look_up(counts, targets), lower_V, result.discount);
   return result;
 }
 

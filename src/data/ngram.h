@@ -24,9 +24,8 @@ struct NgramBaselines {
   double unigram_nats = 0;  // cross entropy per target
   double bigram_nats = 0;
   int64_t targets = 0;  // of the validation pass
-  double unigram_alpha = 0;
-  double bigram_alpha = 0;
-  double bigram_discount = 0;
+  double alpha = 0;
+  double discount = 0;
   LowerOrder lower_order = LowerOrder::unigram;
 };
 

@@ -61,9 +61,9 @@ TEST_F(NgramTest, TunedSettingsAreTakenFromTheirGridsAndTheBigramWinsOnEnglish) 
   const NgramBaselines result = baselines(text);
   EXPECT_LT(result.bigram_nats, result.unigram_nats);
   EXPECT_GT(result.bigram_nats, std::log(9.0) / 4);  // below the words' entropy per letter: a leak
-  EXPECT_GT(result.bigram_discount, 0);
-  EXPECT_LT(result.bigram_discount, 1);
-  EXPECT_GT(result.unigram_alpha, 0);
+  EXPECT_GT(result.discount, 0);
+  EXPECT_LT(result.discount, 1);
+  EXPECT_GT(result.alpha, 0);
 }
 
 TEST_F(NgramTest, ProbabilitiesOfUnseenContextsFallBackAndStayFinite) {
