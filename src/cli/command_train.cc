@@ -183,8 +183,6 @@ void finish_outputs(const Config& config, const std::string& directory, FileSyst
     }
   }
   write_run_record(directory, record);
-  write_report(directory);
-  fmt::print("report: {}/report.html\n", directory);
 }
 
 }  // namespace
@@ -250,11 +248,14 @@ int command_train(const TrainOptions& options) {
   if (outcome.reason == StopReason::signal) {
     metrics.write_exit(
         {static_cast<int>(ExitCode::stopped_by_signal), "stopped by signal", resume});
+    write_report(directory);
     fmt::print(stderr, "stopped by signal after step {}; resume: {}\n", outcome.step, resume);
     return static_cast<int>(ExitCode::stopped_by_signal);
   }
   const bool finished = outcome.reason == StopReason::finished;
   metrics.write_exit({0, finished ? "finished" : "stopped after step", finished ? "" : resume});
+  write_report(directory);  // after the exit event, which it shows
+  fmt::print("report: {}/report.html\n", directory);
   return 0;
 }
 

@@ -98,7 +98,7 @@ std::string small_charts(const RunHistory& history) {
                 const double imbalance = expert_imbalance(metrics.expert_load);
                 return imbalance > 0 ? Value(imbalance) : Value();
               });
-  html += one("Balance loss", "unweighted, mean over the MoE layers", "violet",
+  html += one("Balance loss", "times its weight, summed over the layers", "violet",
               [](const StepMetrics& metrics) { return metrics.balance_loss; });
   return html;
 }

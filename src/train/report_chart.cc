@@ -118,10 +118,9 @@ std::string series_svg(const ChartSeries& series, const Range& x, const Range& y
 }
 
 std::string axis_label(double value) {
-  if (value != 0 && (std::abs(value) >= 10'000 || std::abs(value) < 0.001)) {
-    return std::abs(value) >= 10'000 ? count_text(value) : fmt::format("{:.3g}", value);
-  }
-  return fmt::format("{:.4g}", value);
+  const double size = std::abs(value);
+  if (size >= 1000) return count_text(value);
+  return size != 0 && size < 0.001 ? fmt::format("{:.3g}", value) : fmt::format("{:.4g}", value);
 }
 
 // Grid lines go into the SVG, their labels beside it.
