@@ -185,6 +185,25 @@ void finish_outputs(const Config& config, const std::string& directory, FileSyst
   write_run_record(directory, record);
 }
 
+// The exit event, then the report, which shows it. Returns the exit code.
+int end_run(MetricsWriter& metrics, const std::string& directory, const TrainOutcome& outcome,
+            const std::string& resume) {
+  const bool stopped = outcome.reason == StopReason::signal;
+  const bool finished = outcome.reason == StopReason::finished;
+  const ExitCode code = stopped ? ExitCode::stopped_by_signal : ExitCode::done;
+  metrics.write_exit({static_cast<int>(code),
+                      stopped    ? "stopped by signal"
+                      : finished ? "finished"
+                                 : "stopped after step",
+                      finished ? "" : resume});
+  write_report(directory);
+  fmt::print("report: {}/report.html\n", directory);
+  if (stopped) {
+    fmt::print(stderr, "stopped by signal after step {}; resume: {}\n", outcome.step, resume);
+  }
+  return static_cast<int>(code);
+}
+
 }  // namespace
 
 int command_train(const TrainOptions& options) {
@@ -245,18 +264,7 @@ int command_train(const TrainOptions& options) {
     metrics.write_exit({static_cast<int>(error.exit_code()), error.what(), resume});
     throw;
   }
-  if (outcome.reason == StopReason::signal) {
-    metrics.write_exit(
-        {static_cast<int>(ExitCode::stopped_by_signal), "stopped by signal", resume});
-    write_report(directory);
-    fmt::print(stderr, "stopped by signal after step {}; resume: {}\n", outcome.step, resume);
-    return static_cast<int>(ExitCode::stopped_by_signal);
-  }
-  const bool finished = outcome.reason == StopReason::finished;
-  metrics.write_exit({0, finished ? "finished" : "stopped after step", finished ? "" : resume});
-  write_report(directory);  // after the exit event, which it shows
-  fmt::print("report: {}/report.html\n", directory);
-  return 0;
+  return end_run(metrics, directory, outcome, resume);
 }
 
 }  // namespace cambium
