@@ -151,31 +151,36 @@ Hdf5Writer::Hdf5Writer(const std::string& path) : path_(path) {
   if (file_ < 0) write_failed(path_, "the new file");
 }
 
+namespace {
+
 // The memory functions of an image in the library's core driver. The library frees the block when
 // it closes the file; the image keeps it instead.
-struct Hdf5Writer::ImageMemory {
-  static void* allocate(size_t bytes, H5FD_file_image_op_t operation, void* image) {
-    return resize(nullptr, bytes, operation, image);
-  }
-  static void* copy(void* destination, const void* source, size_t bytes, H5FD_file_image_op_t,
-                    void*) {
-    return std::memcpy(destination, source, bytes);
-  }
-  static void* resize(void* data, size_t bytes, H5FD_file_image_op_t, void* user_data) {
-    auto& image = *static_cast<Hdf5Image*>(user_data);
-    void* moved = std::realloc(data, bytes);
-    if (moved == nullptr) return nullptr;
-    image.data_ = moved;
-    image.capacity_bytes_ = bytes;
-    return moved;
-  }
-  static herr_t keep(void*, H5FD_file_image_op_t, void*) { return 0; }
-  static void* share(void* user_data) { return user_data; }
-  static herr_t unshare(void*) { return 0; }
-};
+void* image_resize(void*, size_t bytes, H5FD_file_image_op_t, void* image) {
+  return static_cast<Hdf5Image*>(image)->resize(bytes);
+}
+void* image_allocate(size_t bytes, H5FD_file_image_op_t, void* image) {
+  return static_cast<Hdf5Image*>(image)->resize(bytes);
+}
+void* image_copy(void* destination, const void* source, size_t bytes, H5FD_file_image_op_t, void*) {
+  return std::memcpy(destination, source, bytes);
+}
+herr_t image_keep(void*, H5FD_file_image_op_t, void*) { return 0; }
+void* image_share(void* image) { return image; }
+herr_t image_unshare(void*) { return 0; }
+
+}  // namespace
+
+Hdf5Image::~Hdf5Image() { std::free(data_); }
+
+void* Hdf5Image::resize(size_t bytes) {
+  void* moved = std::realloc(data_, bytes);
+  if (moved == nullptr) return nullptr;
+  data_ = moved;
+  capacity_bytes_ = bytes;
+  return moved;
+}
 
 Hdf5Writer::Hdf5Writer(Hdf5Image& image, int64_t expected_bytes) : path_("memory") {
-  CHECK(image.data_ == nullptr);
   CHECK_GT(expected_bytes, 0);
   enter();
   const Handle access(latest_format(), H5Pclose);
@@ -183,23 +188,14 @@ Hdf5Writer::Hdf5Writer(Hdf5Image& image, int64_t expected_bytes) : path_("memory
   CHECK(creation >= 0);
   CHECK(H5Pset_obj_track_times(creation, 0) >= 0);
   CHECK(H5Pset_fapl_core(access, static_cast<size_t>(expected_bytes), 0) >= 0);
-  H5FD_file_image_callbacks_t memory = {
-      ImageMemory::allocate,
-      ImageMemory::copy,
-      ImageMemory::resize,
-      ImageMemory::keep,
-      ImageMemory::share,
-      ImageMemory::unshare,
-      &image,
-  };
+  H5FD_file_image_callbacks_t memory = {image_allocate, image_copy,    image_resize, image_keep,
+                                        image_share,    image_unshare, &image};
   CHECK(H5Pset_file_image_callbacks(access, &memory) >= 0);
   // The library tells open files in memory apart by their names.
   const std::string name = fmt::format("cambium-image-{}", static_cast<const void*>(&image));
   file_ = H5Fcreate(name.c_str(), H5F_ACC_TRUNC, creation, access);
   if (file_ < 0) write_failed(path_, "the new file");
 }
-
-Hdf5Image::~Hdf5Image() { std::free(data_); }
 
 std::span<const std::byte> Hdf5Image::bytes() const {
   // Superblock version 3: byte 8 is the version, bytes 28 to 35 are the file's end.

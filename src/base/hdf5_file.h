@@ -60,9 +60,10 @@ class Hdf5Image {
   Hdf5Image& operator=(const Hdf5Image&) = delete;
   // The file's bytes, once its writer is closed.
   std::span<const std::byte> bytes() const;
+  // For the writer: the block with room for `bytes`, moved if need be; null when there is none.
+  void* resize(size_t bytes);
 
  private:
-  friend class Hdf5Writer;
   void* data_ = nullptr;
   size_t capacity_bytes_ = 0;
 };
@@ -101,7 +102,6 @@ class Hdf5Writer {
   void close();
 
  private:
-  struct ImageMemory;
   std::string path_;
   int64_t file_ = -1;
 };

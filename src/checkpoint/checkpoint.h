@@ -127,6 +127,8 @@ class CheckpointReader : public TensorSource {
 // Complete checkpoints in `directory`: steps, ascending. A missing directory has none.
 std::vector<int64_t> list_checkpoints(FileSystem& files, const std::string& directory);
 std::string checkpoint_path(const std::string& directory, int64_t step);
+// Where `path` keeps its checkpoints: <path>/checkpoints of a run directory, else `path` itself.
+std::string checkpoints_directory(FileSystem& files, const std::string& path);
 
 // The newest checkpoint whose every hash is right, and one warning per damaged one passed over;
 // no reader when there is no checkpoint at all. If all are damaged: exit 30. Changes nothing.

@@ -48,6 +48,11 @@ std::string checkpoint_path(const std::string& directory, int64_t step) {
   return fmt::format("{}/step-{:08}", directory, step);
 }
 
+std::string checkpoints_directory(FileSystem& files, const std::string& path) {
+  const std::string inner = path + "/checkpoints";
+  return files.kind(inner) == EntryKind::missing ? path : inner;
+}
+
 std::vector<int64_t> list_checkpoints(FileSystem& files, const std::string& directory) {
   std::vector<int64_t> steps;
   if (files.kind(directory) == EntryKind::missing) return steps;

@@ -26,6 +26,5 @@ int command_plan(const PlanOptions& options) {
   not_built("plan");
 }
 int command_calibrate(const CalibrateOptions&) { not_built("calibrate"); }
-int command_checkpoint(const CheckpointOptions&) { not_built("checkpoint"); }
 
 }  // namespace cambium
