@@ -121,7 +121,6 @@ struct CheckpointConfig {
 
 struct LoggingConfig {
   int64_t digest_every_steps = 1;
-  int64_t every_steps = 1;
   bool tensorboard = true;
 };
 

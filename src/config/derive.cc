@@ -148,6 +148,15 @@ void check_layout(const Config& config) {
   }
 }
 
+void check_faults(const Config& config) {
+  const int64_t ranks = config.parallel.pp * config.parallel.dp * config.parallel.cp;
+  for (const FaultConfig& fault : config.faults) {
+    if (fault.rank < ranks) continue;
+    fail(ExitCode::usage, "faults.rank = {} of kind {} is not below the layout's {} ranks",
+         fault.rank, fault.kind, ranks);
+  }
+}
+
 void check_balance(const Config& config) {
   const BalanceLoss loss = config.balance.loss;
   const bool layout_dependent =
@@ -236,6 +245,7 @@ Derived derive(const Config& config) {
   check_model(config);
   check_layout(config);
   check_balance(config);
+  check_faults(config);
   check_data(config);
   check_supported(config);
 

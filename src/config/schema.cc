@@ -391,8 +391,6 @@ const KeySpec kKeys[] = {
 
     {"logging", "digest_every_steps", in_section<kLogging, &Logging::digest_every_steps>, kCount,
      kNoChoices, kMay, nullptr, "steps between parameter digests"},
-    {"logging", "every_steps", in_section<kLogging, &Logging::every_steps>, kCount, kNoChoices,
-     kMay, nullptr, "steps between progress lines on stderr; metrics.jsonl has every step"},
     {"logging", "tensorboard", in_section<kLogging, &Logging::tensorboard>, kNoRange, kNoChoices,
      kMay, nullptr, "write events.out.tfevents.*"},
 

@@ -73,6 +73,8 @@ const WrongInput kWrongInputs[] = {
     {"parity x --device tpu", 2, "--device.*tpu"},
     {"compare x", 2, "RUN_B is required"},
     {"compare $T/nosuch $T/nosuch", 2, "nosuch"},
+    {"report $T/nosuch", 2, "nosuch"},
+    {"report", 2, "RUN is required"},
     {"checkpoint import-hf x", 2, "OUT is required"},
     {"checkpoint export-hf x y --storage fp8", 2, "fp8"},
     {"data build", 2, "required"},
@@ -134,6 +136,7 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set balance.loss=micro_batch", 2, "balance\\.loss.*exact"},
     {"train $Q --set parallel.pp=2", 2, "parallel\\.pp = 2 is not supported yet"},
     {"train $Q --set parallel.sharding=full", 2, "parallel\\.sharding = full.*zero1"},
+    {"train $Q --set faults=[{kind='rng_rank',rank=8}]", 2, "faults\\.rank = 8.*8 ranks"},
     {"train $Q --set run.device=cuda", 2, "run\\.device = cuda"},
 };
 

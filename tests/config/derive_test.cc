@@ -61,6 +61,8 @@ const RuleRow kRules[] = {
     {{"recompute.mode=swiglu"}, "recompute.mode = swiglu is not supported yet"},
     {{"run.device=cuda"}, "run.device = cuda is not supported yet"},
     {{"run.transport=nccl"}, "run.transport = nccl is not supported yet"},
+    {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=2}]"},
+     "faults.rank = 2 of kind rng_rank is not below the layout's 2 ranks"},
     {{"parallel.dp=65536", "parallel.cp=2"}, "more than 65536 ranks"},
     {{"train.global_batch_sequences=16777216", "train.sequence_length=16777216",
       "model.max_positions=16777216"},
