@@ -1,8 +1,8 @@
 // The table of wrong inputs: what a user may do wrong, the exit code, and what the message names.
 //
-// To add a row: arguments (separated by blanks; $Q is the quickstart configuration, $T the scratch
-// directory that make_files() fills), the exit code of design.md section 4, and a pattern that the
-// message must match, whatever the case.
+// To add a row: arguments (separated by blanks; $Q is the quickstart configuration, $S the
+// tiny one on a small corpus of its own, $T the scratch directory that make_files() fills), the
+// exit code of design.md section 4, and a pattern that the message must match, whatever the case.
 #include <regex>
 #include <set>
 #include <sstream>
@@ -18,6 +18,25 @@ struct WrongInput {
   int exit_code;
   const char* pattern;
 };
+
+// Corpora, tokenizers, token files and goldens that hold something else.
+void make_data_files(const ScratchDirectory& scratch) {
+  std::string garbage(3000, '\0');
+  for (size_t index = 0; index < garbage.size(); ++index) {
+    garbage[index] = static_cast<char>(index * 2654435761u >> 7);
+  }
+  scratch.write("garbage.h5", garbage);
+  scratch.write("garbage.model", garbage);
+  scratch.write("garbage_golden/golden.json", "{\"loss\": ");
+  scratch.write("empty.txt", "");
+  scratch.write("bad.jsonl", "{\"text\": \"a\"}\n{\"txt\": 1}\n");
+  scratch.write("torn.jsonl", "{\"text\": \"a\"}\n{\"text\": ");
+  scratch.write("not_zstd.jsonl.zst", garbage);
+  std::string text;
+  for (int line = 0; line < 500; ++line) text += "It is a truth universally acknowledged.\n";
+  scratch.write("novel.txt", text);
+  scratch.write("used/notes.txt", "somebody's file");
+}
 
 void make_files(const ScratchDirectory& scratch) {
   scratch.write("bad.toml", "[train\nsteps = 3\n");
@@ -37,6 +56,7 @@ void make_files(const ScratchDirectory& scratch) {
   scratch.write("no_model.toml", "[train]\nsteps = 3\n");
   scratch.write("hf/config.json", "{\"model_type\": \"bert\"}");
   scratch.write("broken_hf/config.json", "{\"model_type\": ");
+  make_data_files(scratch);
 }
 
 const WrongInput kWrongInputs[] = {
@@ -136,8 +156,36 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set balance.loss=micro_batch", 2, "balance\\.loss.*exact"},
     {"train $Q --set parallel.pp=2", 2, "parallel\\.pp = 2 is not supported yet"},
     {"train $Q --set parallel.sharding=full", 2, "parallel\\.sharding = full.*zero1"},
-    {"train $Q --set faults=[{kind='rng_rank',rank=8}]", 2, "faults\\.rank = 8.*8 ranks"},
+    {"check $Q --set faults=[{kind='rng_rank',rank=8}]", 2, "faults\\.rank = 8.*8 ranks"},
     {"train $Q --set run.device=cuda", 2, "run\\.device = cuda"},
+    // Corpora, tokenizers, directories.
+    {"train $S --set data.train=$T/nosuch.txt", 32, "data\\.train.*nosuch\\.txt"},
+    {"train $S --set data.train=$T/empty.txt", 32, "empty\\.txt"},
+    {"train $S --set data.train=$T/bad.jsonl", 32, "bad\\.jsonl: record 2"},
+    {"train $S --set data.train=$T/torn.jsonl", 32, "torn\\.jsonl: record 2"},
+    {"train $S --set data.train=$T/not_zstd.jsonl.zst", 32, "not_zstd"},
+    {"train $S --set data.train=$T/novel.pdf", 32, "novel\\.pdf.*\\.jsonl"},
+    {"train $S --set data.train=$T/garbage.h5", 30, "garbage\\.h5"},
+    {"train $S --set data.train=[]", 32, "data\\.train"},
+    {"train $S --out $T/used", 33, "used.*--resume"},
+    {"train $S --out $T/novel.txt/run", 31, "novel\\.txt/run"},
+    {"train $S --set faults=[{kind='rng_rank'}]", 2, "run\\.allow_faults"},
+    {"data build $T/nosuch.txt --out $T/o.h5", 32, "nosuch\\.txt"},
+    {"data build $T/empty.txt --out $T/o.h5", 32, "empty\\.txt"},
+    {"data build $T/novel.txt --out $T/o.h5 --tokenizer $T/nosuch.model", 31, "nosuch\\.model"},
+    {"data inspect $T/garbage.h5", 30, "garbage\\.h5"},
+    {"data inspect $T/nosuch.h5", 31, "nosuch\\.h5"},
+    {"data inspect $T", 34, "not a regular file"},
+    {"tokenizer train $T/empty.txt --out $T/o.model", 32, "empty\\.txt"},
+    {"tokenizer train $T/novel.txt --out $T/o.model --vocab 100", 2, "at least 260"},
+    {"checkpoint inspect $T/nosuch", 2, "nosuch.*no checkpoint"},
+    {"checkpoint verify $T/used", 2, "used.*no checkpoint"},
+    {"checkpoint import-hf $T/used $T/o", 2, "config\\.json"},
+    {"checkpoint import-hf $T/hf $T/o", 2, "bert"},
+    {"parity $T/nosuch", 31, "golden\\.json"},
+    {"parity $T/garbage_golden", 30, "golden\\.json"},
+    {"eval $T/used", 2, "used.*no run directory"},
+    {"generate $T/nosuch", 2, "nosuch.*no run directory"},
 };
 
 std::vector<std::string> split(const std::string& text, const std::string& scratch) {
@@ -145,6 +193,10 @@ std::vector<std::string> split(const std::string& text, const std::string& scrat
   std::istringstream stream(text);
   for (std::string word; stream >> word;) {
     if (word == "$Q") word = "configs/quickstart.toml";
+    if (word == "$S") {
+      words.insert(words.end(), {"configs/tiny.toml", "--set", "train.steps=1", "--set"});
+      word = "data.train=$T/novel.txt";
+    }
     const size_t place = word.find("$T");
     if (place != std::string::npos) word.replace(place, 2, scratch);
     words.push_back(word);
