@@ -57,15 +57,24 @@ constexpr int kFirstFreeSlot = 3;
 
 void gemm_block(const GemmBlock& block, Scratch& scratch);
 
-// Cut of a rows x columns product into chunks that threads claim, by the problem alone: a chunk has
-// about kChunkFlops, whole columns while rows suffice, since each chunk packs its columns of B.
+// Cut of a product (of one expert's, say) into chunks that threads claim, by the problem alone:
+// about kChunksPerOp of them over all rows of the op, whole columns while rows suffice, since each
+// chunk packs its columns of B.
 struct GemmCut {
   int64_t row_chunk = 0;
   int64_t column_chunk = 0;
 };
-constexpr int64_t kChunkFlops = 2 << 20;  // about 20 us
-constexpr int64_t kMaxChunkRows = 512;    // A stays in the second-level cache
-constexpr int64_t kMinChunkRows = 96;     // packing B costs a few percent of the product
-GemmCut cut_gemm(int64_t rows, int64_t columns, int64_t depth);
+struct GemmExtent {
+  int64_t rows = 0;
+  int64_t op_rows = 0;  // rows of all products of the op
+  int64_t columns = 0;
+  int64_t depth = 0;
+};
+constexpr int64_t kChunksPerOp = 16;
+constexpr int64_t kMinChunkFlops = 1 << 19;  // about 5 us
+constexpr int64_t kMaxChunkFlops = 16 << 20;
+constexpr int64_t kMaxChunkRows = 256;  // A stays in the second-level cache
+constexpr int64_t kMinChunkRows = 96;   // packing B costs a few percent of the product
+GemmCut cut_gemm(const GemmExtent& extent);
 
 }  // namespace cambium::reference

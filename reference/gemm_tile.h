@@ -64,6 +64,13 @@ struct Tile {
       high[i] = _mm256_mul_ps(high[i], factor);
     });
   }
+  // Asks for the cache lines that `store` will write, so that they arrive during the product.
+  [[gnu::always_inline]] static inline void prefetch(const float* c, int64_t c_stride) {
+    unrolled<kRows>([&]<int i>() __attribute__((always_inline)) {
+      __builtin_prefetch(c + i * c_stride, 1);
+      __builtin_prefetch(c + i * c_stride + kTileColumns - 1, 1);
+    });
+  }
   // Continues the chains over `depth` terms: A[i][k] = a[i * row_step + k * depth_step], B a panel
   // [depth][16].
   [[gnu::always_inline]] inline void multiply(const float* a, int64_t row_step, int64_t depth_step,

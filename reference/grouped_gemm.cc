@@ -53,7 +53,7 @@ std::vector<ExpertPart> expert_parts(std::span<const int32_t> offsets, int64_t c
 void grouped_product(const GemmBlock& product, std::span<const int32_t> offsets,
                      int64_t expert_stride, Workers& workers) {
   const std::vector<ExpertPart> parts = expert_parts(offsets, product.columns, [&](int64_t rows) {
-    return cut_gemm(rows, product.columns, product.depth);
+    return cut_gemm({rows, product.rows, product.columns, product.depth});
   });
   workers.parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t chunk, Scratch& scratch) {
     GemmBlock block = product.part(parts[chunk].part);
@@ -92,7 +92,7 @@ void grouped_up(const GroupedUpArgs& a, Workers& workers) {
   up.b += F * D;
   up.c += F;
   const std::vector<ExpertPart> parts = expert_parts(offsets, F, [&](int64_t rows) {
-    return cut_gemm(rows, F, 2 * D);  // a column is a gate column and an up column
+    return cut_gemm({rows, R, F, 2 * D});  // a column is a gate column and an up column
   });
   workers.parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t chunk, Scratch& scratch) {
     const GemmPart& part = parts[chunk].part;
@@ -153,17 +153,15 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Workers& workers) {
     block.b += parts[chunk].expert * w.stride;
     gemm_block(block, scratch);
     for (int64_t row = part.row; row < part.row + part.rows; ++row) {
-      const float* gate = gate_up.row(row);
-      float* g = d_gate_up.row(row);
-      float* h = weighted_h.row(row);
-      const float weight = a.weight_R.empty() ? 1.0f : a.weight_R.pointer()[row];
-      swiglu_row(gate, gate + F, h, F);
-      if (!a.d_weight_R.empty()) a.d_weight_R.pointer()[row] = row_dot(g, h, F);
-      if (!a.weight_R.empty()) {
-        for (int64_t i = 0; i < F; ++i) h[i] *= weight;
-        for (int64_t i = 0; i < F; ++i) g[i] *= weight;
-      }
-      swiglu_backward_row(gate, gate + F, g, g, g + F, F);
+      DownDgradRow values;
+      values.gate = gate_up.row(row);
+      values.up = values.gate + F;
+      values.weight = a.weight_R.empty() ? 1.0f : a.weight_R.pointer()[row];
+      values.d_gate = d_gate_up.row(row);
+      values.d_up = values.d_gate + F;
+      values.weighted_h = weighted_h.row(row);
+      const float d_weight = down_dgrad_row(values, F);
+      if (!a.d_weight_R.empty()) a.d_weight_R.pointer()[row] = d_weight;
     }
   });
 }

@@ -14,7 +14,7 @@ namespace {
 // Runs the whole product in chunks; `whole` describes it as if it were one block.
 void gemm_chunks(const GemmBlock& whole, Workers& workers) {
   if (whole.rows == 0 || whole.columns == 0) return;
-  const GemmCut cut = cut_gemm(whole.rows, whole.columns, whole.depth);
+  const GemmCut cut = cut_gemm({whole.rows, whole.rows, whole.columns, whole.depth});
   const int64_t row_chunks = (whole.rows + cut.row_chunk - 1) / cut.row_chunk;
   const int64_t column_chunks = (whole.columns + cut.column_chunk - 1) / cut.column_chunk;
   workers.parallel_for(row_chunks * column_chunks, [&](int64_t chunk, Scratch& scratch) {

@@ -77,6 +77,8 @@ void run_tile(const TileCall& call) {
   } else {
     load_tile(tile, call.partial, call.partial_stride, call.columns);
   }
+  Tile<kRows>::prefetch(call.end == TileEnd::result ? call.c : call.partial,
+                        call.end == TileEnd::result ? call.c_stride : call.partial_stride);
   tile.multiply(call.a, call.a_stride, 1, call.panel, call.depth);
   if (call.end == TileEnd::partial) {
     return store_tile(tile, call.partial, call.partial_stride, call.columns);
@@ -183,14 +185,18 @@ void gemm_block(const GemmBlock& block, Scratch& scratch) {
   }
 }
 
-GemmCut cut_gemm(int64_t rows, int64_t columns, int64_t depth) {
-  GemmCut cut{std::min(rows, kMaxChunkRows), columns};
-  auto flops = [&] { return 2 * cut.row_chunk * cut.column_chunk * depth; };
-  while (flops() > kChunkFlops && cut.row_chunk >= 2 * kMinChunkRows) {
-    cut.row_chunk = (cut.row_chunk / 2 + kTileRows - 1) / kTileRows * kTileRows;
+GemmCut cut_gemm(const GemmExtent& extent) {
+  const int64_t row_flops = 2 * extent.columns * extent.depth;
+  const int64_t wanted =
+      std::clamp(row_flops * extent.op_rows / kChunksPerOp, kMinChunkFlops, kMaxChunkFlops);
+  auto half = [](int64_t count, int64_t unit) { return (count / 2 + unit - 1) / unit * unit; };
+  GemmCut cut{std::min(extent.rows, kMaxChunkRows), extent.columns};
+  auto flops = [&] { return 2 * cut.row_chunk * cut.column_chunk * extent.depth; };
+  while (flops() > wanted && cut.row_chunk >= 2 * kMinChunkRows) {
+    cut.row_chunk = half(cut.row_chunk, kTileRows);
   }
-  while (flops() > kChunkFlops && cut.column_chunk >= 4 * kTileColumns) {
-    cut.column_chunk = (cut.column_chunk / 2 + kTileColumns - 1) / kTileColumns * kTileColumns;
+  while (flops() > wanted && cut.column_chunk >= 4 * kTileColumns) {
+    cut.column_chunk = half(cut.column_chunk, kTileColumns);
   }
   return cut;
 }

@@ -14,7 +14,6 @@ namespace {
 constexpr int64_t kPackedFloats = 96 * 1024;  // both operands of a batch of rows: 384 KB
 constexpr int64_t kMinBatchRows = 64;
 constexpr int64_t kMaxBatchRows = 256;  // a panel of x is 16 KB
-constexpr int64_t kChunksPerOp = 16;
 constexpr int64_t kMinChunkSide = 64;
 constexpr int kTileFloats = kTileRows * kTileColumns;
 constexpr int64_t kGroupTiles = 16;  // one level of their stacks is 6 KB
