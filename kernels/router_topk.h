@@ -101,10 +101,18 @@ void router_topk_backward(const RouterTopkBackwardArgs& args, Stream& stream);
 }  // namespace cuda
 
 inline void router_topk(const RouterTopkArgs& args, OpContext& context) {
-  execute(args, context, reference::router_topk, cuda::router_topk);
+  if constexpr (kHasCuda) {  // a CPU build has no cuda:: symbol to name
+    execute(args, context, reference::router_topk, cuda::router_topk);
+  } else {
+    execute(args, context, reference::router_topk, kCpuOnly);
+  }
 }
 inline void router_topk_backward(const RouterTopkBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::router_topk_backward, cuda::router_topk_backward);
+  if constexpr (kHasCuda) {
+    execute(args, context, reference::router_topk_backward, cuda::router_topk_backward);
+  } else {
+    execute(args, context, reference::router_topk_backward, kCpuOnly);
+  }
 }
 
 }  // namespace cambium

@@ -65,6 +65,9 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
   ~Stream();
   const std::string& name() const { return name_; }
+  // The device's stream on a GPU (a cudaStream_t, kernels/cuda_stream.h), null on the CPU.
+  void* native() const { return native_; }
+  void set_native(void* native) { native_ = native; }
 
   // Runs `run(args, workers)` after everything enqueued before. `op_name` has static lifetime.
   template <class Args>
@@ -153,6 +156,7 @@ class Stream {
 
   std::string name_;
   ReadyStreams* ready_ = nullptr;
+  void* native_ = nullptr;
   Chunk* head_ = nullptr;  // oldest chunk
   Chunk* tail_ = nullptr;
   Chunk* spare_ = nullptr;

@@ -25,8 +25,8 @@ inline void adamw_oracle(const AdamwSettings& s, int64_t step, const std::vector
     state.m[i] = s.beta1 * state.m[i] + (1 - s.beta1) * grad[i];
     state.v[i] = s.beta2 * state.v[i] + (1 - s.beta2) * grad[i] * grad[i];
     const double m_hat = state.m[i] / correction1, v_hat = state.v[i] / correction2;
-    state.param[i] -= s.lr * (m_hat / (std::sqrt(v_hat) + s.epsilon)) +
-                      s.lr * s.weight_decay * state.param[i];
+    state.param[i] -=
+        s.lr * (m_hat / (std::sqrt(v_hat) + s.epsilon)) + s.lr * s.weight_decay * state.param[i];
   }
 }
 

@@ -13,9 +13,9 @@ struct BalanceLossCase {
 };
 
 inline const std::vector<BalanceLossCase> kBalanceLossCases = {
-    {{0, 4, 2, Spread::random}, 8, 4},    {{1, 1, 1, Spread::random}, 1, 1},
-    {{12, 7, 3, Spread::random}, 4, 2},   {{64, 8, 2, Spread::one}, 32, 32},
-    {{96, 8, 2, Spread::lower}, 32, 16},  {{1024, 8, 2, Spread::random}, 128, 32},
+    {{0, 4, 2, Spread::random}, 8, 4},     {{1, 1, 1, Spread::random}, 1, 1},
+    {{12, 7, 3, Spread::random}, 4, 2},    {{64, 8, 2, Spread::one}, 32, 32},
+    {{96, 8, 2, Spread::lower}, 32, 16},   {{1024, 8, 2, Spread::random}, 128, 32},
     {{256, 65, 6, Spread::random}, 64, 16}};
 
 struct BalanceLossExpected {

@@ -79,8 +79,8 @@ TEST(BalanceLoss, GradientAgreesWithFiniteDifferences) {
       return std::accumulate(leaves.begin(), leaves.end(), 0.0);
     };
     TestRandom random(9);
-    EXPECT_LT(
-        finite_difference_error(loss, t.probs_TE.values(), t.d_probs_TE.values(), random), 1e-5);
+    EXPECT_LT(finite_difference_error(loss, t.probs_TE.values(), t.d_probs_TE.values(), random),
+              1e-5);
   }
 }
 

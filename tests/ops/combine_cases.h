@@ -11,8 +11,8 @@ struct CombineCase {
 };
 
 inline const std::vector<CombineCase> kCombineCases = {
-    {0, 2, 8, 0}, {1, 1, 1, 1}, {5, 3, 7, 4}, {17, 2, 63, 34}, {33, 8, 64, 50}, {128, 2, 65, 256},
-    {1024, 2, 128, 2048}};
+    {0, 2, 8, 0},    {1, 1, 1, 1},      {5, 3, 7, 4},        {17, 2, 63, 34},
+    {33, 8, 64, 50}, {128, 2, 65, 256}, {1024, 2, 128, 2048}};
 
 // Row numbers in [-1, R): each about as likely, so tokens with no row at all occur.
 inline TestTensor make_combine_index(const CombineCase& c, uint64_t seed) {

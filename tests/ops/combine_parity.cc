@@ -92,8 +92,8 @@ TEST(Combine, BitsDependOnTheTokenAlone) {
     for (int64_t i = 0; i < count * c.K; ++i) {
       picked_TK.set(i, index_TK.at(tokens[i / c.K] * c.K + i % c.K));
     }
-    run_op(combine_rows,
-           {y_RD.in<Real>(), picked_TK.in<int32_t>(), In<Real>(), out_TD.out<Real>()}, threads);
+    run_op(combine_rows, {y_RD.in<Real>(), picked_TK.in<int32_t>(), In<Real>(), out_TD.out<Real>()},
+           threads);
     std::vector<std::vector<std::byte>> bits_of_rows;
     append_row_bits(out_TD, bits_of_rows);
     return bits_of_rows;
@@ -125,8 +125,8 @@ TEST(Combine, MustFailMissingRowIsDetected) {
   run_op(combine_rows, {y_RD.in<Real>(), index_TK.in<int32_t>(), In<Real>(), out_TD.out<Real>()});
   EXPECT_FALSE(within(out_TD, expected, tolerance(1, 3)));
   index_TK.set(6, 32);
-  EXPECT_THROW(run_op(combine_rows, {y_RD.in<Real>(), index_TK.in<int32_t>(), In<Real>(),
-                                     out_TD.out<Real>()}),
+  EXPECT_THROW(run_op(combine_rows,
+                      {y_RD.in<Real>(), index_TK.in<int32_t>(), In<Real>(), out_TD.out<Real>()}),
                Error);
 }
 

@@ -22,7 +22,7 @@ TEST(CopyOp, CopiesAndZeroesEveryByteAndNoOther) {
 TEST(CopyOp, CastRoundsToNearestEven) {
   for (const int64_t size : copy_case_sizes()) {
     TestRandom random(static_cast<uint64_t>(size));
-    TestTensor from(Shape(size)), to(Shape(size), DType::bf16);
+    TestTensor from{Shape(size)}, to(Shape(size), DType::bf16);
     from.fill_normal(random);
     run_op(cast_real, CastRealArgs{.from_N = from.in<Real>(), .to_N = to.out<Real>()});
     EXPECT_TRUE(bits_equal(to, from.values())) << size;

@@ -35,9 +35,8 @@ TEST(GradNorm, ShardsAndThreadsGiveTheSamePartials) {
   for (const auto& [first, last] : {std::pair<int64_t, int64_t>{0, 10}, {10, 11}, {11, 38}}) {
     const int64_t begin = first * kNormBlockElements;
     const int64_t count = std::min(N, last * kNormBlockElements) - begin;
-    run_op(square_sum,
-           {In<float>(grad.in<float>().pointer() + begin, Shape(count)),
-            Out<float>(parts.out<float>().pointer() + first, Shape(last - first))});
+    run_op(square_sum, {In<float>(grad.in<float>().pointer() + begin, Shape(count)),
+                        Out<float>(parts.out<float>().pointer() + first, Shape(last - first))});
   }
   EXPECT_TRUE(bits_equal(parts, whole));
   expect_thread_independent([&](int threads) {

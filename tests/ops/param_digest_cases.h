@@ -6,9 +6,8 @@
 
 namespace cambium::test {
 
-inline const std::vector<int64_t> kParamDigestCases = {1,     4095,          4096,
-                                                       4097,  8 * 4096,      8 * 4096 + 1,
-                                                       100003, 64 * 4096 + 5};
+inline const std::vector<int64_t> kParamDigestCases = {
+    1, 4095, 4096, 4097, 8 * 4096, 8 * 4096 + 1, 100003, 64 * 4096 + 5};
 
 // Block by block, on one thread, each block digested alone.
 inline Digest128 param_digest_oracle(const TestTensor& data, uint64_t tensor, int64_t first_block) {

@@ -39,8 +39,8 @@ TEST(Permute, RowBlocksFollowTheirTokens) {
   TestTensor row_block_R = make_index_output(Shape(5));
   token_block_T.assign(std::vector<double>{10, 10, 11, 40});
   row_token_R.assign(std::vector<double>{3, 0, 2, -1, 1});
-  run_op(gather_row_blocks, {token_block_T.in<int32_t>(), row_token_R.in<int32_t>(),
-                             row_block_R.out<int32_t>()});
+  run_op(gather_row_blocks,
+         {token_block_T.in<int32_t>(), row_token_R.in<int32_t>(), row_block_R.out<int32_t>()});
   EXPECT_TRUE(bits_equal(row_block_R, std::vector<double>{40, 10, 11, -1, 10}));
 }
 

@@ -11,8 +11,8 @@ struct RouterTopkCase {
 };
 
 inline const std::vector<RouterTopkCase> kRouterTopkCases = {
-    {0, 8, 2},   {1, 1, 1},    {5, 2, 1},     {7, 3, 3},      {31, 8, 2},     {33, 31, 4},
-    {64, 32, 8}, {65, 33, 32}, {1024, 8, 2},  {300, 128, 8},  {40, 257, 6},   {9, 1024, 32}};
+    {0, 8, 2},   {1, 1, 1},    {5, 2, 1},    {7, 3, 3},     {31, 8, 2},   {33, 31, 4},
+    {64, 32, 8}, {65, 33, 32}, {1024, 8, 2}, {300, 128, 8}, {40, 257, 6}, {9, 1024, 32}};
 
 constexpr TopkNormalize kNormalizations[] = {TopkNormalize::none, TopkNormalize::over_top_k};
 

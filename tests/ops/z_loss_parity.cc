@@ -12,8 +12,8 @@ TEST(ZLoss, AgreesWithOracle) {
     TestRandom random(c.T + c.E);
     TestTensor logits_TE = make_tensor(Shape(c.T, c.E), random, InputFamily::normals);
     TestTensor loss_T(Shape(c.T)), d_logits_TE(Shape(c.T, c.E), DType::f32, c.E + 3);
-    run_op(z_loss, {logits_TE.in<float>(), 0.5f, 3.0f, loss_T.out<float>(),
-                    d_logits_TE.out<float>()});
+    run_op(z_loss,
+           {logits_TE.in<float>(), 0.5f, 3.0f, loss_T.out<float>(), d_logits_TE.out<float>()});
     const ZLossExpected expected = z_loss_oracle(logits_TE.values(), c.E, 0.5, 3.0);
     EXPECT_TRUE(within(loss_T, expected.loss_T, z_loss_bound(c.E))) << c.T << " x " << c.E;
     EXPECT_TRUE(within(d_logits_TE, expected.d_logits_TE, z_loss_bound(c.E)));
@@ -23,8 +23,8 @@ TEST(ZLoss, AgreesWithOracle) {
 TEST(ZLoss, LargeLogitsStayFinite) {
   TestTensor logits_TE(Shape(3, 3)), loss_T(Shape(3)), d_logits_TE(Shape(3, 3));
   logits_TE.assign(std::vector<double>{1000, -1000, 999, -500, -500, -500, 0, 0, 90});
-  run_op(z_loss, {logits_TE.in<float>(), 1.0f, 1.0f, loss_T.out<float>(),
-                  d_logits_TE.out<float>()});
+  run_op(z_loss,
+         {logits_TE.in<float>(), 1.0f, 1.0f, loss_T.out<float>(), d_logits_TE.out<float>()});
   const ZLossExpected expected = z_loss_oracle(logits_TE.values(), 3, 1.0, 1.0);
   EXPECT_TRUE(within(loss_T, expected.loss_T, z_loss_bound(3)));
   EXPECT_TRUE(within(d_logits_TE, expected.d_logits_TE, z_loss_bound(3)));
@@ -59,8 +59,8 @@ TEST(ZLoss, GradientAgreesWithFiniteDifferences) {
   TestRandom random(4);
   TestTensor logits_TE = make_tensor(Shape(6, 11), random, InputFamily::normals);
   TestTensor loss_T(Shape(6)), d_logits_TE(Shape(6, 11));
-  run_op(z_loss, {logits_TE.in<float>(), 0.5f, 0.5f, loss_T.out<float>(),
-                  d_logits_TE.out<float>()});
+  run_op(z_loss,
+         {logits_TE.in<float>(), 0.5f, 0.5f, loss_T.out<float>(), d_logits_TE.out<float>()});
   auto loss = [](const std::vector<double>& logits) {
     double sum = 0;
     for (const double value : z_loss_oracle(logits, 11, 0.5, 0.5).loss_T) sum += value;
@@ -73,8 +73,8 @@ TEST(ZLoss, MustFailMissingFactorIsDetected) {
   TestRandom random(5);
   TestTensor logits_TE = make_tensor(Shape(9, 8), random, InputFamily::normals);
   TestTensor loss_T(Shape(9)), d_logits_TE(Shape(9, 8));
-  run_op(z_loss, {logits_TE.in<float>(), 1.0f, 1.0f, loss_T.out<float>(),
-                  d_logits_TE.out<float>()});
+  run_op(z_loss,
+         {logits_TE.in<float>(), 1.0f, 1.0f, loss_T.out<float>(), d_logits_TE.out<float>()});
   const ZLossExpected wrong = z_loss_oracle(logits_TE.values(), 8, 1.00001, 0.5);
   EXPECT_FALSE(within(loss_T, wrong.loss_T, z_loss_bound(8)));
   EXPECT_FALSE(within(d_logits_TE, wrong.d_logits_TE, z_loss_bound(8)));
