@@ -1,3 +1,4 @@
+// CUDA streams behind src/base/stream.h: creation, waiting and error checks of launches.
 #include "kernels/cuda_launch.cuh"
 
 namespace cambium::cuda {

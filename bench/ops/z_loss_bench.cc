@@ -7,7 +7,7 @@ namespace {
 
 void z_loss_bench(benchmark::State& state) {
   const int64_t T = state.range(0), E = state.range(1);
-  test::TestTensor logits_TE = normal_tensor(Shape(T, E), 1), loss_T(Shape(T));
+  test::TestTensor logits_TE = normal_tensor(Shape(T, E), 1), loss_T{Shape(T)};
   test::TestTensor d_logits_TE(Shape(T, E));
   run_op_bench(
       state, reference::z_loss,

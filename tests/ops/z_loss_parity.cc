@@ -36,7 +36,7 @@ TEST(ZLoss, BitsDependOnTheTokenAlone) {
   TestTensor logits_TE = make_tensor(Shape(T, E), random, InputFamily::normals);
   auto run = [&](const std::vector<int64_t>& tokens, int threads) {
     const auto count = static_cast<int64_t>(tokens.size());
-    TestTensor from(Shape(count, E)), loss_T(Shape(count)), d_logits_TE(Shape(count, E));
+    TestTensor from(Shape(count, E)), loss_T{Shape(count)}, d_logits_TE{Shape(count, E)};
     for (int64_t i = 0; i < count * E; ++i) from.set(i, logits_TE.at(tokens[i / E] * E + i % E));
     run_op(z_loss, {from.in<float>(), 0.5f, 3.0f, loss_T.out<float>(), d_logits_TE.out<float>()},
            threads);
