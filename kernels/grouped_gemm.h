@@ -8,9 +8,10 @@
 //   up dgrad    d_x = d_gate_up W_up
 //   wgrad       d_w[x] += d_y[x]^T x[x], or into the nodes of `target` (kernels/grad_target.h)
 // h is recomputed from gate_up in the down dgrad, which also writes weight * h: the down wgrad is
-// d_y^T (weight * h). Chains of fused multiply-adds as in kernels/linear.h, so a row's result
-// depends on that row only (D2). Empty experts, R = 0 and all rows on one expert are ordinary.
-// Napkin: 2 R N D + 2 R F D FLOPs forward; at R/e = 256, D = 128 it is compute bound on any CPU.
+// d_y^T (weight * h). Outputs share no memory with inputs. Chains of fused multiply-adds as in
+// kernels/linear.h, so a row's result depends on that row only (D2). Empty experts, R = 0 and all
+// rows on one expert are ordinary. Napkin: 2 R N D + 2 R F D FLOPs forward; at R/e = 256, D = 128
+// it is compute bound on any CPU.
 #pragma once
 
 #include "kernels/grad_target.h"

@@ -7,7 +7,7 @@
 // Every element of y and d_x is one chain of fused multiply-adds from zero over the contracted
 // index in ascending order, the residual added last: it depends on its own row only (D2). In wgrad
 // the chain runs over the tokens of a block, and blocks are summed by the canonical tree (D3).
-// Napkin: 2 T N K FLOPs each; the weight is read once per 512 rows.
+// Napkin: 2 T N K FLOPs each; the weight is packed once per 256 rows at most.
 #pragma once
 
 #include "kernels/grad_target.h"

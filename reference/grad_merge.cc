@@ -1,3 +1,5 @@
+// Merging and finishing gradient nodes (kernels/grad_merge.h): pieces of groups in parallel, so
+// that one large group uses all threads.
 #include "kernels/grad_merge.h"
 
 #include <algorithm>

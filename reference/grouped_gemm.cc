@@ -1,3 +1,5 @@
+// Grouped GEMM (kernels/grouped_gemm.h): chunks of each expert's rows and columns on the product
+// kernel of reference/gemm.h, SwiGLU applied to a chunk while it is in cache.
 #include "kernels/grouped_gemm.h"
 
 #include <algorithm>

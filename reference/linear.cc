@@ -1,3 +1,5 @@
+// Linear layer (kernels/linear.h): chunks of rows and columns on the product kernel of
+// reference/gemm.h; the weight gradient is one group of reference/wgrad.h.
 #include "kernels/linear.h"
 
 #include <algorithm>

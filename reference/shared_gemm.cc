@@ -1,3 +1,6 @@
+// The product kernel: packs panels of B, runs register tiles over them (reference/gemm.h says what
+// is promised and why). One panel of B, 16 KB, serves all rows of a block before the next one is
+// used.
 #include "reference/gemm.h"
 
 #include <algorithm>

@@ -1,1 +1,2 @@
+// Compiles reference/rounding.h by itself.
 #include "reference/rounding.h"

@@ -1,3 +1,5 @@
+// Weight gradients: batches of rows are packed, then groups of register tiles walk the steps of the
+// plan (reference/wgrad.h says what is promised and what it costs).
 #include "reference/wgrad.h"
 
 #include <algorithm>

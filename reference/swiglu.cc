@@ -1,3 +1,4 @@
+// SwiGLU as an op of its own (kernels/swiglu.h), for recomputation; rows in parallel.
 #include "kernels/swiglu.h"
 
 #include <algorithm>
