@@ -1,6 +1,5 @@
 // `cambium checkpoint inspect | verify | export-hf | import-hf`.
 #include <algorithm>
-#include <array>
 
 #include "fmt/format.h"
 #include "nlohmann/json.hpp"
@@ -135,9 +134,7 @@ void refuse_existing(FileSystem& files, const std::string& path) {
 int export_checkpoint(FileSystem& files, const CheckpointOptions& options) {
   refuse_existing(files, options.out);
   const auto checkpoint = open_named(files, options.path);
-  // The resolved configuration spells every dimension out; the directory it came from may be gone.
-  const std::array<std::string, 1> sets = {"model.path=\"\""};
-  const Config config = parse_config(checkpoint->state().config, checkpoint->path(), sets);
+  const Config config = parse_config(checkpoint->state().config, checkpoint->path(), {});
   const HfStorage storage = options.storage == "bf16" ? HfStorage::bf16 : HfStorage::f32;
   export_hf(files, config.model, *checkpoint, storage, options.out);
   if (options.format == OutputFormat::json) {

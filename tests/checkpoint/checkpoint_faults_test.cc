@@ -125,7 +125,7 @@ TEST_F(FaultBattery, EveryCallFailsWithEveryError) {
       }
     }
   }
-  fmt::print("{} injected errors, each answered with exit 31\n", trials);
+  fmt::print("{} saves with injected errors: whatever was struck exits 31\n", trials);
 }
 
 TEST_F(FaultBattery, InterruptsAndShortTransfersAreInvisible) {

@@ -13,60 +13,17 @@
 #include "src/checkpoint/hf_weights.h"
 #include "src/checkpoint/safetensors.h"
 #include "tests/checkpoint/checkpoint_testing.h"
+#include "tests/checkpoint/hf_samples.h"
 
 namespace cambium {
 namespace {
 
 using nlohmann::json;
 
-json qwen3_config() {
-  return {{"model_type", "qwen3_moe"},
-          {"num_hidden_layers", 2},
-          {"hidden_size", 16},
-          {"num_attention_heads", 4},
-          {"num_key_value_heads", 2},
-          {"head_dim", 8},
-          {"num_experts", 4},
-          {"num_experts_per_tok", 2},
-          {"moe_intermediate_size", 6},
-          {"vocab_size", 32},
-          {"max_position_embeddings", 64},
-          {"rope_theta", 10000.0},
-          {"rms_norm_eps", 1e-6},
-          {"hidden_act", "silu"},
-          {"norm_topk_prob", true},
-          {"decoder_sparse_step", 1},
-          {"mlp_only_layers", json::array()}};
-}
-
-json family_config(ModelFamily family) {
-  json config = qwen3_config();
-  if (family != ModelFamily::qwen3_moe) {
-    config["model_type"] = family == ModelFamily::mixtral ? "mixtral" : "olmoe";
-    config["intermediate_size"] = config["moe_intermediate_size"];
-    config.erase("moe_intermediate_size");
-  }
-  return config;
-}
-
 // Exit code and message of parsing `config`; code 0 when it is accepted.
 Outcome parse(const json& config) {
   return outcome_of([&] { parse_hf_config(config.dump(), "config.json"); });
 }
-
-// Canonical tensors from a formula, so that any slice is known.
-class FormulaSource : public TensorSource {
- public:
-  static float value(const std::string& name, int64_t i) {
-    return static_cast<float>(std::hash<std::string>()(name) % 997) +
-           static_cast<float>(i % 4096) / 4096;
-  }
-  void read(const std::string& name, int64_t first, std::span<float> values) override {
-    for (size_t i = 0; i < values.size(); ++i) {
-      values[i] = value(name, first + static_cast<int64_t>(i));
-    }
-  }
-};
 
 TEST(HfConfig, BothGenerationsOfKeysMeanTheSame) {
   const json old_keys = qwen3_config();
