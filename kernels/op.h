@@ -53,9 +53,11 @@ struct OpContext {
 // Stands where an op has no CUDA kernel yet (`CPU_ONLY` in kernels/ops.cmake).
 inline constexpr std::nullptr_t kCpuOnly = nullptr;
 
-template <class Args, class CudaFunction>
+// `cuda` is written `kHasCuda ? cuda::op : nullptr`: the condition is constant, so a CPU build
+// refers to no cuda:: symbol.
+template <class Args>
 void execute(const Args& args, OpContext& context, void (*reference)(const Args&, Workers&),
-             CudaFunction cuda) {
+             std::type_identity_t<void (*)(const Args&, Stream&)> cuda) {
   check_args(args);
   const Cost call = cost(args);
   if (context.totals != nullptr) {
@@ -69,12 +71,12 @@ void execute(const Args& args, OpContext& context, void (*reference)(const Args&
       context.stream->enqueue(call.op, reference, args);
       return;
     case Backend::cuda:
-      if constexpr (kHasCuda && !std::is_same_v<CudaFunction, std::nullptr_t>) {
-        cuda(args, *context.stream);
-        return;
+      if (cuda == nullptr) {
+        fail(ExitCode::usage, "op '{}' has no CUDA kernel in this build; set run.device = \"cpu\"",
+             call.op);
       }
-      fail(ExitCode::usage, "op '{}' has no CUDA kernel in this build; set run.device = \"cpu\"",
-           call.op);
+      cuda(args, *context.stream);
+      return;
     case Backend::shape_only:
       CHECK(context.charge != nullptr);
       context.charge(context.clock, call);
@@ -86,7 +88,7 @@ void execute(const Args& args, OpContext& context, void (*reference)(const Args&
 inline void check_shape(const char* op, const char* view_name, const RawView& view, Shape want) {
   if (view.shape == want) return;
   auto show = [](const Shape& shape) {
-    return fmt::format("[{},{},{},{}] rank {}", shape[0], shape[1], shape[2], shape[3], shape.rank);
+    return format_text("[{},{},{},{}] rank {}", shape[0], shape[1], shape[2], shape[3], shape.rank);
   };
   fail(ExitCode::internal, "{}: {} has shape {}, expected {}", op, view_name, show(view.shape),
        show(want));

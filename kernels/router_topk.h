@@ -101,18 +101,11 @@ void router_topk_backward(const RouterTopkBackwardArgs& args, Stream& stream);
 }  // namespace cuda
 
 inline void router_topk(const RouterTopkArgs& args, OpContext& context) {
-  if constexpr (kHasCuda) {  // a CPU build has no cuda:: symbol to name
-    execute(args, context, reference::router_topk, cuda::router_topk);
-  } else {
-    execute(args, context, reference::router_topk, kCpuOnly);
-  }
+  execute(args, context, reference::router_topk, kHasCuda ? cuda::router_topk : nullptr);
 }
 inline void router_topk_backward(const RouterTopkBackwardArgs& args, OpContext& context) {
-  if constexpr (kHasCuda) {
-    execute(args, context, reference::router_topk_backward, cuda::router_topk_backward);
-  } else {
-    execute(args, context, reference::router_topk_backward, kCpuOnly);
-  }
+  execute(args, context, reference::router_topk_backward,
+          kHasCuda ? cuda::router_topk_backward : nullptr);
 }
 
 }  // namespace cambium

@@ -11,22 +11,22 @@ namespace cambium::check_detail {
 template <class Value>
 std::string show(const Value& value) {
   if constexpr (fmt::is_formattable<Value>::value) {
-    return fmt::format("{}", value);
+    return format_text("{}", value);
   } else if constexpr (std::is_enum_v<Value>) {
-    return fmt::format("{}", static_cast<long long>(value));
+    return format_text("{}", static_cast<long long>(value));
   } else {
     return "?";
   }
 }
 
 [[noreturn]] inline void check_failed(const char* file, int line, const std::string& what) {
-  throw Error(ExitCode::internal, fmt::format("{}:{}: CHECK failed: {}", file, line, what));
+  throw Error(ExitCode::internal, format_text("{}:{}: CHECK failed: {}", file, line, what));
 }
 
 template <class Left, class Right>
 [[noreturn]] void compare_failed(const char* file, int line, const char* expression,
                                  const Left& left, const Right& right) {
-  check_failed(file, line, fmt::format("{} ({} vs {})", expression, show(left), show(right)));
+  check_failed(file, line, format_text("{} ({} vs {})", expression, show(left), show(right)));
 }
 
 }  // namespace cambium::check_detail

@@ -6,7 +6,7 @@
 
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <type_traits>
 
 #include "fmt/core.h"
 
@@ -43,11 +43,26 @@ class Error : public std::runtime_error {
   ExitCode exit_code_;
 };
 
+// A format string checked at compile time, but for nvcc, whose front end cannot run fmt 9's parser.
+#ifdef __CUDACC__
+template <class... Arguments>
+using FormatString = std::type_identity_t<fmt::string_view>;
+#else
+template <class... Arguments>
+using FormatString = fmt::format_string<Arguments...>;
+#endif
+
+// fmt::format that headers may use: they are compiled by nvcc too.
+template <class... Arguments>
+std::string format_text(FormatString<Arguments...> format, Arguments&&... arguments) {
+  return fmt::vformat(format, fmt::make_format_args(arguments...));
+}
+
 // Throws `Error` with a formatted message.
 template <class... Arguments>
-[[noreturn]] void fail(ExitCode exit_code, fmt::format_string<Arguments...> format,
+[[noreturn]] void fail(ExitCode exit_code, FormatString<Arguments...> format,
                        Arguments&&... arguments) {
-  throw Error(exit_code, fmt::format(format, std::forward<Arguments>(arguments)...));
+  throw Error(exit_code, fmt::vformat(format, fmt::make_format_args(arguments...)));
 }
 
 }  // namespace cambium
