@@ -6,6 +6,7 @@
 
 #include "fmt/format.h"
 #include "tests/cli/run_binary.h"
+#include "tests/tree.h"
 
 namespace cambium {
 
@@ -101,7 +102,7 @@ TEST(Train, EvalAndGenerateReadTheRun) {
 }
 
 TEST(Parity, GoldenModelsPassOnEveryLayout) {
-  const std::string goldens = std::string(CAMBIUM_SOURCE_DIR) + "/../shared/golden/";
+  const std::string goldens = std::string(source_directory()) + "/../shared/golden/";
   if (!std::filesystem::exists(goldens)) GTEST_SKIP() << "skipped: no golden directories";
   for (const char* name : {"qwen3_moe", "mixtral", "olmoe"}) {
     for (const auto& [dp, ep] : {std::pair{1, 1}, {2, 1}, {2, 2}}) {
