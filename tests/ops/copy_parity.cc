@@ -1,4 +1,4 @@
-// Parity of copy_bytes, zero_bytes, cast_real and scale_values with plain loops.
+// Parity of copy_bytes, zero_bytes, cast_real, scale_values and add_values with plain loops.
 #include "kernels/copy.h"
 #include "tests/ops/copy_cases.h"
 #include "tests/ops/op_test.h"
@@ -43,6 +43,17 @@ TEST(CopyOp, ScaleMultipliesInPlace) {
   for (double& element : want) element *= 4.0;
   run_op(scale_values, ScaleValuesArgs{.value_N = value.inout<float>(), .factor = 4.0f});
   EXPECT_TRUE(bits_equal(value, want));
+}
+
+TEST(CopyOp, AddValuesAddsInPlace) {
+  TestRandom random(4);
+  TestTensor sum(Shape(1001)), addend(Shape(1001));
+  sum.fill_integers(random, -900, 900);
+  addend.fill_integers(random, -900, 900);
+  std::vector<double> want = sum.values();
+  for (size_t i = 0; i < want.size(); ++i) want[i] += addend.values()[i];
+  run_op(add_values, AddValuesArgs{.sum_N = sum.inout<float>(), .addend_N = addend.in<float>()});
+  EXPECT_TRUE(bits_equal(sum, want));
 }
 
 TEST(CopyOp, MustFailWhenAnElementIsMissed) {

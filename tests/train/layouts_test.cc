@@ -75,6 +75,9 @@ TEST(Layouts, OtherModelsAndBatchesToo) {
   Config bf16 = tiny_config();
   bf16.numerics.compute = ComputeType::bf16;
   configs.push_back(bf16);
+  Config tied = tiny_config();  // the embedding's gradient has two trees
+  tied.model.tie_embeddings = true;
+  configs.push_back(tied);
   for (const Config& config : configs) {
     const RunTrace one = run_trace(with_layout(config, {1, 1, 2, Sharding::none, 1}), kSteps);
     for (const TestLayout& layout :
