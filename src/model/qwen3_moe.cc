@@ -19,8 +19,19 @@
 #include "kernels/router_topk.h"
 #include "kernels/routing_sort.h"
 #include "kernels/z_loss.h"
+#include "src/model/context.h"
 
 namespace cambium {
+
+int64_t metric_columns(const Config& config) {
+  const bool exact = config.numerics.reduction == ReductionMode::exact;
+  return exact ? 1 + kLayerMetrics * config.model.layers : int64_t{kMetricColumns};
+}
+
+int64_t metric_column(const Config& config, MetricColumn column, int64_t layer) {
+  const bool exact = config.numerics.reduction == ReductionMode::exact;
+  return column + (exact && column != kMetricLoss ? kLayerMetrics * layer : 0);
+}
 
 DType LayerContext::dtype() const {
   return rank.config.numerics.compute == ComputeType::bf16 ? DType::bf16 : DType::f32;
@@ -104,27 +115,38 @@ In<Real> gain(const LayerContext& c, const ParamTensor* tensor) {
 }
 
 // dW of a dense linear layer: y = x w^T.
-void dense_wgrad(const LayerContext& c, const MicroBatch& batch, const ParamTensor& tensor,
+void dense_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor,
                  In<Real> d_y_TN, In<Real> x_TK) {
+  if (g.weights == WeightGradients::later) {
+    g.dense_wgrads.push_back({&tensor, d_y_TN, x_TK});
+    return;
+  }
   linear_wgrad({.d_y_TN = d_y_TN,
                 .x_TK = x_TK,
                 .d_w_SNK = c.dense.grad_slots(tensor, Shape(d_y_TN[1], x_TK[1])),
                 .present_S = c.dense.grad_present(tensor, 0),
                 .target = c.dense.target(),
-                .first_block = batch.first_block,
                 .block_tokens = c.rank.config.numerics.block_tokens},
                c.rank.ops);
 }
 
 // A norm gain's gradient from its per-block leaves.
-void gain_wgrad(const LayerContext& c, const MicroBatch& batch, const ParamTensor& tensor,
-                const Buffer& leaf, int64_t rows) {
+void gain_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor, Buffer leaf,
+                int64_t rows) {
+  if (g.weights == WeightGradients::later) {
+    g.gain_wgrads.push_back({&tensor, std::move(leaf), rows});
+    return;
+  }
   leaf_fold({.leaf_BN = in_f32(leaf, Shape(rows, tensor.elements)),
              .d_w_SN = c.dense.grad_slots(tensor, Shape(tensor.elements)),
              .present_S = c.dense.grad_present(tensor, 0),
-             .target = c.dense.target(),
-             .first_block = batch.first_block},
+             .target = c.dense.target()},
             c.rank.ops);
+}
+
+// A buffer that waiting weight gradients read.
+void keep_for_weights(LayerGradients& g, Buffer& buffer) {
+  if (g.weights == WeightGradients::later) g.kept.push_back(std::move(buffer));
 }
 
 // Loads of this layer into the step's counts, and the balance losses of design.md section 3.
@@ -141,11 +163,20 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
     if (balance.loss == BalanceLoss::micro_batch) source = CountSource::micro_batch;
     if (balance.loss == BalanceLoss::global_batch_lagged) {
       source = CountSource::given;
-      fraction = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(x.E)};
+      fraction = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(1, x.E)};
+    }
+    if (balance.loss == BalanceLoss::global_batch) source = CountSource::given;
+    Buffer shared_fraction;
+    if (c.rank.mesh.cp > 1 && source != CountSource::given) {
+      const bool each = source == CountSource::own_sequence;
+      source = CountSource::given;
+      shared_fraction = context_fractions(c, batch, expert_index,
+                                          each ? FractionOf::each_sequence : FractionOf::all);
+      fraction = in_f32(shared_fraction,
+                        Shape(each ? x.T * c.rank.mesh.cp / batch.sequence_length : 1, x.E));
     }
     Buffer global_count;
     if (balance.loss == BalanceLoss::global_batch) {
-      source = CountSource::given;
       global_count = ints(c, x.E, "global counts");
       c.rank.comm_waits_for_compute();
       c.rank.compute_waits(all_reduce({.communicator = *c.rank.data,
@@ -157,15 +188,16 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
       count_fraction({.count_E = in_i32(global_count, Shape(x.E)),
                       .fraction_E = out_f32(c.router.global_fraction_E, Shape(x.E))},
                      c.rank.ops);
-      fraction = in_f32(c.router.global_fraction_E, Shape(x.E));
+      fraction = in_f32(c.router.global_fraction_E, Shape(1, x.E));
     }
     const int64_t blocks = x.T / c.rank.config.numerics.block_tokens;
     const Buffer leaf = floats(c, blocks, "balance loss");
     s.d_probs_TE = floats(c, x.T * x.E, "d probs");
     balance_loss({.probs_TE = in_f32(s.probs_TE, Shape(x.T, x.E)),
                   .expert_index_TK = expert_index,
-                  .fraction_E = fraction,
-                  .sequence_length = batch.sequence_length,
+                  .fraction_NE = fraction,
+                  .sequence_length = batch.sequence_length / c.rank.mesh.cp,
+                  .positions = batch.sequence_length,
                   .block_tokens = c.rank.config.numerics.block_tokens,
                   .source = source,
                   .loss_scale = static_cast<float>(balance.loss_weight),
@@ -175,7 +207,7 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
                  c.rank.ops);
     metric_sum({.value_N = in_f32(leaf, Shape(blocks)),
                 .leaf_BM = batch.metric_leaf_BM,
-                .column = kMetricBalance},
+                .column = metric_column(c.rank.config, kMetricBalance, c.layer)},
                c.rank.ops);
   }
   if (balance.z_loss_weight > 0 && batch.z_gradient_scale > 0) {
@@ -187,10 +219,24 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
             .loss_T = out_f32(loss, Shape(x.T)),
             .d_logits_TE = out_f32(s.d_logits_TE, Shape(x.T, x.E))},
            c.rank.ops);
-    metric_sum(
-        {.value_N = in_f32(loss, Shape(x.T)), .leaf_BM = batch.metric_leaf_BM, .column = kMetricZ},
-        c.rank.ops);
+    metric_sum({.value_N = in_f32(loss, Shape(x.T)),
+                .leaf_BM = batch.metric_leaf_BM,
+                .column = metric_column(c.rank.config, kMetricZ, c.layer)},
+               c.rank.ops);
   }
+}
+
+// Keys and values that attention reads: this rank's, or whole sequences with cp > 1.
+struct AttentionKeys {
+  In<Real> k, v;
+};
+AttentionKeys attention_keys(const LayerContext& c, const Extents& x, const LayerState& s) {
+  if (c.rank.mesh.cp > 1) {
+    const Shape whole(x.T * c.rank.mesh.cp, x.G, x.Q);
+    return {c.in(s.k_SC, whole), c.in(s.v_SC, whole)};
+  }
+  return {c.in(s.k_TGQ, Shape(x.T, x.G, x.Q)),
+          qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G)};
 }
 
 void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
@@ -231,9 +277,16 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
                ops);
   s.o_TC = c.real(Shape(x.T, x.H, x.Q), "attention output");
   s.lse_TH = floats(c, x.T * x.H, "attention lse");
+  if (c.rank.mesh.cp > 1) {
+    const int64_t width = x.G * x.Q;
+    s.k_SC = gather_context(c, batch, c.in(s.k_TGQ, Shape(x.T, width)));
+    const In<Real> v_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G);
+    s.v_SC = gather_context(c, batch, {v_TGQ.data, c.dtype(), Shape(x.T, width), x.C});
+  }
+  const AttentionKeys keys = attention_keys(c, x, s);
   attention({.q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
-             .k_TGQ = c.in(s.k_TGQ, Shape(x.T, x.G, x.Q)),
-             .v_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G),
+             .k_TGQ = keys.k,
+             .v_TGQ = keys.v,
              .document_start_T = batch.document_start_T.empty()
                                      ? In<int32_t>()
                                      : in_i32(batch.document_start_T, Shape(x.T)),
@@ -241,7 +294,8 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
              .lse_TH = out_f32(s.lse_TH, Shape(x.T, x.H)),
              .sequence_length = batch.sequence_length,
              .block_tokens = c.rank.config.numerics.block_tokens,
-             .scale = attention_scale(x.Q)},
+             .scale = attention_scale(x.Q),
+             .share = context_share(c.rank)},
             ops);
   s.sum_TD = c.real(Shape(x.T, x.D), "residual stream");
   linear({.x_TK = c.in(s.o_TC, Shape(x.T, x.H * x.Q)),
@@ -644,7 +698,7 @@ Buffer router_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
        .index_M = in_i32(local ? s.expert.slot_row_MK : s.dispatch.return_row_TK, Shape(x.T * x.K)),
        .y_M = out_f32(d_weight_TK, Shape(x.T * x.K))},
       ops);
-  const Buffer d_logits_TE = floats(c, x.T * x.E, "d router logits");
+  Buffer d_logits_TE = floats(c, x.T * x.E, "d router logits");
   auto optional_TE = [&](const Buffer& buffer) {
     return buffer.empty() ? In<float>() : in_f32(buffer, Shape(x.T, x.E));
   };
@@ -664,19 +718,20 @@ Buffer router_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
                 .residual_TK = c.in(d_normed_TD, Shape(x.T, x.D)),
                 .d_x_TK = c.out(d_normed_TD, Shape(x.T, x.D))},
                ops);
-  dense_wgrad(c, batch, *c.tensors.router, in_f32(d_logits_TE, Shape(x.T, x.E)),
+  dense_wgrad(c, g, *c.tensors.router, in_f32(d_logits_TE, Shape(x.T, x.E)),
               c.in(s.mlp_normed_TD, Shape(x.T, x.D)));
+  keep_for_weights(g, d_logits_TE);
   return d_normed_TD;
 }
 
 // Backward of an RMSNorm whose input is also the residual stream.
-Buffer norm_backward(const LayerContext& c, const MicroBatch& batch, const ParamTensor& tensor,
-                     const Buffer& d_y_TD, const Buffer& x_TD, const Buffer& rstd_T,
-                     const Buffer& d_residual_TD) {
+Buffer norm_backward(const LayerContext& c, const MicroBatch& batch, LayerGradients& g,
+                     const ParamTensor& tensor, const Buffer& d_y_TD, const Buffer& x_TD,
+                     const Buffer& rstd_T, const Buffer& d_residual_TD) {
   const Extents x(c, batch.tokens);
   const int64_t block = c.rank.config.numerics.block_tokens, blocks = x.T / block;
   Buffer d_x_TD = c.real(Shape(x.T, x.D), "d norm input");
-  const Buffer leaf = floats(c, blocks * x.D, "d gain leaves");
+  Buffer leaf = floats(c, blocks * x.D, "d gain leaves");
   rms_norm_backward({.d_y_TD = c.in(d_y_TD, Shape(x.T, x.D)),
                      .x_TD = c.in(x_TD, Shape(x.T, x.D)),
                      .gain_D = gain(c, &tensor),
@@ -686,13 +741,13 @@ Buffer norm_backward(const LayerContext& c, const MicroBatch& batch, const Param
                      .d_gain_leaf_BD = out_f32(leaf, Shape(blocks, x.D)),
                      .block_tokens = block},
                     c.rank.ops);
-  gain_wgrad(c, batch, tensor, leaf, blocks);
+  gain_wgrad(c, g, tensor, std::move(leaf), blocks);
   return d_x_TD;
 }
 
 // From the gradient of the attention block's output to that of the qkv projection's output.
 Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, LayerState& s,
-                              const Buffer& d_sum_TD) {
+                              LayerGradients& g, const Buffer& d_sum_TD) {
   const Extents x(c, batch.tokens);
   OpContext& ops = c.rank.ops;
   const Buffer d_o = c.real(Shape(x.T, x.H, x.Q), "d attention output");
@@ -700,27 +755,45 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
                 .w_NK = c.dense.weight(*c.tensors.attn_out, Shape(x.D, x.H * x.Q)),
                 .d_x_TK = c.out(d_o, Shape(x.T, x.H * x.Q))},
                ops);
-  dense_wgrad(c, batch, *c.tensors.attn_out, c.in(d_sum_TD, Shape(x.T, x.D)),
+  dense_wgrad(c, g, *c.tensors.attn_out, c.in(d_sum_TD, Shape(x.T, x.D)),
               c.in(s.o_TC, Shape(x.T, x.H * x.Q)));
   const Buffer d_q = c.real(Shape(x.T, x.H, x.Q), "d q");
   const Buffer d_k = c.real(Shape(x.T, x.G, x.Q), "d k");
   Buffer d_qkv = c.real(Shape(x.T, x.C), "d qkv");
-  attention_backward({.q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
-                      .k_TGQ = c.in(s.k_TGQ, Shape(x.T, x.G, x.Q)),
-                      .v_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G),
-                      .o_THQ = c.in(s.o_TC, Shape(x.T, x.H, x.Q)),
-                      .d_o_THQ = c.in(d_o, Shape(x.T, x.H, x.Q)),
-                      .lse_TH = in_f32(s.lse_TH, Shape(x.T, x.H)),
-                      .document_start_T = batch.document_start_T.empty()
-                                              ? In<int32_t>()
-                                              : in_i32(batch.document_start_T, Shape(x.T)),
-                      .d_q_THQ = c.out(d_q, Shape(x.T, x.H, x.Q)),
-                      .d_k_TGQ = c.out(d_k, Shape(x.T, x.G, x.Q)),
-                      .d_v_TGQ = qkv_part<Out<Real>>(c, d_qkv, x, (x.H + x.G) * x.Q, x.G),
-                      .sequence_length = batch.sequence_length,
-                      .block_tokens = c.rank.config.numerics.block_tokens,
-                      .scale = attention_scale(x.Q)},
-                     ops);
+  const AttentionKeys keys = attention_keys(c, x, s);
+  AttentionBackwardArgs backward{
+      .q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
+      .k_TGQ = keys.k,
+      .v_TGQ = keys.v,
+      .o_THQ = c.in(s.o_TC, Shape(x.T, x.H, x.Q)),
+      .d_o_THQ = c.in(d_o, Shape(x.T, x.H, x.Q)),
+      .lse_TH = in_f32(s.lse_TH, Shape(x.T, x.H)),
+      .document_start_T = batch.document_start_T.empty()
+                              ? In<int32_t>()
+                              : in_i32(batch.document_start_T, Shape(x.T)),
+      .d_q_THQ = c.out(d_q, Shape(x.T, x.H, x.Q)),
+      .sequence_length = batch.sequence_length,
+      .block_tokens = c.rank.config.numerics.block_tokens,
+      .scale = attention_scale(x.Q),
+      .share = context_share(c.rank)};
+  const Out<Real> d_k_TGQ = c.out(d_k, Shape(x.T, x.G, x.Q));
+  const Out<Real> d_v_TGQ = qkv_part<Out<Real>>(c, d_qkv, x, (x.H + x.G) * x.Q, x.G);
+  if (c.rank.mesh.cp == 1) {
+    backward.d_k_TGQ = d_k_TGQ;
+    backward.d_v_TGQ = d_v_TGQ;
+    attention_backward(backward, ops);
+  } else {
+    const int64_t width = x.G * x.Q;
+    const int64_t rows =
+        attention_partial_rows(x.T, batch.sequence_length, backward.block_tokens, backward.share);
+    const Buffer k_partial = floats(c, rows * width, "d k of query blocks");
+    const Buffer v_partial = floats(c, rows * width, "d v of query blocks");
+    backward.d_k_partial_MC = out_f32(k_partial, Shape(rows, width));
+    backward.d_v_partial_MC = out_f32(v_partial, Shape(rows, width));
+    attention_backward(backward, ops);
+    fold_context(c, batch, k_partial, d_k_TGQ);
+    fold_context(c, batch, v_partial, d_v_TGQ);
+  }
   const int64_t block = c.rank.config.numerics.block_tokens, blocks = x.T / block;
   const bool per_head = c.model.qk_norm == QkNorm::per_head;
   Buffer q_leaf, k_leaf;
@@ -748,8 +821,8 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
   }
   qk_norm_rope_backward(args, ops);
   if (c.tensors.q_norm != nullptr) {
-    gain_wgrad(c, batch, *c.tensors.q_norm, q_leaf, blocks);
-    gain_wgrad(c, batch, *c.tensors.k_norm, k_leaf, blocks);
+    gain_wgrad(c, g, *c.tensors.q_norm, std::move(q_leaf), blocks);
+    gain_wgrad(c, g, *c.tensors.k_norm, std::move(k_leaf), blocks);
   }
   return d_qkv;
 }
@@ -760,17 +833,49 @@ Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
                        LayerGradients& g) {
   const Extents x(c, batch.tokens);
   const Buffer d_mlp_normed = router_backward(c, batch, s, g);
-  const Buffer d_sum_TD = norm_backward(c, batch, *c.tensors.mlp_norm, d_mlp_normed, s.sum_TD,
-                                        s.mlp_rstd_T, g.d_out_TD);
-  const Buffer d_qkv = attention_backward_qkv(c, batch, s, d_sum_TD);
+  Buffer d_sum_TD = norm_backward(c, batch, g, *c.tensors.mlp_norm, d_mlp_normed, s.sum_TD,
+                                  s.mlp_rstd_T, g.d_out_TD);
+  Buffer d_qkv = attention_backward_qkv(c, batch, s, g, d_sum_TD);
   const Buffer d_normed = c.real(Shape(x.T, x.D), "d normed input");
   linear_dgrad({.d_y_TN = c.in(d_qkv, Shape(x.T, x.C)),
                 .w_NK = c.dense.weight(*c.tensors.qkv, Shape(x.C, x.D)),
                 .d_x_TK = c.out(d_normed, Shape(x.T, x.D))},
                c.rank.ops);
-  dense_wgrad(c, batch, *c.tensors.qkv, c.in(d_qkv, Shape(x.T, x.C)),
+  dense_wgrad(c, g, *c.tensors.qkv, c.in(d_qkv, Shape(x.T, x.C)),
               c.in(s.normed_TD, Shape(x.T, x.D)));
-  return norm_backward(c, batch, *c.tensors.attn_norm, d_normed, s.x_TD, s.attn_rstd_T, d_sum_TD);
+  Buffer d_x_TD =
+      norm_backward(c, batch, g, *c.tensors.attn_norm, d_normed, s.x_TD, s.attn_rstd_T, d_sum_TD);
+  keep_for_weights(g, d_sum_TD);
+  keep_for_weights(g, d_qkv);
+  return d_x_TD;
+}
+
+void release_for_weights(LayerState& s, LayerGradients& g) {
+  LayerState kept;
+  kept.normed_TD = std::move(s.normed_TD);
+  kept.o_TC = std::move(s.o_TC);
+  kept.mlp_normed_TD = std::move(s.mlp_normed_TD);
+  kept.dispatch.rows = s.dispatch.rows;
+  kept.expert.expert_offset_e1 = std::move(s.expert.expert_offset_e1);
+  kept.expert.row_block_R = std::move(s.expert.row_block_R);
+  kept.expert.x_RD = std::move(s.expert.x_RD);
+  s = std::move(kept);
+  for (Buffer* done :
+       {&g.d_out_TD, &g.d_x_RD, &g.d_weight_R, &g.d_returned, &g.d_returned_weight}) {
+    done->reset();
+  }
+}
+
+void layer_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g) {
+  CHECK(g.weights == WeightGradients::later);
+  g.weights = WeightGradients::now;
+  expert_backward_weight(c, s, g);
+  for (const DenseWgrad& wait : g.dense_wgrads) {
+    dense_wgrad(c, g, *wait.tensor, wait.d_y_TN, wait.x_TK);
+  }
+  for (GainWgrad& wait : g.gain_wgrads) {
+    gain_wgrad(c, g, *wait.tensor, std::move(wait.leaf), wait.rows);
+  }
 }
 
 }  // namespace cambium

@@ -14,9 +14,10 @@ std::string checkpoint_directory(const std::string& run_directory) {
 
 std::string layout_text(const Config& config) {
   const ParallelConfig& p = config.parallel;
-  constexpr const char* kSharding[] = {"none", "zero1", "zero2", "full"};
-  return fmt::format("pp {}, dp {}, cp {}, ep {}, sharding {}", p.pp, p.dp, p.cp, p.ep,
-                     kSharding[static_cast<int>(p.sharding)]);
+  std::string text = fmt::format("pp {}, dp {}, cp {}, ep {}, sharding {}", p.pp, p.dp, p.cp, p.ep,
+                                 choice_name(p.sharding));
+  if (p.pp > 1) text += fmt::format(", schedule {}", choice_name(p.schedule));
+  return text;
 }
 
 namespace {
@@ -63,10 +64,10 @@ void restore(Rank& rank, const CheckpointState& state, const char* name, const B
 
 void load_weights(TrainStep& step, TensorSource& source, LoadState what) {
   Rank& rank = step.rank();
-  for (ParamGroup* group : {&step.model().dense(), &step.model().expert()}) {
-    for (const ParamTensor& tensor : group->tensors()) {
-      load_range(rank, source, tensor.canonical.name, 0, tensor.elements,
-                 group->weights() + tensor.offset);
+  for (const auto& group : step.model().groups()) {
+    for (const ParamPiece& piece : group->stored_pieces()) {
+      load_range(rank, source, piece.tensor->canonical.name, piece.first_element, piece.elements,
+                 group->weights(piece.flat_offset()));
     }
     group->refresh_compute_copy();
     if (what == LoadState::weights) continue;
@@ -93,14 +94,14 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
   Rank& rank = step.rank();
   rank.host.yield("checkpoint");
   std::vector<ShardPiece> pieces;
-  for (ParamGroup* group : {&step.model().dense(), &step.model().expert()}) {
+  for (const auto& group : step.model().groups()) {
     for (const ParamPiece& piece : group->owned_pieces()) {
       const int64_t at = piece.flat_offset(), total = piece.tensor->elements;
       const std::string& name = piece.tensor->canonical.name;
       auto add = [&](const std::string& piece_name, const float* data) {
         pieces.push_back({piece_name, piece.first_element, piece.elements, total, data});
       };
-      add(name, group->weights() + at);
+      add(name, group->weights(at));
       add("m/" + name, group->moment1(at));
       add("v/" + name, group->moment2(at));
     }
@@ -115,7 +116,7 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
     check_free_space(*run.files, directory, 3 * parameter_bytes);
   }
   write_checkpoint_shard(*run.files, {directory, at_step, rank.at.rank, ranks}, pieces);
-  rank.host.wait(barrier({.communicator = *rank.data, .stream = rank.comm}));
+  rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
   if (rank.is_first()) {
     CheckpointState state;
     state.step = at_step;
@@ -133,7 +134,7 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
     commit_checkpoint(*run.files, directory, ranks, state);
     retain_checkpoints(*run.files, directory, at_step, run.config->checkpoint.keep);
   }
-  rank.host.wait(barrier({.communicator = *rank.data, .stream = rank.comm}));
+  rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
 }
 
 namespace {
@@ -166,7 +167,7 @@ double validation_loss(TrainStep& step, const TrainRun& run) {
 bool stop_requested(Rank& rank, const TrainRun& run, const Buffer& flag) {
   if (run.stop_signal == nullptr) return false;
   if (rank.is_first()) *flag.as<int32_t>() = *run.stop_signal != 0 ? 1 : 0;
-  rank.host.wait(broadcast({.communicator = *rank.data,
+  rank.host.wait(broadcast({.communicator = *rank.world,
                             .stream = rank.comm,
                             .data = flag.data(),
                             .count = 1,
