@@ -149,6 +149,48 @@ void keep_for_weights(LayerGradients& g, Buffer& buffer) {
   if (g.weights == WeightGradients::later) g.kept.push_back(std::move(buffer));
 }
 
+// What balance_loss counts over: the fractions, the buffer that holds them, or how to count.
+struct BalanceCounts {
+  CountSource source = CountSource::own_sequence;
+  In<float> fraction_NE;
+  Buffer held;
+};
+
+BalanceCounts balance_counts(const LayerContext& c, const MicroBatch& batch,
+                             In<int32_t> expert_index_TK, In<int32_t> count_E) {
+  const Extents x(c, batch.tokens);
+  const BalanceLoss loss = c.rank.config.balance.loss;
+  BalanceCounts counts;
+  if (loss == BalanceLoss::global_batch_lagged) {
+    counts.source = CountSource::given;
+    counts.fraction_NE = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(1, x.E)};
+  } else if (loss == BalanceLoss::global_batch) {
+    counts.source = CountSource::given;
+    counts.held = ints(c, x.E, "global counts");
+    c.rank.comm_waits_for_compute();
+    c.rank.compute_waits(all_reduce({.communicator = *c.rank.data,
+                                     .stream = c.rank.comm,
+                                     .send = count_E.pointer(),
+                                     .recv = counts.held.data(),
+                                     .count = x.E,
+                                     .dtype = DType::i32}));
+    count_fraction({.count_E = in_i32(counts.held, Shape(x.E)),
+                    .fraction_E = out_f32(c.router.global_fraction_E, Shape(x.E))},
+                   c.rank.ops);
+    counts.fraction_NE = in_f32(c.router.global_fraction_E, Shape(1, x.E));
+  } else if (c.rank.mesh.cp > 1) {
+    const bool each = loss == BalanceLoss::sequence;
+    const int64_t sequences = x.T * c.rank.mesh.cp / batch.sequence_length;
+    counts.source = CountSource::given;
+    counts.held = context_fractions(c, batch, expert_index_TK,
+                                    each ? FractionOf::each_sequence : FractionOf::all);
+    counts.fraction_NE = in_f32(counts.held, Shape(each ? sequences : 1, x.E));
+  } else if (loss == BalanceLoss::micro_batch) {
+    counts.source = CountSource::micro_batch;
+  }
+  return counts;
+}
+
 // Loads of this layer into the step's counts, and the balance losses of design.md section 3.
 void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffer& logits_TE,
                      LayerState& s) {
@@ -158,48 +200,18 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
   const In<int32_t> expert_index = in_i32(s.expert_index_TK, Shape(x.T, x.K));
   expert_histogram({.expert_index_TK = expert_index, .count_E = count_E}, c.rank.ops);
   if (balance.loss != BalanceLoss::none && batch.balance_gradient_scale > 0) {
-    In<float> fraction;
-    CountSource source = CountSource::own_sequence;
-    if (balance.loss == BalanceLoss::micro_batch) source = CountSource::micro_batch;
-    if (balance.loss == BalanceLoss::global_batch_lagged) {
-      source = CountSource::given;
-      fraction = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(1, x.E)};
-    }
-    if (balance.loss == BalanceLoss::global_batch) source = CountSource::given;
-    Buffer shared_fraction;
-    if (c.rank.mesh.cp > 1 && source != CountSource::given) {
-      const bool each = source == CountSource::own_sequence;
-      source = CountSource::given;
-      shared_fraction = context_fractions(c, batch, expert_index,
-                                          each ? FractionOf::each_sequence : FractionOf::all);
-      fraction = in_f32(shared_fraction,
-                        Shape(each ? x.T * c.rank.mesh.cp / batch.sequence_length : 1, x.E));
-    }
-    Buffer global_count;
-    if (balance.loss == BalanceLoss::global_batch) {
-      global_count = ints(c, x.E, "global counts");
-      c.rank.comm_waits_for_compute();
-      c.rank.compute_waits(all_reduce({.communicator = *c.rank.data,
-                                       .stream = c.rank.comm,
-                                       .send = count_E.pointer(),
-                                       .recv = global_count.data(),
-                                       .count = x.E,
-                                       .dtype = DType::i32}));
-      count_fraction({.count_E = in_i32(global_count, Shape(x.E)),
-                      .fraction_E = out_f32(c.router.global_fraction_E, Shape(x.E))},
-                     c.rank.ops);
-      fraction = in_f32(c.router.global_fraction_E, Shape(1, x.E));
-    }
+    const BalanceCounts counts =
+        balance_counts(c, batch, expert_index, {count_E.pointer(), Shape(x.E)});
     const int64_t blocks = x.T / c.rank.config.numerics.block_tokens;
     const Buffer leaf = floats(c, blocks, "balance loss");
     s.d_probs_TE = floats(c, x.T * x.E, "d probs");
     balance_loss({.probs_TE = in_f32(s.probs_TE, Shape(x.T, x.E)),
                   .expert_index_TK = expert_index,
-                  .fraction_NE = fraction,
+                  .fraction_NE = counts.fraction_NE,
                   .sequence_length = batch.sequence_length / c.rank.mesh.cp,
                   .positions = batch.sequence_length,
                   .block_tokens = c.rank.config.numerics.block_tokens,
-                  .source = source,
+                  .source = counts.source,
                   .loss_scale = static_cast<float>(balance.loss_weight),
                   .gradient_scale = static_cast<float>(batch.balance_gradient_scale),
                   .loss_leaf_B = out_f32(leaf, Shape(blocks)),
@@ -745,6 +757,48 @@ Buffer norm_backward(const LayerContext& c, const MicroBatch& batch, LayerGradie
   return d_x_TD;
 }
 
+// Gradients around attention itself.
+struct AttentionGrads {
+  In<Real> o;
+  Out<Real> q, k, v;
+};
+void attention_core_backward(const LayerContext& c, const MicroBatch& batch, const LayerState& s,
+                             const AttentionGrads& d) {
+  const Extents x(c, batch.tokens);
+  const AttentionKeys keys = attention_keys(c, x, s);
+  AttentionBackwardArgs backward{
+      .q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
+      .k_TGQ = keys.k,
+      .v_TGQ = keys.v,
+      .o_THQ = c.in(s.o_TC, Shape(x.T, x.H, x.Q)),
+      .d_o_THQ = d.o,
+      .lse_TH = in_f32(s.lse_TH, Shape(x.T, x.H)),
+      .document_start_T = batch.document_start_T.empty()
+                              ? In<int32_t>()
+                              : in_i32(batch.document_start_T, Shape(x.T)),
+      .d_q_THQ = d.q,
+      .sequence_length = batch.sequence_length,
+      .block_tokens = c.rank.config.numerics.block_tokens,
+      .scale = attention_scale(x.Q),
+      .share = context_share(c.rank)};
+  if (c.rank.mesh.cp == 1) {
+    backward.d_k_TGQ = d.k;
+    backward.d_v_TGQ = d.v;
+    attention_backward(backward, c.rank.ops);
+  } else {
+    const int64_t width = x.G * x.Q;
+    const int64_t rows =
+        attention_partial_rows(x.T, batch.sequence_length, backward.block_tokens, backward.share);
+    const Buffer k_partial = floats(c, rows * width, "d k of query blocks");
+    const Buffer v_partial = floats(c, rows * width, "d v of query blocks");
+    backward.d_k_partial_MC = out_f32(k_partial, Shape(rows, width));
+    backward.d_v_partial_MC = out_f32(v_partial, Shape(rows, width));
+    attention_backward(backward, c.rank.ops);
+    fold_context(c, batch, k_partial, d.k);
+    fold_context(c, batch, v_partial, d.v);
+  }
+}
+
 // From the gradient of the attention block's output to that of the qkv projection's output.
 Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                               LayerGradients& g, const Buffer& d_sum_TD) {
@@ -760,40 +814,11 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
   const Buffer d_q = c.real(Shape(x.T, x.H, x.Q), "d q");
   const Buffer d_k = c.real(Shape(x.T, x.G, x.Q), "d k");
   Buffer d_qkv = c.real(Shape(x.T, x.C), "d qkv");
-  const AttentionKeys keys = attention_keys(c, x, s);
-  AttentionBackwardArgs backward{
-      .q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
-      .k_TGQ = keys.k,
-      .v_TGQ = keys.v,
-      .o_THQ = c.in(s.o_TC, Shape(x.T, x.H, x.Q)),
-      .d_o_THQ = c.in(d_o, Shape(x.T, x.H, x.Q)),
-      .lse_TH = in_f32(s.lse_TH, Shape(x.T, x.H)),
-      .document_start_T = batch.document_start_T.empty()
-                              ? In<int32_t>()
-                              : in_i32(batch.document_start_T, Shape(x.T)),
-      .d_q_THQ = c.out(d_q, Shape(x.T, x.H, x.Q)),
-      .sequence_length = batch.sequence_length,
-      .block_tokens = c.rank.config.numerics.block_tokens,
-      .scale = attention_scale(x.Q),
-      .share = context_share(c.rank)};
-  const Out<Real> d_k_TGQ = c.out(d_k, Shape(x.T, x.G, x.Q));
-  const Out<Real> d_v_TGQ = qkv_part<Out<Real>>(c, d_qkv, x, (x.H + x.G) * x.Q, x.G);
-  if (c.rank.mesh.cp == 1) {
-    backward.d_k_TGQ = d_k_TGQ;
-    backward.d_v_TGQ = d_v_TGQ;
-    attention_backward(backward, ops);
-  } else {
-    const int64_t width = x.G * x.Q;
-    const int64_t rows =
-        attention_partial_rows(x.T, batch.sequence_length, backward.block_tokens, backward.share);
-    const Buffer k_partial = floats(c, rows * width, "d k of query blocks");
-    const Buffer v_partial = floats(c, rows * width, "d v of query blocks");
-    backward.d_k_partial_MC = out_f32(k_partial, Shape(rows, width));
-    backward.d_v_partial_MC = out_f32(v_partial, Shape(rows, width));
-    attention_backward(backward, ops);
-    fold_context(c, batch, k_partial, d_k_TGQ);
-    fold_context(c, batch, v_partial, d_v_TGQ);
-  }
+  attention_core_backward(c, batch, s,
+                          {.o = c.in(d_o, Shape(x.T, x.H, x.Q)),
+                           .q = c.out(d_q, Shape(x.T, x.H, x.Q)),
+                           .k = c.out(d_k, Shape(x.T, x.G, x.Q)),
+                           .v = qkv_part<Out<Real>>(c, d_qkv, x, (x.H + x.G) * x.Q, x.G)});
   const int64_t block = c.rank.config.numerics.block_tokens, blocks = x.T / block;
   const bool per_head = c.model.qk_norm == QkNorm::per_head;
   Buffer q_leaf, k_leaf;

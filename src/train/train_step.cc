@@ -84,9 +84,16 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
   source.fill(batch_index,
               {layout_.first_sequence(dp_index, micro_batch), layout_.micro_batch_sequences},
               batch);
+  // The fault `missing_micro_batch`: nothing of this rank's last micro-batch is learnt.
+  if (rank_.has_fault("missing_micro_batch") && micro_batch + 1 == layout_.micro_batches) {
+    std::ranges::fill(batch.target_T, kIgnoredTarget);
+  }
   const bool masks = config.data.document_mask;
   const std::vector<int32_t> document_start_S = batch.document_start_T;
-  if (rank_.mesh.cp > 1) keep_share(context_share(rank_), config.train.sequence_length, batch);
+  ContextShare share = context_share(rank_);
+  // The fault `zigzag_half`: this rank takes the positions of the next one.
+  if (rank_.has_fault("zigzag_half")) share.index = (share.index + 1) % share.ranks;
+  if (share.ranks > 1) keep_share(share, config.train.sequence_length, batch);
   const int64_t columns = metric_columns(config), blocks = layout_.local_blocks();
   const double sequences = static_cast<double>(config.train.global_batch_sequences);
   const double positions = sequences * static_cast<double>(config.train.sequence_length);

@@ -154,8 +154,10 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set model.head_dim=33", 2, "model\\.head_dim = 33"},
     {"train $Q --set model.kv_heads=3", 2, "model\\.kv_heads = 3.*2 or 4"},
     {"train $Q --set balance.loss=micro_batch", 2, "balance\\.loss.*exact"},
-    {"train $Q --set parallel.pp=2", 2, "parallel\\.pp = 2 is not supported yet"},
-    {"train $Q --set parallel.sharding=full", 2, "parallel\\.sharding = full.*zero1"},
+    {"train $Q --set parallel.pp=2 --set parallel.schedule=dualpipev", 2,
+     "dualpipev.*4 micro-batches.*there are 1"},
+    {"train $Q --set parallel.pp=8", 2, "model\\.layers = 4.*8 stages.*at least 6"},
+    {"train $Q --set recompute.mode=swiglu", 2, "recompute\\.mode = swiglu.*none"},
     {"check $Q --set faults=[{kind='rng_rank',rank=8}]", 2, "faults\\.rank = 8.*8 ranks"},
     {"train $Q --set run.device=cuda", 2, "run\\.device = cuda"},
     // Corpora, tokenizers, directories.
