@@ -121,8 +121,7 @@ const std::vector<IncludeRule>& include_table() {
       {"src/config/load.cc",
        {"src/config/", "src/base/", "kernels/", "src/checkpoint/hf_config.h"}},
       // Rules between keys ask the pipeline schedules what they need: host arithmetic.
-      {"src/config/derive.cc",
-       {"src/config/", "src/base/", "kernels/", "src/parallel/schedule.h"}},
+      {"src/config/derive.cc", {"src/config/", "src/base/", "kernels/", "src/parallel/schedule.h"}},
       {"src/config/", {"src/config/", "src/base/", "kernels/"}},
       {"src/",
        {"src/base/", "src/config/", "src/comm/", "src/model/", "src/parallel/", "src/optim/",
