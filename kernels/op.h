@@ -75,7 +75,7 @@ void execute(const Args& args, OpContext& context, void (*reference)(const Args&
         fail(ExitCode::usage, "op '{}' has no CUDA kernel in this build; set run.device = \"cpu\"",
              call.op);
       }
-      cuda(args, *context.stream);
+      context.stream->launch(call.op, cuda, args);
       return;
     case Backend::shape_only:
       CHECK(context.charge != nullptr);

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "fmt/format.h"
+#include "kernels/cuda_stream.h"
 #include "sim/comm_faults.h"
 #include "sim/deadlock.h"
 #include "sim/scheduler.h"
@@ -50,6 +51,7 @@ class SimHost final : public Host {
   void wait(const Event& event, std::source_location site) override {
     if (injector_ != nullptr) injector_->flush();
     scheduler_.wait(rank_, event, site);
+    if (std::uncaught_exceptions() == 0) event.synchronize_device();
   }
   void yield(const char*) override {
     if (injector_ != nullptr) injector_->flush();
@@ -89,6 +91,13 @@ class SimEnvironment final : public RankEnvironment {
     streams_.push_back(std::make_unique<Stream>(fmt::format("rank {} {}", rank_, name),
                                                 &scheduler_.ready_streams()));
     scheduler_.add_stream(*streams_.back(), rank_);
+    if constexpr (kHasCuda) {
+      if (options_.device == Device::cuda) {
+        native_streams_.push_back(std::make_unique<cuda::NativeStream>(
+            *streams_.back(),
+            options_.schedule_seed == 0 ? LaunchOrder::at_once : LaunchOrder::in_turn));
+      }
+    }
     return *streams_.back();
   }
 
@@ -171,6 +180,7 @@ class SimEnvironment final : public RankEnvironment {
   std::unique_ptr<FaultInjector> injector_;
   SimHost host_;
   std::vector<std::unique_ptr<Stream>> streams_;
+  std::vector<std::unique_ptr<DeviceStream>> native_streams_;  // of streams_, on a GPU
   std::map<std::pair<std::string, std::vector<int>>, size_t> made_;
   int64_t step_ = 0;
 };

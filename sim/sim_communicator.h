@@ -47,7 +47,7 @@ class Transfer final : public GatedTask {
   bool advance_collective(Workers& workers);
   bool advance_exchange(Workers& workers);
   void run_stage(int stage, Workers& workers);
-  void poison_receive_side();
+  void poison_receive_side(Workers& workers);
 
   int stage_ = 0;
   bool arrived_ = false;

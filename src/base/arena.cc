@@ -17,12 +17,35 @@ int64_t aligned(int64_t bytes) {
   return (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-void fill_poison(std::byte* data, int64_t bytes) {
-  auto* words = reinterpret_cast<uint32_t*>(data);
-  std::fill(words, words + bytes / 4, kPoisonWord);
-}
+class HostAddressSpace final : public AddressSpace {
+ public:
+  HostAddressSpace() {
+    for (reserved_ = kReserve; reserved_ >= (int64_t{1} << 34); reserved_ /= 2) {
+      void* base = mmap(nullptr, static_cast<size_t>(reserved_), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (base == MAP_FAILED) continue;
+      base_ = static_cast<std::byte*>(base);
+      return;
+    }
+    fail(ExitCode::out_of_memory, "cannot reserve address space for a rank's arena");
+  }
+  ~HostAddressSpace() override { munmap(base_, static_cast<size_t>(reserved_)); }
+  std::byte* base() const override { return base_; }
+  int64_t reserved_bytes() const override { return reserved_; }
+  int64_t back(int64_t bytes) override { return std::min(bytes, reserved_); }
+  void fill(std::byte* data, int64_t bytes, uint32_t word) override {
+    auto* words = reinterpret_cast<uint32_t*>(data);
+    std::fill(words, words + bytes / 4, word);
+  }
+
+ private:
+  std::byte* base_ = nullptr;
+  int64_t reserved_ = 0;
+};
 
 }  // namespace
+
+std::unique_ptr<AddressSpace> host_address_space() { return std::make_unique<HostAddressSpace>(); }
 
 const char* memory_class_name(MemoryClass memory_class) {
   constexpr const char* kNames[kMemoryClasses] = {"weights",     "gradients", "optimizer",
@@ -47,31 +70,19 @@ void Buffer::reset() {
   bytes_ = 0;
 }
 
-Arena::Arena(int64_t limit_bytes, Poison poison) : limit_(limit_bytes), poison_(poison) {
-  for (reserved_ = kReserve; reserved_ >= (int64_t{1} << 34); reserved_ /= 2) {
-    void* base = mmap(nullptr, static_cast<size_t>(reserved_), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base != MAP_FAILED) {
-      base_ = static_cast<std::byte*>(base);
-      return;
-    }
-  }
-  fail(ExitCode::out_of_memory, "cannot reserve address space for a rank's arena");
-}
-
-Arena::~Arena() {
-  if (base_ != nullptr) munmap(base_, static_cast<size_t>(reserved_));
-}
+Arena::Arena(int64_t limit_bytes, Poison poison, std::unique_ptr<AddressSpace> space)
+    : limit_(limit_bytes), poison_(poison), space_(std::move(space)), base_(space_->base()) {}
 
 Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what) {
   CHECK_GE(bytes, 0);
   const int64_t need = aligned(bytes);
-  if (used_ + need > limit_) {
+  const auto out_of_memory = [&](int64_t limit) {
     fail(ExitCode::out_of_memory,
          "out of memory: '{}' ({}) needs {} bytes, {} of {} are in use; next: fewer "
          "train.micro_batch_sequences, or more ranks",
-         what, memory_class_name(memory_class), bytes, used_, limit_);
-  }
+         what, memory_class_name(memory_class), bytes, used_, limit);
+  };
+  if (used_ + need > limit_) out_of_memory(limit_);
   auto best = free_.end();
   for (auto it = free_.begin(); it != free_.end(); ++it) {
     if (it->second >= need && (best == free_.end() || it->second < best->second)) best = it;
@@ -83,7 +94,8 @@ Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what
     free_.erase(best);
     if (rest > 0) free_[offset + need] = rest;
   } else {
-    CHECK_LE(top_ + need, reserved_);
+    const int64_t backed = space_->back(top_ + need);
+    if (backed < top_ + need) out_of_memory(backed);
     top_ += need;
   }
   used_ += need;
@@ -92,7 +104,7 @@ Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what
     peak_ = used_;
     peak_by_class_ = by_class_;
   }
-  if (poison_ == Poison::on) fill_poison(base_ + offset, need);
+  if (poison_ == Poison::on) space_->fill(base_ + offset, need, kPoisonWord);
   Buffer buffer;
   buffer.arena_ = this;
   buffer.data_ = base_ + offset;

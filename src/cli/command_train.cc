@@ -120,7 +120,7 @@ RunRecord run_record(const Config& config, const Derived& derived, const std::st
   record.config_hash = xxh3_128(resolved.data(), resolved.size()).hex();
   record.layout = layout_text(config);
   record.transport = "sim";
-  record.device = "cpu";
+  record.device = choice_name(config.run.device);
   record.reduction = config.numerics.reduction == ReductionMode::exact ? "exact" : "fast";
   record.start_time = utc_now("%Y-%m-%dT%H:%M:%SZ");
   record.seed = config.run.seed;
@@ -213,9 +213,10 @@ int command_train(const TrainOptions& options) {
   const Transport transport =
       resolve_transport(options.environment, config, static_cast<int>(derived.ranks));
   CHECK(transport == Transport::sim);
+  require_device(config.run.device, derived.state_bytes);
   const std::string directory = run_directory(options, config);
-  fmt::print("transport: sim, {} ranks ({})\nrun: {}\n", derived.ranks, layout_text(config),
-             directory);
+  fmt::print("transport: sim, {} ranks ({}) on {}\nrun: {}\n", derived.ranks, layout_text(config),
+             device_name(config.run.device), directory);
   std::fflush(stdout);
   const LoadedData data = load_data(config);
   FileSystem files;
@@ -248,13 +249,17 @@ int command_train(const TrainOptions& options) {
                .resume = run_files.reader.get(),
                .last_step = last_step,
                .stop_signal = &stop_signal_received,
+               .peak_flops_per_s = peak_flops_per_s(config.run.device),
                .metrics = &metrics,
                .progress = &progress};
   const std::string resume =
       fmt::format("cambium train {} --out {} --resume", options.config.path, directory);
   TrainOutcome outcome;
   try {
-    launch_ranks({.ranks = derived.ranks, .workers = config.run.workers, .faults = config.faults},
+    launch_ranks({.ranks = derived.ranks,
+                  .device = config.run.device,
+                  .workers = config.run.workers,
+                  .faults = config.faults},
                  [&](RankEnvironment& environment) { train_rank(environment, run, outcome); });
     progress.finish();
     if (outcome.reason != StopReason::signal) {

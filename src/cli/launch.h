@@ -13,8 +13,9 @@ namespace cambium {
 
 struct LaunchOptions {
   int64_t ranks = 1;
-  int64_t workers = 0;         // worker threads; 0 = the machine's cores
-  uint64_t schedule_seed = 0;  // 0 = rank order; else a seeded random schedule
+  DeviceKind device = DeviceKind::cpu;  // cuda: all ranks share this process's GPU
+  int64_t workers = 0;                  // worker threads; 0 = the machine's cores
+  uint64_t schedule_seed = 0;           // 0 = rank order; else a seeded random schedule
   Poison poison = Poison::off;
   std::vector<FaultConfig> faults;  // those of the communicator strike; others are the trainer's
 };
@@ -37,5 +38,15 @@ void launch_ranks(const LaunchOptions& options, Body&& body) {
 }
 
 int64_t worker_threads(int64_t configured);
+
+// Refuses a device that this machine does not have, before anything is made: no GPU or another
+// generation's (2), or one with less memory than `state_bytes` (40).
+void require_device(DeviceKind device, int64_t state_bytes);
+// The message's part that needs no GPU: 40 when `needed_bytes` exceeds `free_bytes`.
+void require_memory(int64_t needed_bytes, int64_t free_bytes);
+// bf16 products per second that the GPU can do at most, as its data sheet counts; 0 on the CPU.
+double peak_flops_per_s(DeviceKind device);
+// "NVIDIA H100 80GB HBM3"; "cpu" without a GPU.
+std::string device_name(DeviceKind device);
 
 }  // namespace cambium

@@ -371,7 +371,8 @@ const KeySpec kKeys[] = {
      kMay, nullptr, "what the backward pass computes again"},
 
     {"numerics", "compute", in_section<kNumerics, &Numerics::compute>, kNoRange, kComputeNames,
-     kSame, nullptr, "storage of activations and of the weights that products read"},
+     kSame, "fp32 on cpu, bf16 on cuda",
+     "storage of activations and of the weights that products read"},
     {"numerics", "reduction", in_section<kNumerics, &Numerics::reduction>, kNoRange,
      kReductionNames, kSame, "exact on cpu, fast on cuda",
      "exact: the same bits for every layout; fast: the transport's order"},

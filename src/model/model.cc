@@ -18,8 +18,14 @@ namespace cambium {
 namespace {
 
 // Rows of logits that exist at a time in fast mode: a few MB at small vocabularies, bounded at
-// large.
+// large. A GPU takes more, so that products fill it and weight gradients are revisited less.
 constexpr int64_t kHeadChunkRows = 1024;
+constexpr int64_t kHeadChunkRowsCuda = 4096;
+constexpr int64_t kInitChunk = int64_t{1} << 22;  // elements drawn and uploaded at a time
+
+int64_t head_chunk_rows(const Rank& rank) {
+  return rank.config.run.device == DeviceKind::cuda ? kHeadChunkRowsCuda : kHeadChunkRows;
+}
 
 LayerTensors layer_tensors(const ModelConfig& model, const ParamGroup& dense,
                            const ParamGroup& expert, int64_t layer) {
@@ -97,17 +103,37 @@ Model::Model(Rank& rank, const ModelConfig& config)
   if (balance.loss == BalanceLoss::global_batch) state(router_.global_fraction_E, "expert loads");
 }
 
+// Elements [first, ...) of a tensor's initial weights, drawn by all worker threads.
+void Model::draw_normal(std::vector<float>& values, int64_t first, const TensorSeed& seed) const {
+  constexpr int64_t kPart = 1 << 16;  // about a millisecond of one core
+  const int64_t count = std::ssize(values);
+  rank_.environment.workers().parallel_for((count + kPart - 1) / kPart, [&](int64_t part,
+                                                                            Scratch&) {
+    const int64_t at = part * kPart;
+    fill_normal(values.data() + at, static_cast<uint64_t>(first + at), std::min(kPart, count - at),
+                static_cast<float>(config_.init_std), seed.seed, seed.tensor);
+  });
+}
+
 void Model::initialize(uint64_t seed) {
+  int64_t staged = 0;  // elements on their way to the device
   for (ParamGroup* group : {dense_.get(), expert_.get()}) {
     // The fault `rng_rank`: this rank draws its experts from another seed.
     const bool wrong_seed = group == expert_.get() && rank_.has_init_fault("rng_rank");
     for (const ParamTensor& tensor : group->tensors()) {
-      std::vector<float> values(static_cast<size_t>(tensor.elements), 1.0f);
-      if (tensor.canonical.shape.rank > 1) {
-        fill_normal(values.data(), 0, tensor.elements, static_cast<float>(config_.init_std),
-                    wrong_seed ? seed + 1 : seed, tensor_id(tensor.canonical.name));
+      const uint64_t tensor_seed = wrong_seed ? seed + 1 : seed;
+      for (int64_t first = 0; first < tensor.elements; first += kInitChunk) {
+        std::vector<float> values(
+            static_cast<size_t>(std::min(kInitChunk, tensor.elements - first)), 1.0f);
+        if (tensor.canonical.shape.rank > 1) {
+          draw_normal(values, first, {tensor_seed, tensor_id(tensor.canonical.name)});
+        }
+        group->set_weights(tensor, first, values);
+        staged += std::ssize(values);
+        if (staged < kInitChunk) continue;
+        rank_.finish_step();
+        staged = 0;
       }
-      group->set_weights(tensor, 0, values);
     }
     group->refresh_compute_copy();
   }
@@ -236,7 +262,7 @@ Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD)
             .epsilon = static_cast<float>(config_.norm_epsilon)},
            ops);
   const bool exact = rank_.config.numerics.reduction == ReductionMode::exact;
-  const int64_t chunk = exact ? T : std::min(T, kHeadChunkRows);
+  const int64_t chunk = exact ? T : std::min(T, head_chunk_rows(rank_));
   const Buffer logits = c.real(Shape(chunk, V), "logits");
   const Buffer loss = rank_.activation(4 * T, "token losses");
   const Buffer d_normed = c.real(Shape(T, D), "d final normed");
@@ -300,7 +326,7 @@ void Model::head_evaluate(const MicroBatch& batch, const Buffer& x_TD, float* lo
             .epsilon = static_cast<float>(config_.norm_epsilon)},
            ops);
   const Buffer loss = rank_.activation(4 * T, "token losses");
-  const int64_t chunk = logits_TV != nullptr ? T : std::min(T, kHeadChunkRows);
+  const int64_t chunk = logits_TV != nullptr ? T : std::min(T, head_chunk_rows(rank_));
   const Buffer logits = rank_.activation(4 * chunk * V, "logits");
   for (int64_t first = 0; first < T; first += chunk) {
     const int64_t rows = std::min(chunk, T - first);

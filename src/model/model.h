@@ -61,6 +61,11 @@ class Model {
   Buffer head_forward_backward(const MicroBatch& batch, const Buffer& x_TD);
   void head_evaluate(const MicroBatch& batch, const Buffer& x_TD, float* logits_TV);
 
+  struct TensorSeed {
+    uint64_t seed, tensor;
+  };
+  void draw_normal(std::vector<float>& values, int64_t first, const TensorSeed& seed) const;
+
   Rank& rank_;
   ModelConfig config_;
   std::vector<CanonicalTensor> tensors_;

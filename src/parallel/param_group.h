@@ -84,7 +84,8 @@ class ParamGroup {
   uint16_t* compute_copy(int64_t flat_offset) const;
   // Multiplies the final gradient of the optimized pieces (the fault `expert_gradient_scale`).
   void scale_gradient(float factor);
-  // After the optimizer: every replica gets every shard.
+  // After the optimizer, which wrote the owned part of the compute copy: every replica gets every
+  // shard.
   void gather_weights();
   // Host values into the fp32 weights, from `first_element` of the tensor on.
   void set_weights(const ParamTensor& tensor, int64_t first_element,

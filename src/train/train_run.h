@@ -28,6 +28,7 @@ struct TrainRun {
   CheckpointReader* resume = nullptr;  // null = start at step 0
   int64_t last_step = 0;               // stop_after_step or train.steps
   const volatile std::sig_atomic_t* stop_signal = nullptr;
+  double peak_flops_per_s = 0;  // of the GPU that all ranks share; 0 = no MFU
   MetricsWriter* metrics = nullptr;
   Progress* progress = nullptr;
 };

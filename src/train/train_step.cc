@@ -147,11 +147,15 @@ void TrainStep::apply_adamw(int64_t step, double learning_rate) {
       const Shape shape(piece.elements);
       const bool decays = optimizer.decay == DecayRule::all ||
                           piece.tensor->canonical.decay_kind() == DecayKind::matrix;
+      Out<Real> compute;
+      if (group->compute_copy(at) != nullptr)
+        compute = {group->compute_copy(at), DType::bf16, shape};
       adamw({.param_N = {group->weights() + at, shape},
              .m_N = {group->moment1(at), shape},
              .v_N = {group->moment2(at), shape},
              .grad_N = {group->gradient(at), shape},
              .scale_1 = {clip_result_.f32() + kClipScale, Shape(1)},
+             .compute_N = compute,
              .lr = learning_rate,
              .beta1 = optimizer.beta1,
              .beta2 = optimizer.beta2,
@@ -203,15 +207,21 @@ void TrainStep::enqueue_digests() {
                                   .recv = gathered_digests_.data(),
                                   .count = digest_table_.size_bytes(),
                                   .dtype = DType::u8}));
+  host_digests_ = rank_.download<uint64_t>(gathered_digests_);
+}
+
+void TrainStep::download_results() {
+  host_metrics_ = rank_.download<float>(metric_table_);
+  host_counts_ = rank_.download<int32_t>(global_count_LE_);
+  host_clip_ = rank_.download<float>(clip_result_);
 }
 
 std::map<std::string, Digest128> TrainStep::read_digests() {
   const int64_t tensors = std::ssize(model_.tensors());
-  const auto* words = gathered_digests_.as<uint64_t>();
   std::map<std::string, Digest128> digests;
   for (int64_t rank = 0; rank < rank_.data->ranks(); ++rank) {
     for (int64_t tensor = 0; tensor < tensors; ++tensor) {
-      const uint64_t* sum = words + 2 * (rank * tensors + tensor);
+      const uint64_t* sum = host_digests_ + 2 * (rank * tensors + tensor);
       digests[model_.tensors()[tensor].name] += Digest128{sum[0], sum[1]};
     }
   }
@@ -225,7 +235,7 @@ std::map<std::string, Digest128> TrainStep::digests() {
 }
 
 void TrainStep::check_finite(int64_t step) const {
-  const float* result = clip_result_.f32();
+  const float* result = host_clip_;
   const char* next = "next: look at the last finite steps in metrics.jsonl, lower optimizer.lr";
   if (result[kClipNonFinite] != 0.0f) {
     const int64_t tensor = static_cast<int64_t>(result[kClipFirstTensor]);
@@ -246,13 +256,13 @@ StepResult TrainStep::read_result() const {
   const double positions = sequences * static_cast<double>(rank_.config.train.sequence_length);
   StepResult result;
   result.tokens = targets_;
-  const float* table = metric_table_.f32();
+  const float* table = host_metrics_;
   result.loss = tree_sum(table, kMetricLoss, all) / static_cast<double>(targets_);
   result.balance_loss = tree_sum(table, kMetricBalance, all) / sequences;
   result.z_loss = tree_sum(table, kMetricZ, all) / positions;
-  result.grad_norm = clip_result_.f32()[kClipNorm];
+  result.grad_norm = host_clip_[kClipNorm];
   const int64_t layers = model_.config().layers, experts = model_.config().experts;
-  const int32_t* count = global_count_LE_.as<int32_t>();
+  const int32_t* count = host_counts_;
   for (int64_t layer = 0; layer < layers; ++layer) {
     result.expert_load.emplace_back(count + layer * experts, count + (layer + 1) * experts);
   }
@@ -263,6 +273,7 @@ StepResult TrainStep::update(int64_t step, double learning_rate, WithDigests wit
   apply_adamw(step, learning_rate);
   update_router_state();
   if (with_digests == WithDigests::yes) enqueue_digests();
+  download_results();
   rank_.finish_step();
   check_finite(step);
   StepResult result = read_result();
@@ -280,8 +291,9 @@ TrainStep::Evaluation TrainStep::evaluate(const SequenceSource& source, int64_t 
     model_.evaluate_micro_batch(batch, logits_TV == nullptr ? nullptr : logits_TV + first);
   }
   reduce_metrics();
+  host_metrics_ = rank_.download<float>(metric_table_);
   rank_.finish_step();
-  return {tree_sum(metric_table_.f32(), kMetricLoss, {0, layout_.total_blocks}), targets_};
+  return {tree_sum(host_metrics_, kMetricLoss, {0, layout_.total_blocks}), targets_};
 }
 
 std::map<std::string, std::vector<float>> TrainStep::owned_gradients() {
@@ -291,10 +303,12 @@ std::map<std::string, std::vector<float>> TrainStep::owned_gradients() {
     for (const ParamPiece& piece : group->owned_pieces()) {
       std::vector<float>& whole = gradients[piece.tensor->canonical.name];
       whole.resize(static_cast<size_t>(piece.tensor->elements));
-      const float* from = group->gradient(piece.flat_offset());
+      const std::vector<float> from =
+          rank_.read<float>(group->gradient(piece.flat_offset()), piece.elements);
       for (int64_t i = 0; i < piece.elements; ++i) {
         whole[piece.first_element + i] = from[i] / static_cast<float>(targets_);
       }
+      rank_.finish_step();
     }
   }
   return gradients;

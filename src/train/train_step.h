@@ -92,6 +92,7 @@ class TrainStep {
   void apply_adamw(int64_t step, double learning_rate);
   void update_router_state();
   void enqueue_digests();
+  void download_results();
   std::map<std::string, Digest128> read_digests();
   StepResult read_result() const;
   void check_finite(int64_t step) const;
@@ -103,6 +104,11 @@ class TrainStep {
   int64_t targets_ = 0;         // N
   Buffer metric_table_, global_count_LE_, norm_partial_, first_norm_block_, clip_result_;
   Buffer digest_table_, gathered_digests_;
+  // On the host after `finish_step` (Rank::download).
+  const float* host_metrics_ = nullptr;
+  const int32_t* host_counts_ = nullptr;
+  const float* host_clip_ = nullptr;
+  const uint64_t* host_digests_ = nullptr;
 };
 
 }  // namespace cambium
