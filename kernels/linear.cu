@@ -4,16 +4,17 @@
 // serves every row count: tile, cluster and stages never follow the batch, and K is never split
 // (REDUCTION_SCHEME_NONE). Each stream has its own handle and workspace, as cuBLAS asks for bit
 // equality. The own product kernel makes the chain that kernels/linear.h promises, one thread an
-// element; it serves fp32 operands and extents that are not multiples of 8 (16-byte rows).
-// Mode `nodes` of the weight gradient runs through kernels/shared_cuda_linear.cu.
+// element (about 2 TFLOP/s); it serves fp32 operands and extents that are not multiples of 8
+// (16-byte rows). Such weight gradients, and mode `nodes`, run through shared_wgrad_nodes.h.
 #include <cublasLt.h>
+#include <cuda_bf16.h>
 
 #include <array>
 #include <map>
 
 #include "kernels/cuda_launch.cuh"
-#include "kernels/cuda_linear.cuh"
 #include "kernels/linear.h"
+#include "kernels/shared_wgrad_nodes.h"
 
 namespace cambium::cuda {
 
@@ -164,6 +165,87 @@ Blas& blas_of(Stream& stream) {
   return *static_cast<Blas*>(state.get());
 }
 
+constexpr int kTile = 16;
+
+struct Operand {
+  const void* data;
+  int64_t outer_step, inner_step;
+  bool is_bf16;
+  __device__ __forceinline__ float at(int64_t i, int64_t j) const {
+    const int64_t index = i * outer_step + j * inner_step;
+    return is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index])
+                   : static_cast<const float*>(data)[index];
+  }
+};
+
+Operand operand(const RawView& view, int64_t outer_step, int64_t inner_step) {
+  return {view.data, outer_step, inner_step, view.dtype == DType::bf16};
+}
+
+struct Tiles {
+  float a[kTile][kTile + 1], b[kTile][kTile];
+};
+
+// The chain of element (row, column) over all of the depth. All threads of the block call it.
+__device__ __forceinline__ float chain(const Operand& a, const Operand& b, int64_t row0,
+                                       int64_t rows, int64_t column0, int64_t columns,
+                                       int64_t depth, Tiles& tiles) {
+  const int x = threadIdx.x, y = threadIdx.y;
+  float sum = 0;
+  for (int64_t k0 = 0; k0 < depth; k0 += kTile) {
+    __syncthreads();
+    tiles.a[y][x] = row0 + y < rows && k0 + x < depth ? a.at(row0 + y, k0 + x) : 0.0f;
+    tiles.b[y][x] = k0 + y < depth && column0 + x < columns ? b.at(k0 + y, column0 + x) : 0.0f;
+    __syncthreads();
+    const int count = depth - k0 < kTile ? static_cast<int>(depth - k0) : kTile;
+    for (int k = 0; k < count; ++k) sum = __fmaf_rn(tiles.a[y][k], tiles.b[k][x], sum);
+  }
+  return sum;
+}
+
+__global__ void __launch_bounds__(kTile* kTile)
+    product_kernel(Operand a, Operand b, Operand residual, int64_t rows, int64_t columns,
+                   int64_t depth, void* out, int64_t out_stride, bool out_is_bf16) {
+  __shared__ Tiles tiles;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTile;
+  const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kTile;
+  float sum = chain(a, b, row0, rows, column0, columns, depth, tiles);
+  const int64_t row = row0 + threadIdx.y, column = column0 + threadIdx.x;
+  if (row >= rows || column >= columns) return;
+  if (residual.data != nullptr) sum = __fadd_rn(sum, residual.at(row, column));
+  const int64_t index = row * out_stride + column;
+  if (out_is_bf16) {
+    static_cast<__nv_bfloat16*>(out)[index] = __float2bfloat16_rn(sum);
+  } else {
+    static_cast<float*>(out)[index] = sum;
+  }
+}
+
+// An operand as element (i, j) = data[i * outer_step + j * inner_step].
+struct PlainOperand {
+  RawView view;
+  int64_t outer_step, inner_step;
+};
+
+// out[i][j] = sum over k of a(i, k) b(k, j), one chain over ascending k, + residual[i][j].
+struct PlainProduct {
+  int64_t rows, columns, depth;
+  PlainOperand a, b;
+  RawView residual;  // optional; may be `out`
+  RawView out;
+};
+
+void plain_product(const PlainProduct& p, Stream& stream) {
+  const dim3 grid(static_cast<unsigned>((p.columns + kTile - 1) / kTile),
+                  static_cast<unsigned>((p.rows + kTile - 1) / kTile));
+  product_kernel<<<grid, dim3(kTile, kTile), 0, native_stream(stream)>>>(
+      operand(p.a.view, p.a.outer_step, p.a.inner_step),
+      operand(p.b.view, p.b.outer_step, p.b.inner_step),
+      operand(p.residual, p.residual.row_stride, 1), p.rows, p.columns, p.depth, p.out.data,
+      p.out.row_stride, p.out.dtype == DType::bf16);
+  check_cuda(cudaGetLastError(), "plain product");
+}
+
 // Whether cuBLASLt takes the operands: by extents and types, never by the row count.
 bool suits_blas(const RawView& a, const RawView& b, const RawView& c, const RawView& d) {
   if (a.dtype != DType::bf16 || b.dtype != DType::bf16) return false;
@@ -217,27 +299,27 @@ void linear_dgrad(const LinearDgradArgs& a, Stream& stream) {
 
 void linear_wgrad(const LinearWgradArgs& a, Stream& stream) {
   const int64_t T = a.d_y_TN[0], N = a.d_y_TN[1], K = a.x_TK[1];
-  if (a.target.mode == GradMode::nodes) {
-    linear_wgrad_nodes(a, stream);
-    return;
-  }
-  if (T == 0) return;
   RawView d_w = a.d_w_SNK;  // slot 0 as a matrix
   d_w.shape = Shape(N, K);
   d_w.row_stride = K;
-  if (suits_blas(a.x_TK, a.d_y_TN, d_w, d_w)) {
+  if (a.target.mode == GradMode::accumulate && suits_blas(a.x_TK, a.d_y_TN, d_w, d_w)) {
+    if (T == 0) return;
     blas_of(stream).multiply({Product::wgrad, K, N, T, a.x_TK, a.d_y_TN, d_w, d_w},
                              native_stream(stream));
     return;
   }
-  plain_product({.rows = N,
-                 .columns = K,
-                 .depth = T,
-                 .a = {a.d_y_TN, 1, a.d_y_TN.row_stride},
-                 .b = {a.x_TK, a.x_TK.row_stride, 1},
-                 .residual = d_w,
-                 .out = d_w},
-                stream);
+  wgrad_nodes({.d_y_RN = a.d_y_TN,
+               .x_RK = a.x_TK,
+               .rows = T,
+               .first_block = a.first_block,
+               .block_tokens = a.block_tokens,
+               .slots = a.d_w_SNK.pointer(),
+               .slot_stride = a.d_w_SNK.row_stride,
+               .group_stride = N * K,
+               .present = a.present_S.pointer(),
+               .present_stride = a.present_S.row_stride,
+               .target = a.target},
+              stream);
 }
 
 }  // namespace cambium::cuda
