@@ -94,6 +94,17 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
   }
 }
 
+namespace {
+
+// What the experts' rows are gathered from: local tokens, or received ones.
+In<Real> expert_tokens(const LayerContext& c, const LayerState& s) {
+  const DispatchState& d = s.dispatch;
+  return c.in(c.rank.mesh.ep == 1 ? s.mlp_normed_TD : d.recv_x_MD,
+              Shape(d.received, c.model.hidden));
+}
+
+}  // namespace
+
 void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s, Keep keep) {
   const Extents x(c, batch.tokens);
   OpContext& ops = c.rank.ops;
@@ -130,19 +141,15 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
          .row_block_R = out_i32(m.row_block_R, Shape(R))},
         ops);
   }
-  m.x_RD = c.real(Shape(R, x.D), "expert input rows");
-  gather_rows({.x_TD = c.in(local ? s.mlp_normed_TD : d.recv_x_MD, Shape(M, x.D)),
-               .index_M = in_i32(m.row_token_R, Shape(R)),
-               .y_MD = c.out(m.x_RD, Shape(R, x.D))},
-              ops);
   m.gate_up_RN = c.real(Shape(R, x.N), "gate and up");
   const Buffer h_RF = c.real(Shape(R, x.F), "h");
   const In<int32_t> offset = in_i32(m.expert_offset_e1, Shape(x.e + 1));
-  grouped_up({.x_RD = c.in(m.x_RD, Shape(R, x.D)),
+  grouped_up({.x_RD = expert_tokens(c, s),
               .w_up_eND = c.expert.expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
               .expert_offset_e1 = offset,
               .gate_up_RN = c.out(m.gate_up_RN, Shape(R, x.N)),
-              .h_RF = c.out(h_RF, Shape(R, x.F))},
+              .h_RF = c.out(h_RF, Shape(R, x.F)),
+              .row_token_R = in_i32(m.row_token_R, Shape(R))},
              ops);
   m.y_RD = c.real(Shape(R, x.D), "expert output rows");
   grouped_down({.h_RF = c.in(h_RF, Shape(R, x.F)),
@@ -203,25 +210,29 @@ Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerSt
 
 void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                         LayerGradients& g) {
+  if (c.rank.mesh.ep == 1) return;
   const Extents x(c, batch.tokens);
   const DispatchState& d = s.dispatch;
-  Buffer recv;
-  if (x.P > 1) {
-    const Buffer send = c.real(Shape(d.sent, x.D), "combine backward send");
-    gather_rows({.x_TD = c.in(g.d_out_TD, Shape(x.T, x.D)),
-                 .index_M = in_i32(d.send_token_M, Shape(d.sent)),
-                 .y_MD = c.out(send, Shape(d.sent, x.D))},
-                c.rank.ops);
-    recv = c.real(Shape(d.received, x.D), "combine backward received");
-    c.rank.comm_waits_for_compute();
-    exchange_rows(c, send.data(), recv.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
-  }
-  g.d_y_RD = c.real(Shape(d.rows, x.D), "d expert output rows");
-  gather_rows({.x_TD = c.in(x.P == 1 ? g.d_out_TD : recv, Shape(d.received, x.D)),
-               .index_M = in_i32(s.expert.row_token_R, Shape(d.rows)),
-               .y_MD = c.out(g.d_y_RD, Shape(d.rows, x.D))},
+  const Buffer send = c.real(Shape(d.sent, x.D), "combine backward send");
+  gather_rows({.x_TD = c.in(g.d_out_TD, Shape(x.T, x.D)),
+               .index_M = in_i32(d.send_token_M, Shape(d.sent)),
+               .y_MD = c.out(send, Shape(d.sent, x.D))},
               c.rank.ops);
+  g.d_y_MD = c.real(Shape(d.received, x.D), "combine backward received");
+  c.rank.comm_waits_for_compute();
+  exchange_rows(c, send.data(), g.d_y_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
 }
+
+namespace {
+
+// The gradients that the experts' rows are gathered from.
+In<Real> expert_token_gradients(const LayerContext& c, const LayerState& s,
+                                const LayerGradients& g) {
+  return c.in(c.rank.mesh.ep == 1 ? g.d_out_TD : g.d_y_MD,
+              Shape(s.dispatch.received, c.model.hidden));
+}
+
+}  // namespace
 
 void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients& g) {
   const Extents x(c);
@@ -231,14 +242,15 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
   g.d_gate_up_RN = c.real(Shape(R, x.N), "d gate and up");
   g.d_weight_R = floats(c, R, "d row weight");
   g.weighted_h_RF = c.real(Shape(R, x.F), "weighted h");
-  grouped_down_dgrad({.d_y_RD = c.in(g.d_y_RD, Shape(R, x.D)),
+  grouped_down_dgrad({.d_y_RD = expert_token_gradients(c, s, g),
                       .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
                       .gate_up_RN = c.in(m.gate_up_RN, Shape(R, x.N)),
                       .expert_offset_e1 = offset,
                       .weight_R = in_f32(m.weight_R, Shape(R)),
                       .d_gate_up_RN = c.out(g.d_gate_up_RN, Shape(R, x.N)),
                       .d_weight_R = out_f32(g.d_weight_R, Shape(R)),
-                      .weighted_h_RF = c.out(g.weighted_h_RF, Shape(R, x.F))},
+                      .weighted_h_RF = c.out(g.weighted_h_RF, Shape(R, x.F)),
+                      .row_token_R = in_i32(m.row_token_R, Shape(R))},
                      c.rank.ops);
   g.d_x_RD = c.real(Shape(R, x.D), "d expert input rows");
   grouped_up_dgrad({.d_gate_up_RN = c.in(g.d_gate_up_RN, Shape(R, x.N)),
@@ -248,35 +260,34 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
                    c.rank.ops);
 }
 
-namespace {
-
-void grouped_expert_wgrad(const LayerContext& c, const ExpertState& m, const ParamTensor& tensor,
-                          In<Real> d_y_RN, In<Real> x_RK, int64_t experts) {
-  grouped_wgrad(
-      {.d_y_RN = d_y_RN,
-       .x_RK = x_RK,
-       .expert_offset_e1 = in_i32(m.expert_offset_e1, Shape(experts + 1)),
-       .row_block_R = m.row_block_R.empty() ? In<int32_t>() : in_i32(m.row_block_R, Shape(x_RK[0])),
-       .d_w_SeNK = c.expert.grad_slots(tensor, Shape(experts, d_y_RN[1], x_RK[1])),
-       .present_Se = c.expert.grad_present(tensor, experts),
-       .target = c.expert.target(),
-       .expert_stride = c.expert.expert_stride(tensor)},
-      c.rank.ops);
-}
-
-}  // namespace
-
 void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g) {
   const Extents x(c);
+  const ExpertState& m = s.expert;
   const int64_t R = s.dispatch.rows;
-  grouped_expert_wgrad(c, s.expert, *c.tensors.down, c.in(g.d_y_RD, Shape(R, x.D)),
-                       c.in(g.weighted_h_RF, Shape(R, x.F)), x.e);
-  grouped_expert_wgrad(c, s.expert, *c.tensors.gate_up, c.in(g.d_gate_up_RN, Shape(R, x.N)),
-                       c.in(s.expert.x_RD, Shape(R, x.D)), x.e);
-  g.d_y_RD.reset();
+  const In<int32_t> token = in_i32(m.row_token_R, Shape(R));
+  const auto wgrad_into = [&](const ParamTensor& tensor, Shape matrix) {
+    return GroupedWgradArgs{
+        .expert_offset_e1 = in_i32(m.expert_offset_e1, Shape(x.e + 1)),
+        .row_block_R = m.row_block_R.empty() ? In<int32_t>() : in_i32(m.row_block_R, Shape(R)),
+        .d_w_SeNK = c.expert.grad_slots(tensor, Shape(x.e, matrix[0], matrix[1])),
+        .present_Se = c.expert.grad_present(tensor, x.e),
+        .target = c.expert.target(),
+        .expert_stride = c.expert.expert_stride(tensor)};
+  };
+  GroupedWgradArgs down = wgrad_into(*c.tensors.down, Shape(x.D, x.F));
+  down.d_y_RN = expert_token_gradients(c, s, g);
+  down.d_y_token_R = token;
+  down.x_RK = c.in(g.weighted_h_RF, Shape(R, x.F));
+  grouped_wgrad(down, c.rank.ops);
+  GroupedWgradArgs up = wgrad_into(*c.tensors.gate_up, Shape(x.N, x.D));
+  up.d_y_RN = c.in(g.d_gate_up_RN, Shape(R, x.N));
+  up.x_RK = expert_tokens(c, s);
+  up.x_token_R = token;
+  grouped_wgrad(up, c.rank.ops);
+  g.d_y_MD.reset();
   g.weighted_h_RF.reset();
   g.d_gate_up_RN.reset();
-  s.expert.x_RD.reset();
+  s.dispatch.recv_x_MD.reset();
   s.expert.gate_up_RN.reset();
 }
 

@@ -83,7 +83,7 @@ struct DispatchState {
 
 struct ExpertState {
   Buffer expert_offset_e1, row_token_R, row_slot_R, ordered_row_R, slot_row_MK, row_block_R;
-  Buffer weight_R, x_RD, gate_up_RN, y_RD;
+  Buffer weight_R, gate_up_RN, y_RD;
 };
 
 // Saved by forward, consumed by backward. Freed piece by piece in program order.
@@ -108,7 +108,7 @@ Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerSt
 // Gradients between backward stages.
 struct LayerGradients {
   Buffer d_out_TD;  // of the layer's output; the residual's part of d_sum_TD
-  Buffer d_y_RD;    // of the experts' weighted rows
+  Buffer d_y_MD;    // of the received tokens' weighted rows; with ep = 1 that is d_out_TD
   Buffer d_x_RD, d_weight_R, d_gate_up_RN, weighted_h_RF;
   Buffer d_returned;  // rows or parts of d_x on the token side
   Buffer d_returned_weight;

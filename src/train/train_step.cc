@@ -136,31 +136,50 @@ void TrainStep::compute_norm() {
              rank_.ops);
 }
 
+namespace {
+
+// Elements next to each other that AdamW treats alike.
+struct OptimizedRun {
+  int64_t first = 0, elements = 0;  // flat
+  bool decays = false;
+};
+
+std::vector<OptimizedRun> optimized_runs(const ParamGroup& group, DecayRule decay) {
+  std::vector<OptimizedRun> runs;
+  for (const ParamPiece& piece : group.optimized_pieces()) {
+    const bool decays =
+        decay == DecayRule::all || piece.tensor->canonical.decay_kind() == DecayKind::matrix;
+    const bool joins = !runs.empty() && runs.back().decays == decays &&
+                       runs.back().first + runs.back().elements == piece.flat_offset();
+    if (!joins) runs.push_back({piece.flat_offset(), 0, decays});
+    runs.back().elements += piece.elements;
+  }
+  return runs;
+}
+
+}  // namespace
+
 void TrainStep::apply_adamw(int64_t step, double learning_rate) {
   const OptimizerConfig& optimizer = rank_.config.optimizer;
   const double count = static_cast<double>(step);
   const double correction1 = 1.0 - fmath::pow(optimizer.beta1, count);
   const double correction2 = 1.0 - fmath::pow(optimizer.beta2, count);
   for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
-    for (const ParamPiece& piece : group->optimized_pieces()) {
-      const int64_t at = piece.flat_offset();
-      const Shape shape(piece.elements);
-      const bool decays = optimizer.decay == DecayRule::all ||
-                          piece.tensor->canonical.decay_kind() == DecayKind::matrix;
+    for (const OptimizedRun& run : optimized_runs(*group, optimizer.decay)) {
+      const Shape shape(run.elements);
       Out<Real> compute;
-      if (group->compute_copy(at) != nullptr)
-        compute = {group->compute_copy(at), DType::bf16, shape};
-      adamw({.param_N = {group->weights() + at, shape},
-             .m_N = {group->moment1(at), shape},
-             .v_N = {group->moment2(at), shape},
-             .grad_N = {group->gradient(at), shape},
+      if (uint16_t* copy = group->compute_copy(run.first)) compute = {copy, DType::bf16, shape};
+      adamw({.param_N = {group->weights() + run.first, shape},
+             .m_N = {group->moment1(run.first), shape},
+             .v_N = {group->moment2(run.first), shape},
+             .grad_N = {group->gradient(run.first), shape},
              .scale_1 = {clip_result_.f32() + kClipScale, Shape(1)},
              .compute_N = compute,
              .lr = learning_rate,
              .beta1 = optimizer.beta1,
              .beta2 = optimizer.beta2,
              .epsilon = optimizer.epsilon,
-             .weight_decay = decays ? optimizer.weight_decay : 0.0,
+             .weight_decay = run.decays ? optimizer.weight_decay : 0.0,
              .bias_correction1 = correction1,
              .bias_correction2 = correction2},
             rank_.ops);
