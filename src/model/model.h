@@ -45,17 +45,18 @@ class Model {
   // Forward alone: losses into the metrics table and, when given, logits [T, V] (fp32).
   void evaluate_micro_batch(const MicroBatch& batch, float* logits_TV);
 
+  // The parts of a micro-batch, for benchmarks: the embedding, and one layer's five stages.
+  Buffer embed(const MicroBatch& batch);
+  Buffer layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD, LayerState& state,
+                       Keep keep);
+  Buffer layer_backward(const MicroBatch& batch, int64_t layer, Buffer d_out_TD, LayerState& state);
+
   // Experts e on this rank: global numbers [first_expert, first_expert + local_experts).
   int64_t local_experts() const;
   int64_t first_expert() const;
 
  private:
   LayerContext layer_context(int64_t layer);
-  // One layer's five stages.
-  Buffer layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD, LayerState& state,
-                       Keep keep);
-  Buffer layer_backward(const MicroBatch& batch, int64_t layer, Buffer d_out_TD, LayerState& state);
-  Buffer embed(const MicroBatch& batch);
   // Final norm, vocabulary head and loss; returns the gradient of the last layer's output, its
   // weight gradients done (they are computed in the forward pass, chunk by chunk).
   Buffer head_forward_backward(const MicroBatch& batch, const Buffer& x_TD);

@@ -66,6 +66,10 @@ class TrainStep {
   Rank& rank() { return rank_; }
   const BatchLayout& layout() const { return layout_; }
 
+  // The start of a step and of each of its micro-batches: parts of `accumulate`, for benchmarks.
+  void begin(int64_t batch_index, const SequenceSource& source);
+  MicroBatch upload_micro_batch(const SequenceSource& source, int64_t batch_index,
+                                int64_t micro_batch);
   // Steps 1 to 3: leaves the summed gradients in the groups. `batch_index` is 0-based.
   void accumulate(const SequenceSource& source, int64_t batch_index);
   // Steps 4 and 5; waits, and throws exit code 50 when a gradient or the loss is not finite.
@@ -84,9 +88,6 @@ class TrainStep {
   std::map<std::string, std::vector<float>> owned_gradients();
 
  private:
-  void begin(int64_t batch_index, const SequenceSource& source);
-  MicroBatch upload_micro_batch(const SequenceSource& source, int64_t batch_index,
-                                int64_t micro_batch);
   void reduce_metrics();
   void compute_norm();
   void apply_adamw(int64_t step, double learning_rate);

@@ -157,7 +157,8 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set parallel.pp=2", 2, "parallel\\.pp = 2 is not supported yet"},
     {"train $Q --set parallel.sharding=full", 2, "parallel\\.sharding = full.*zero1"},
     {"check $Q --set faults=[{kind='rng_rank',rank=8}]", 2, "faults\\.rank = 8.*8 ranks"},
-    {"train $Q --set run.device=cuda", 2, "run\\.device = cuda"},
+    {"train $Q --set run.device=cuda", 2, "numerics\\.compute = fp32.*numerics\\.compute = bf16"},
+    {"eval x --device tpu", 2, "--device.*tpu"},
     // Corpora, tokenizers, directories.
     {"train $S --set data.train=$T/nosuch.txt", 32, "data\\.train.*nosuch\\.txt"},
     {"train $S --set data.train=$T/empty.txt", 32, "empty\\.txt"},
