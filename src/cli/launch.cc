@@ -14,7 +14,8 @@ bool is_comm_fault(const std::string& kind) {
   return kind == "wrong_count" || kind == "swapped_collectives" || kind == "skipped_collective";
 }
 
-constexpr int kComputeCapability = 90;       // of CMakeLists.txt: sm_90a
+constexpr int64_t kCudaStackBytes = 8 << 20;  // the driver and cuBLAS run on the ranks' stacks
+constexpr int kComputeCapability = 90;        // of CMakeLists.txt: sm_90a
 constexpr double kFlopsPerCycle = 4096;      // of one multiprocessor: 512 bf16 FMA x 4 tensor cores
 constexpr double kBoostCyclesPerS = 1.83e9;  // of the H100 SXM data sheet: 989 TFLOP/s in all
 
@@ -73,7 +74,10 @@ void launch_detail::launch(const LaunchOptions& options,
                            void (*main)(void* body, RankEnvironment& environment), void* body) {
   require_device(options.device, 0);
   sim::ClusterOptions cluster;
-  cluster.device = options.device == DeviceKind::cuda ? sim::Device::cuda : sim::Device::cpu;
+  if (options.device == DeviceKind::cuda) {
+    cluster.device = sim::Device::cuda;
+    cluster.stack_bytes = kCudaStackBytes;
+  }
   cluster.ranks = static_cast<int>(options.ranks);
   cluster.worker_threads = static_cast<int>(worker_threads(options.workers));
   cluster.schedule_seed = options.schedule_seed;

@@ -191,10 +191,6 @@ void check_supported(const Config& config) {
                        parallel.dp),
            "parallel.sharding = zero1");
   }
-  if (config.recompute.mode != RecomputeMode::none) {
-    refuse(fmt::format("recompute.mode = {}", choice_name(config.recompute.mode)),
-           "recompute.mode = none");
-  }
   check_device(config);
   if (config.run.transport == Transport::nccl)
     refuse("run.transport = nccl", "run.transport = sim");

@@ -368,7 +368,7 @@ const KeySpec kKeys[] = {
      "step of the selection bias, once per training step; 0 = no bias"},
 
     {"recompute", "mode", in_section<kRecompute, &RecomputeConfig::mode>, kNoRange, kRecomputeNames,
-     kMay, nullptr, "what the backward pass computes again"},
+     kMay, nullptr, "what backward computes again; swiglu: what it does in any case"},
 
     {"numerics", "compute", in_section<kNumerics, &Numerics::compute>, kNoRange, kComputeNames,
      kSame, "fp32 on cpu, bf16 on cuda",

@@ -163,7 +163,7 @@ MicroBatch Model::upload(const HostTokens& tokens, InOut<float> metric_leaf_BM) 
   return batch;
 }
 
-LayerContext Model::layer_context(int64_t layer) {
+LayerContext Model::layer_context(int64_t layer, Keep keep) {
   const Shape table(positions_, config_.head_dim / 2);
   return {.rank = rank_,
           .model = config_,
@@ -173,7 +173,8 @@ LayerContext Model::layer_context(int64_t layer) {
           .cos_SC = {cos_SC_.f32(), table},
           .sin_SC = {sin_SC_.f32(), table},
           .tensors = layers_[layer],
-          .layer = layer};
+          .layer = layer,
+          .keep = keep};
 }
 
 Buffer Model::embed(const MicroBatch& batch) {
@@ -189,10 +190,11 @@ Buffer Model::embed(const MicroBatch& batch) {
 
 Buffer Model::layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD, LayerState& state,
                             Keep keep) {
-  const LayerContext c = layer_context(layer);
+  const LayerContext c = layer_context(layer, keep);
   attend_forward(c, batch, std::move(x_TD), state);
   dispatch_forward(c, batch, state);
-  expert_forward(c, batch, state, keep);
+  expert_forward(c, batch, state);
+  if (keep == Keep::recomputing) return {};
   combine_forward(c, batch, state);
   return aggregate_forward(c, batch, state);
 }
@@ -212,11 +214,24 @@ Buffer Model::layer_backward(const MicroBatch& batch, int64_t layer, Buffer d_ou
 void Model::train_micro_batch(const MicroBatch& batch) {
   std::vector<LayerState> states(static_cast<size_t>(config_.layers));
   Buffer x_TD = embed(batch);
+  const bool recompute = rank_.config.recompute.mode == RecomputeMode::full_layer;
+  const auto drop_all_but_input = [&](LayerState& state) {
+    Buffer input_TD = std::move(state.x_TD);
+    state = LayerState{};
+    return input_TD;
+  };
   for (int64_t layer = 0; layer < config_.layers; ++layer) {
-    x_TD = layer_forward(batch, layer, std::move(x_TD), states[layer], Keep::for_backward);
+    LayerState& state = states[layer];
+    x_TD = layer_forward(batch, layer, std::move(x_TD), state,
+                         recompute ? Keep::nothing : Keep::for_backward);
+    if (recompute) state.x_TD = drop_all_but_input(state);
   }
   Buffer d_x_TD = head_forward_backward(batch, x_TD);
   for (int64_t layer = config_.layers - 1; layer >= 0; --layer) {
+    if (recompute) {
+      Buffer input_TD = drop_all_but_input(states[layer]);
+      layer_forward(batch, layer, std::move(input_TD), states[layer], Keep::recomputing);
+    }
     d_x_TD = layer_backward(batch, layer, std::move(d_x_TD), states[layer]);
     states[layer] = LayerState{};
   }

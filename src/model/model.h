@@ -56,7 +56,7 @@ class Model {
   int64_t first_expert() const;
 
  private:
-  LayerContext layer_context(int64_t layer);
+  LayerContext layer_context(int64_t layer, Keep keep = Keep::for_backward);
   // Final norm, vocabulary head and loss; returns the gradient of the last layer's output, its
   // weight gradients done (they are computed in the forward pass, chunk by chunk).
   Buffer head_forward_backward(const MicroBatch& batch, const Buffer& x_TD);

@@ -105,7 +105,7 @@ In<Real> expert_tokens(const LayerContext& c, const LayerState& s) {
 
 }  // namespace
 
-void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s, Keep keep) {
+void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
   OpContext& ops = c.rank.ops;
   const DispatchState& d = s.dispatch;
@@ -133,7 +133,7 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
                   .index_M = in_i32(m.row_slot_R, Shape(R)),
                   .y_M = out_f32(m.weight_R, Shape(R))},
                  ops);
-  if (is_exact(c) && keep == Keep::for_backward) {
+  if (is_exact(c) && c.keep != Keep::nothing) {
     m.row_block_R = ints(c, R, "row block");
     gather_row_blocks(
         {.token_block_T = in_i32(local ? batch.token_block_T : d.recv_block_M, Shape(M)),
@@ -151,6 +151,7 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
               .h_RF = c.out(h_RF, Shape(R, x.F)),
               .row_token_R = in_i32(m.row_token_R, Shape(R))},
              ops);
+  if (c.keep == Keep::recomputing) return;
   m.y_RD = c.real(Shape(R, x.D), "expert output rows");
   grouped_down({.h_RF = c.in(h_RF, Shape(R, x.F)),
                 .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),

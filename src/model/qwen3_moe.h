@@ -53,6 +53,10 @@ struct RouterState {
   Buffer global_fraction_E;  // balance loss `global_batch`: work space
 };
 
+// What a forward pass is for. `nothing`: evaluation. `recomputing`: a second time, for a backward
+// pass whose first forward kept the layer's input alone; losses and loads are counted already.
+enum class Keep { for_backward, nothing, recomputing };
+
 // What the stages of one layer share.
 struct LayerContext {
   Rank& rank;
@@ -63,6 +67,7 @@ struct LayerContext {
   In<float> cos_SC, sin_SC;  // C = Q / 2
   LayerTensors tensors;
   int64_t layer = 0;
+  Keep keep = Keep::for_backward;
 
   DType dtype() const;  // of activations
   Buffer real(Shape shape, const char* what) const;
@@ -96,12 +101,10 @@ struct LayerState {
   Buffer returned;  // stage 4's rows or parts on the token side
 };
 
-enum class Keep { for_backward, nothing };  // `nothing`: evaluation
-
 // Forward stages. `attend_forward` takes the layer's input, `aggregate_forward` returns its output.
 void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s);
 void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
-void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s, Keep keep);
+void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 

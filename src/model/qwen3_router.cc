@@ -22,7 +22,8 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
   const BalanceConfig& balance = c.rank.config.balance;
   const InOut<int32_t> count_E(c.router.count_LE.as<int32_t>() + c.layer * x.E, Shape(x.E));
   const In<int32_t> expert_index = in_i32(s.expert_index_TK, Shape(x.T, x.K));
-  expert_histogram({.expert_index_TK = expert_index, .count_E = count_E}, c.rank.ops);
+  const bool counts = c.keep != Keep::recomputing;
+  if (counts) expert_histogram({.expert_index_TK = expert_index, .count_E = count_E}, c.rank.ops);
   if (balance.loss != BalanceLoss::none && batch.balance_gradient_scale > 0) {
     In<float> fraction;
     CountSource source = CountSource::own_sequence;
@@ -61,10 +62,12 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
                   .loss_leaf_B = out_f32(leaf, Shape(blocks)),
                   .d_probs_TE = out_f32(s.d_probs_TE, Shape(x.T, x.E))},
                  c.rank.ops);
-    metric_sum({.value_N = in_f32(leaf, Shape(blocks)),
-                .leaf_BM = batch.metric_leaf_BM,
-                .column = kMetricBalance},
-               c.rank.ops);
+    if (counts) {
+      metric_sum({.value_N = in_f32(leaf, Shape(blocks)),
+                  .leaf_BM = batch.metric_leaf_BM,
+                  .column = kMetricBalance},
+                 c.rank.ops);
+    }
   }
   if (balance.z_loss_weight > 0 && batch.z_gradient_scale > 0) {
     const Buffer loss = floats(c, x.T, "z loss");
@@ -75,6 +78,7 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
             .loss_T = out_f32(loss, Shape(x.T)),
             .d_logits_TE = out_f32(s.d_logits_TE, Shape(x.T, x.E))},
            c.rank.ops);
+    if (!counts) return;
     metric_sum(
         {.value_N = in_f32(loss, Shape(x.T)), .leaf_BM = batch.metric_leaf_BM, .column = kMetricZ},
         c.rank.ops);

@@ -42,10 +42,10 @@ TEST(Device, MemoryThatIsMissingIsNamedWithExit40) {
 
 // 3.1 B parameters: fp32 weights, gradients and two moments, and the bf16 copy.
 TEST(Device, StateBytesCountWhatARunKeeps) {
-  const std::vector<std::string> sets = {"model.layers=4"};
   Config config = parse_config(
-      "model = \"qwen3-30b-a3b\"\n[train]\nsequence_length = 4096\n[run]\ndevice = \"cuda\"\n", "x",
-      sets);
+      "[model]\npreset = \"qwen3-30b-a3b\"\nlayers = 4\n[train]\nsequence_length = 4096\n"
+      "[run]\ndevice = \"cuda\"\n",
+      "x", {});
   config.run.device = DeviceKind::cpu;  // derive() refuses cuda in a build without kernels
   const Derived derived = derive(config);
   EXPECT_EQ(config.numerics.compute, ComputeType::bf16);

@@ -58,7 +58,6 @@ const RuleRow kRules[] = {
     {{"parallel.dp=2", "parallel.sharding=zero2"},
      "parallel.sharding = zero2 at parallel.dp = 2 is not supported yet"},
     {{"parallel.dp=8", "parallel.sharding=full"}, "parallel.sharding = full"},
-    {{"recompute.mode=swiglu"}, "recompute.mode = swiglu is not supported yet"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
     {{"run.transport=nccl"}, "run.transport = nccl is not supported yet"},
     {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=2}]"},
