@@ -58,6 +58,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    add_kernel(float* sum, const float* addend, int64_t count) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < count;
+       i += step) {
+    sum[i] = __fadd_rn(sum[i], addend[i]);
+  }
+}
+
 unsigned grid_for(int64_t items) {
   return static_cast<unsigned>(
       std::clamp<int64_t>((items + kThreads - 1) / kThreads, 1, kMostBlocks));
@@ -91,6 +100,14 @@ void scale_values(const ScaleValuesArgs& a, Stream& stream) {
   scale_kernel<<<grid_for(count), kThreads, 0, native_stream(stream)>>>(a.value_N.pointer(),
                                                                         a.factor, count);
   check_cuda(cudaGetLastError(), "scale_values");
+}
+
+void add_values(const AddValuesArgs& a, Stream& stream) {
+  const int64_t count = a.sum_N[0];
+  if (count == 0) return;
+  add_kernel<<<grid_for(count), kThreads, 0, native_stream(stream)>>>(a.sum_N.pointer(),
+                                                                      a.addend_N.pointer(), count);
+  check_cuda(cudaGetLastError(), "add_values");
 }
 
 void cast_real(const CastRealArgs& a, Stream& stream) {

@@ -1,4 +1,5 @@
-// Copies, zero fills and casts in stream order (uploads, accumulators, bf16 copies of weights).
+// Copies, zero fills, casts and plain additions in stream order (uploads, accumulators, bf16 copies
+// of weights, the two gradients of a tied embedding).
 // Napkin: 2 N bytes for a copy, N for a fill.
 #pragma once
 
@@ -17,6 +18,11 @@ struct ScaleValuesArgs {
   InOut<float> value_N;
   float factor = 1;
 };
+// sum_N = sum_N + addend_N
+struct AddValuesArgs {
+  InOut<float> sum_N;
+  In<float> addend_N;
+};
 struct CastRealArgs {
   In<Real> from_N;
   Out<Real> to_N;  // rounded to nearest-even when bf16
@@ -33,6 +39,17 @@ inline void check_args(const CastRealArgs& a) {
 }
 inline void check_args(const ScaleValuesArgs& a) {
   check_shape("scale_values", "value_N", a.value_N, Shape(a.value_N[0]));
+}
+inline void check_args(const AddValuesArgs& a) {
+  check_shape("add_values", "addend_N", a.addend_N, Shape(a.sum_N[0]));
+}
+inline Cost cost(const AddValuesArgs& a) {
+  return {"add_values", {a.sum_N[0]}, a.sum_N[0], 12 * a.sum_N[0], 0};
+}
+template <class Visitor>
+void visit_views(const AddValuesArgs& a, Visitor&& visit) {
+  visit("sum_N", a.sum_N);
+  visit("addend_N", a.addend_N);
 }
 inline Cost cost(const ScaleValuesArgs& a) {
   return {"scale_values", {a.value_N[0]}, a.value_N[0], 8 * a.value_N[0], 0};
@@ -73,12 +90,14 @@ void copy_bytes(const CopyBytesArgs& args, Workers& workers);
 void zero_bytes(const ZeroBytesArgs& args, Workers& workers);
 void cast_real(const CastRealArgs& args, Workers& workers);
 void scale_values(const ScaleValuesArgs& args, Workers& workers);
+void add_values(const AddValuesArgs& args, Workers& workers);
 }  // namespace reference
 
 namespace cuda {
 void copy_op(const CopyBytesArgs& args, Stream& stream);  // copy_bytes is the blocking one
 void zero_bytes(const ZeroBytesArgs& args, Stream& stream);
 void cast_real(const CastRealArgs& args, Stream& stream);
+void add_values(const AddValuesArgs& args, Stream& stream);
 void scale_values(const ScaleValuesArgs& args, Stream& stream);
 }  // namespace cuda
 
@@ -90,6 +109,9 @@ inline void zero_bytes(const ZeroBytesArgs& args, OpContext& context) {
 }
 inline void scale_values(const ScaleValuesArgs& args, OpContext& context) {
   execute(args, context, reference::scale_values, kHasCuda ? cuda::scale_values : nullptr);
+}
+inline void add_values(const AddValuesArgs& args, OpContext& context) {
+  execute(args, context, reference::add_values, kHasCuda ? cuda::add_values : nullptr);
 }
 inline void cast_real(const CastRealArgs& args, OpContext& context) {
   execute(args, context, reference::cast_real, kHasCuda ? cuda::cast_real : nullptr);

@@ -33,6 +33,11 @@ void scale_values(const ScaleValuesArgs& args, Workers&) {
   for (int64_t i = 0; i < args.value_N[0]; ++i) args.value_N.pointer()[i] *= args.factor;
 }
 
+void add_values(const AddValuesArgs& args, Workers&) {
+  float* sum = args.sum_N.pointer();
+  for (int64_t i = 0; i < args.sum_N[0]; ++i) sum[i] = sum[i] + args.addend_N.pointer()[i];
+}
+
 void cast_real(const CastRealArgs& args, Workers&) {
   const ReadF32 from(args.from_N);
   const WriteF32 to(args.to_N);

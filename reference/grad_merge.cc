@@ -10,15 +10,15 @@ namespace cambium::reference {
 
 namespace {
 
-constexpr int64_t kChunkElements = 32768;  // 384 KB of traffic
+constexpr int64_t kMergeChunkElements = 32768;  // 384 KB of traffic
 
 // Calls body(group, begin, count) for pieces of every group, in parallel.
 template <class Body>
 void for_each_piece(Workers& workers, int64_t groups, int64_t elements, Body&& body) {
-  const int64_t pieces = (elements + kChunkElements - 1) / kChunkElements;
+  const int64_t pieces = (elements + kMergeChunkElements - 1) / kMergeChunkElements;
   workers.parallel_for(groups * pieces, [&](int64_t chunk, Scratch&) {
-    const int64_t begin = chunk % pieces * kChunkElements;
-    body(chunk / pieces, begin, std::min(kChunkElements, elements - begin));
+    const int64_t begin = chunk % pieces * kMergeChunkElements;
+    body(chunk / pieces, begin, std::min(kMergeChunkElements, elements - begin));
   });
 }
 

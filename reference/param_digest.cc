@@ -8,15 +8,15 @@ namespace cambium::reference {
 
 namespace {
 
-constexpr int64_t kChunkElements = 8 * kDigestBlockElements;  // 128 KiB
+constexpr int64_t kDigestChunkElements = 8 * kDigestBlockElements;  // 128 KiB
 
 }  // namespace
 
 void param_digest(const ParamDigestArgs& a, Workers& workers) {
   const int64_t N = a.data_N[0];
-  std::vector<Digest128> partial(static_cast<size_t>(chunk_count(N, kChunkElements)));
-  for_ranges(workers, N, kChunkElements, [&](int64_t begin, int64_t end) {
-    partial[begin / kChunkElements] =
+  std::vector<Digest128> partial(static_cast<size_t>(chunk_count(N, kDigestChunkElements)));
+  for_ranges(workers, N, kDigestChunkElements, [&](int64_t begin, int64_t end) {
+    partial[begin / kDigestChunkElements] =
         digest_blocks(a.data_N.pointer() + begin, end - begin, a.tensor_id,
                       a.first_block + begin / kDigestBlockElements);
   });

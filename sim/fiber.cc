@@ -18,6 +18,8 @@ namespace cambium::sim {
 namespace context = boost::context::detail;
 
 // What a sanitizer must hear around a switch; empty functions in other builds.
+// NOTE: inlined always: a function entered on one side of TSan's switch and left on the other would
+// take its frame off the wrong stack of calls.
 struct Fiber::Announcements {
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr int64_t kStackFactor = 4;  // instrumented frames are larger
@@ -25,19 +27,19 @@ struct Fiber::Announcements {
   static void destroy(Fiber& fiber) {
     __asan_unpoison_memory_region(fiber.mapping_, static_cast<size_t>(fiber.mapping_bytes_));
   }
-  static void leave_scheduler(Fiber& fiber) {
+  [[gnu::always_inline]] static void leave_scheduler(Fiber& fiber) {
     __sanitizer_start_switch_fiber(&fiber.scheduler_fake_stack_, fiber.mapping_,
                                    static_cast<size_t>(fiber.mapping_bytes_));
   }
-  static void back_in_scheduler(Fiber& fiber) {
+  [[gnu::always_inline]] static void back_in_scheduler(Fiber& fiber) {
     __sanitizer_finish_switch_fiber(fiber.scheduler_fake_stack_, nullptr, nullptr);
   }
-  static void arrive(Fiber& fiber) {
+  [[gnu::always_inline]] static void arrive(Fiber& fiber) {
     size_t bytes = 0;
     __sanitizer_finish_switch_fiber(fiber.own_fake_stack_, &fiber.scheduler_stack_, &bytes);
     fiber.scheduler_stack_bytes_ = bytes;
   }
-  static void leave(Fiber& fiber) {
+  [[gnu::always_inline]] static void leave(Fiber& fiber) {
     __sanitizer_start_switch_fiber(fiber.finished_ ? nullptr : &fiber.own_fake_stack_,
                                    fiber.scheduler_stack_, fiber.scheduler_stack_bytes_);
   }
@@ -45,21 +47,23 @@ struct Fiber::Announcements {
   static constexpr int64_t kStackFactor = 4;
   static void create(Fiber& fiber) { fiber.own_thread_ = __tsan_create_fiber(0); }
   static void destroy(Fiber& fiber) { __tsan_destroy_fiber(fiber.own_thread_); }
-  static void leave_scheduler(Fiber& fiber) {
+  [[gnu::always_inline]] static void leave_scheduler(Fiber& fiber) {
     fiber.scheduler_thread_ = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fiber.own_thread_, 0);
   }
-  static void back_in_scheduler(Fiber&) {}
-  static void arrive(Fiber&) {}
-  static void leave(Fiber& fiber) { __tsan_switch_to_fiber(fiber.scheduler_thread_, 0); }
+  [[gnu::always_inline]] static void back_in_scheduler(Fiber&) {}
+  [[gnu::always_inline]] static void arrive(Fiber&) {}
+  [[gnu::always_inline]] static void leave(Fiber& fiber) {
+    __tsan_switch_to_fiber(fiber.scheduler_thread_, 0);
+  }
 #else
   static constexpr int64_t kStackFactor = 1;
   static void create(Fiber&) {}
   static void destroy(Fiber&) {}
-  static void leave_scheduler(Fiber&) {}
-  static void back_in_scheduler(Fiber&) {}
-  static void arrive(Fiber&) {}
-  static void leave(Fiber&) {}
+  [[gnu::always_inline]] static void leave_scheduler(Fiber&) {}
+  [[gnu::always_inline]] static void back_in_scheduler(Fiber&) {}
+  [[gnu::always_inline]] static void arrive(Fiber&) {}
+  [[gnu::always_inline]] static void leave(Fiber&) {}
 #endif
 };
 

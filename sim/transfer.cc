@@ -1,6 +1,7 @@
 // Data movement of the simulated communicator: what a Transfer does at its stream's head.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "kernels/cuda_stream.h"
 #include "sim/reduce.h"
@@ -138,12 +139,6 @@ void collect_from_all(const Transfer& transfer, const Mover& mover) {
   }
 }
 
-int64_t sum_of(const std::vector<int64_t>& counts) {
-  int64_t sum = 0;
-  for (const int64_t count : counts) sum += count;
-  return sum;
-}
-
 }  // namespace
 
 int stages_of(CollectiveKind kind) {
@@ -211,7 +206,7 @@ void Transfer::poison_receive_side(Workers& workers) {
       if (!in_place) fill(0, call.count, call.recv);
       return;
     case CollectiveKind::all_to_all_v:
-      fill(0, sum_of(call.recv_counts), call.recv);
+      fill(0, std::reduce(call.recv_counts.begin(), call.recv_counts.end()), call.recv);
       return;
     case CollectiveKind::broadcast:
       if (member != call.root) fill(0, call.count, call.recv);

@@ -18,6 +18,7 @@
 #include "tests/tidy_documents.h"
 #include "tests/tidy_samples.h"
 #include "tests/tidy_scan.h"
+#include "tests/tree.h"
 
 namespace tidy {
 namespace {
@@ -439,7 +440,9 @@ int run(const std::filesystem::path& root) {
   Findings findings;
   for (const SourceFile& source : sources) check_file(source, findings);
   check_ops(sources, read_text(root / "kernels/ops.cmake"), findings);
-  check_compiled(sources, read_text(TIDY_COMPILE_COMMANDS), findings);
+  check_compiled(sources,
+                 read_text(std::string(cambium::build_directory()) + "/compile_commands.json"),
+                 findings);
   print_sizes(sources);
   check_documents(root, findings);
   findings.print();
@@ -449,4 +452,6 @@ int run(const std::filesystem::path& root) {
 }  // namespace
 }  // namespace tidy
 
-int main(int count, char** values) { return tidy::run(count > 1 ? values[1] : TIDY_SOURCE_DIR); }
+int main(int count, char** values) {
+  return tidy::run(count > 1 ? values[1] : cambium::source_directory());
+}

@@ -8,6 +8,8 @@
 #include <map>
 #include <sstream>
 
+#include "tests/tree.h"
+
 namespace tidy {
 namespace fs = std::filesystem;
 namespace {
@@ -116,7 +118,9 @@ void check_quoted_paths(const SourceFile& document, const Surroundings& around,
 const std::string& help_of(const std::string& subcommand, Surroundings& around) {
   std::string& text = around.help[subcommand];
   if (text.empty()) {
-    text = run_command(around.root, std::string(TIDY_BINARY) + " " + subcommand + " --help").output;
+    text = run_command(around.root,
+                       std::string(cambium::cambium_binary()) + " " + subcommand + " --help")
+               .output;
   }
   return text;
 }
@@ -186,7 +190,7 @@ void run_marked(const SourceFile& document, size_t line, const std::string& comm
                 Surroundings& around, Findings& findings) {
   std::string real = command;
   const std::string name = "build/cpu/cambium";
-  if (starts_with(real, name + " ")) real.replace(0, name.size(), TIDY_BINARY);
+  if (starts_with(real, name + " ")) real.replace(0, name.size(), cambium::cambium_binary());
   const CommandResult result = run_command(around.root, real);
   if (result.status != 0) {
     const size_t tail = result.output.size() > 300 ? result.output.size() - 300 : 0;
@@ -271,7 +275,7 @@ void check_documents(const fs::path& root, Findings& findings) {
 }
 
 bool documents_self_test() {
-  Surroundings around{fs::path(TIDY_SOURCE_DIR), Running::off, {}};
+  Surroundings around{fs::path(cambium::source_directory()), Running::off, {}};
   const auto rules_of = [&](const std::string& text) {
     Findings findings;
     check_document(make_source("AGENTS.md", text), around, findings);

@@ -83,7 +83,7 @@ class ConfigKeys {
   const std::string& where_;
 };
 
-const HfFamily& family_of(const ConfigKeys& keys) {
+const HfFamily& hf_family_of(const ConfigKeys& keys) {
   if (!keys.has("model_type")) keys.refuse("model_type", "the key is missing");
   for (const HfFamily* family : {&kQwen3MoeFamily, &kMixtralFamily, &kOlmoeFamily}) {
     if (keys.value("model_type") == family->model_type) return *family;
@@ -184,7 +184,7 @@ ModelConfig parse_hf_config(const std::string& text, const std::string& where) {
   const json root = parse_strict_json(text, where);
   if (!root.is_object()) fail(ExitCode::corrupt_file, "'{}' is not a JSON object", where);
   const ConfigKeys keys(root, where);
-  const HfFamily& family = family_of(keys);
+  const HfFamily& family = hf_family_of(keys);
   keys.require(kCommonRequirements);
   keys.require(family.requirements);
 

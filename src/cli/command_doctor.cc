@@ -28,7 +28,7 @@ int64_t memory_bytes(const std::string& name) {
   return 0;
 }
 
-std::string processor_name() {
+std::string cpu_model() {
   std::ifstream stream("/proc/cpuinfo");
   for (std::string line; std::getline(stream, line);) {
     const size_t colon = line.find(": ");
@@ -55,7 +55,7 @@ std::vector<std::string> gpu_names() {
 
 nlohmann::ordered_json examine() {
   nlohmann::ordered_json found;
-  found["processor"] = processor_name();
+  found["processor"] = cpu_model();
   found["cores"] = std::thread::hardware_concurrency();
   found["x86_64_v3"] = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
                        __builtin_cpu_supports("bmi2") != 0;

@@ -12,11 +12,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cross_entropy.h"
 #include "src/data/corpus.h"
 
 namespace cambium {
-
-constexpr int32_t kIgnoredTarget = -1;
 
 enum class BatchOrder {
   shuffled,  // training: epochs without end, each a permutation

@@ -6,7 +6,7 @@
 namespace cambium {
 namespace {
 
-constexpr HfRequirement kRequirements[] = {
+constexpr HfRequirement kMixtralRequirements[] = {
     {"attention_bias", "false", "biases in attention"},
     {"router_jitter_noise", "0", "noise on the router's input"},
 };
@@ -26,7 +26,7 @@ const HfFamily kMixtralFamily = {
     .gate = "w1",
     .up = "w3",
     .down = "w2",
-    .requirements = kRequirements,
+    .requirements = kMixtralRequirements,
 };
 
 }  // namespace cambium

@@ -78,6 +78,7 @@ Model::Model(Rank& rank, const ModelConfig& config)
   }
   dense_ = std::make_unique<ParamGroup>(rank, "dense", std::move(dense), *rank.data,
                                         std::move(dense_ranges));
+  if (config_.tie_embeddings) dense_->tie_head(tied_head_tensor(config_));
   expert_ = std::make_unique<ParamGroup>(rank, "expert", std::move(experts), *rank.expert_data,
                                          std::move(expert_ranges));
   for (int64_t layer = 0; layer < config_.layers; ++layer) {
@@ -265,8 +266,8 @@ Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD)
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
   const int64_t block = rank_.config.numerics.block_tokens;
   const ParamTensor& norm = dense_->tensor(TensorRole::final_norm);
-  const ParamTensor& head = dense_->tensor(TensorRole::lm_head);
-  const In<Real> w_VD = dense_->weight(head, Shape(V, D));
+  const ParamGroup::HeadGradient head = dense_->head_gradient();
+  const In<Real> w_VD = dense_->weight(dense_->head_weights(), Shape(V, D));
   const In<Real> gain_D = dense_->weight(norm, Shape(D));
   const Buffer normed = c.real(Shape(T, D), "final normed");
   const Buffer rstd = rank_.activation(4 * T, "final norm rstd");
@@ -298,9 +299,9 @@ Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD)
         ops);
     linear_wgrad({.d_y_TN = c.in(logits, Shape(rows, V)),
                   .x_TK = x,
-                  .d_w_SNK = dense_->grad_slots(head, Shape(V, D)),
-                  .present_S = dense_->grad_present(head, 0),
-                  .target = dense_->target(),
+                  .d_w_SNK = head.group.grad_slots(head.tensor, Shape(V, D)),
+                  .present_S = head.group.grad_present(head.tensor, 0),
+                  .target = head.group.target(),
                   .first_block = batch.first_block,
                   .block_tokens = block},
                  ops);
@@ -331,7 +332,7 @@ void Model::head_evaluate(const MicroBatch& batch, const Buffer& x_TD, float* lo
   const LayerContext c = layer_context(0);
   OpContext& ops = rank_.ops;
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
-  const In<Real> w_VD = dense_->weight(dense_->tensor(TensorRole::lm_head), Shape(V, D));
+  const In<Real> w_VD = dense_->weight(dense_->head_weights(), Shape(V, D));
   const Buffer normed = c.real(Shape(T, D), "final normed");
   const Buffer rstd = rank_.activation(4 * T, "final norm rstd");
   rms_norm({.x_TD = c.in(x_TD, Shape(T, D)),

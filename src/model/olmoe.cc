@@ -6,7 +6,7 @@
 namespace cambium {
 namespace {
 
-constexpr HfRequirement kRequirements[] = {
+constexpr HfRequirement kOlmoeRequirements[] = {
     {"attention_bias", "false", "biases in attention"},
     {"clip_qkv", "null", "clipped q, k and v"},
 };
@@ -26,7 +26,7 @@ const HfFamily kOlmoeFamily = {
     .gate = "gate_proj",
     .up = "up_proj",
     .down = "down_proj",
-    .requirements = kRequirements,
+    .requirements = kOlmoeRequirements,
 };
 
 }  // namespace cambium

@@ -6,7 +6,7 @@
 namespace cambium {
 namespace {
 
-constexpr HfRequirement kRequirements[] = {
+constexpr HfRequirement kQwen3MoeRequirements[] = {
     {"attention_bias", "false", "biases in attention"},
     {"decoder_sparse_step", "1", "dense layers between the expert layers"},
     {"mlp_only_layers", "[]", "dense layers between the expert layers"},
@@ -27,7 +27,7 @@ const HfFamily kQwen3MoeFamily = {
     .gate = "gate_proj",
     .up = "up_proj",
     .down = "down_proj",
-    .requirements = kRequirements,
+    .requirements = kQwen3MoeRequirements,
 };
 
 }  // namespace cambium

@@ -52,6 +52,12 @@ void add_layer(const ModelConfig& model, int64_t layer, TensorList& list) {
 
 }  // namespace
 
+CanonicalTensor tied_head_tensor(const ModelConfig& model) {
+  return {.name = "tied lm_head",
+          .shape = Shape(model.vocab, model.hidden),
+          .role = TensorRole::lm_head};
+}
+
 std::vector<CanonicalTensor> canonical_tensors(const ModelConfig& model) {
   TensorList list;
   list.add("embed", Shape(model.vocab, model.hidden), TensorRole::embed);

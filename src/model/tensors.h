@@ -52,5 +52,7 @@ struct CanonicalTensor {
 // All tensors of `model`, ids 0, 1, 2, ...: embed, then layer by layer, then final_norm, lm_head.
 // The dimensions of `model` are positive (derive() or load_hf_config checked them).
 std::vector<CanonicalTensor> canonical_tensors(const ModelConfig& model);
+// Stands for the vocabulary head's use of a tied embedding: not trained, so not in the list.
+CanonicalTensor tied_head_tensor(const ModelConfig& model);
 
 }  // namespace cambium

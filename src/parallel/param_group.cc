@@ -44,11 +44,12 @@ std::vector<FlagRun> flag_runs(const ParamPiece& piece) {
 }  // namespace
 
 ParamGroup::ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> tensors,
-                       Communicator& replicas, ReplicaRanges ranges)
+                       Communicator& replicas, ReplicaRanges ranges, GroupUse use)
     : rank_(rank),
       name_(std::move(name)),
       tensors_(std::move(tensors)),
       replicas_(replicas),
+      use_(use),
       forest_(BatchLayout(rank.config).total_blocks),
       ranges_(std::move(ranges)) {
   shards_ = replicas_.ranks();
@@ -66,17 +67,7 @@ ParamGroup::ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> te
   owned_ = pieces_in(shard_first(), shard_first() + shard_elements());
   optimized_ = replicated ? pieces_in(0, padded_) : owned_;
   state_first_ = replicated ? 0 : shard_first();
-  const int64_t state_elements = replicated ? padded_ : shard_elements();
-  Arena& arena = rank.arena;
-  weights_ = arena.allocate(4 * padded_, MemoryClass::weights, "fp32 weights");
-  moment1_ = arena.allocate(4 * state_elements, MemoryClass::optimizer, "AdamW m");
-  moment2_ = arena.allocate(4 * state_elements, MemoryClass::optimizer, "AdamW v");
-  rank.zero(weights_);
-  rank.zero(moment1_);
-  rank.zero(moment2_);
-  if (rank.config.numerics.compute == ComputeType::bf16) {
-    compute_ = arena.allocate(2 * padded_, MemoryClass::weights, "bf16 weights");
-  }
+  if (use_ == GroupUse::trained) allocate_state(replicated ? padded_ : shard_elements());
   if (rank.config.numerics.reduction == ReductionMode::fast) return;
   for (int64_t replica = 0; replica < shards_; ++replica) {
     GradForest forest(forest_.total_blocks());
@@ -85,6 +76,40 @@ ParamGroup::ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> te
     for (const ForestNode& node : forest.nodes()) nodes.push_back(node.range);
     if (replica == replicas_.rank()) slot_count_ = forest.slots();
   }
+}
+
+void ParamGroup::allocate_state(int64_t state_elements) {
+  Arena& arena = rank_.arena;
+  weights_ = arena.allocate(4 * padded_, MemoryClass::weights, "fp32 weights");
+  moment1_ = arena.allocate(4 * state_elements, MemoryClass::optimizer, "AdamW m");
+  moment2_ = arena.allocate(4 * state_elements, MemoryClass::optimizer, "AdamW v");
+  for (const Buffer* buffer : {&weights_, &moment1_, &moment2_}) rank_.zero(*buffer);
+  if (rank_.config.numerics.compute == ComputeType::bf16) {
+    compute_ = arena.allocate(2 * padded_, MemoryClass::weights, "bf16 weights");
+  }
+}
+
+void ParamGroup::tie_head(const CanonicalTensor& head) {
+  CHECK(!has(TensorRole::lm_head));
+  if (rank_.config.numerics.reduction == ReductionMode::fast) return;
+  ParamTensor tensor;
+  tensor.canonical = head;
+  tied_head_ = std::make_unique<ParamGroup>(rank_, name_ + " tied head", std::vector{tensor},
+                                            replicas_, ranges_, GroupUse::gradients_only);
+}
+
+bool ParamGroup::has(TensorRole role) const {
+  return std::any_of(tensors_.begin(), tensors_.end(),
+                     [&](const ParamTensor& tensor) { return tensor.canonical.role == role; });
+}
+
+const ParamTensor& ParamGroup::head_weights() const {
+  return tensor(has(TensorRole::lm_head) ? TensorRole::lm_head : TensorRole::embed);
+}
+
+ParamGroup::HeadGradient ParamGroup::head_gradient() {
+  if (tied_head_ == nullptr) return {*this, head_weights()};
+  return {*tied_head_, tied_head_->tensor(TensorRole::lm_head)};
 }
 
 const ParamTensor& ParamGroup::tensor(TensorRole role, int64_t layer) const {
@@ -134,6 +159,7 @@ std::vector<ParamPiece> ParamGroup::pieces_in(int64_t first, int64_t end) const 
 }
 
 void ParamGroup::begin_step() {
+  if (tied_head_ != nullptr) tied_head_->begin_step();
   reduced_.reset();
   full_gradient_.reset();
   forest_.clear();
@@ -152,6 +178,7 @@ void ParamGroup::begin_step() {
 }
 
 void ParamGroup::begin_micro_batch(int64_t micro_batch) {
+  if (tied_head_ != nullptr) tied_head_->begin_micro_batch(micro_batch);
   if (rank_.config.numerics.reduction == ReductionMode::fast) return;
   const std::vector<NodePlan> plans = forest_.add(ranges_[replicas_.rank()][micro_batch]);
   CHECK_LE(forest_.slots(), slot_count_);
@@ -183,7 +210,11 @@ void ParamGroup::reduce_gradients() {
   } else {
     reduce_fast();
   }
-  if (rank_.config.parallel.sharding != Sharding::none || shards_ == 1) return;
+  if (tied_head_ != nullptr) add_tied_gradient();
+  // A tied head's shards are not cut where the embedding's are: every rank gets the whole.
+  const bool whole =
+      use_ == GroupUse::gradients_only || rank_.config.parallel.sharding == Sharding::none;
+  if (!whole || shards_ == 1) return;
   if (rank_.config.numerics.reduction == ReductionMode::fast) return;  // all-reduced already
   full_gradient_ = rank_.arena.allocate(4 * padded_, MemoryClass::gradients, "whole gradient");
   rank_.comm_waits_for_compute();
@@ -194,6 +225,17 @@ void ParamGroup::reduce_gradients() {
                                   .count = shard_elements()}));
   gradient_data_ = full_gradient_.f32();
   gradient_first_ = 0;
+}
+
+// The owned pieces of the embedding: its own sum, then the head's.
+void ParamGroup::add_tied_gradient() {
+  tied_head_->reduce_gradients();
+  for (const ParamPiece& piece : owned_) {
+    if (piece.tensor->canonical.role != TensorRole::embed) continue;
+    add_values({.sum_N = {gradient(piece.flat_offset()), Shape(piece.elements)},
+                .addend_N = {tied_head_->gradient(piece.first_element), Shape(piece.elements)}},
+               rank_.ops);
+  }
 }
 
 void ParamGroup::reduce_fast() {

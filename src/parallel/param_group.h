@@ -37,13 +37,29 @@ struct ParamPiece {
   int64_t flat_offset() const { return tensor->offset + first_element; }
 };
 
+// What a group holds: weights, gradients and AdamW state, or gradients alone.
+enum class GroupUse : uint8_t { trained, gradients_only };
+
 class ParamGroup {
  public:
   // `replicas` are the ranks that hold this group. ranges[replica][micro_batch] are the canonical
   // blocks whose tokens reach these parameters on that replica (BatchLayout).
   using ReplicaRanges = std::vector<std::vector<std::vector<BlockRange>>>;
   ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> tensors, Communicator& replicas,
-             ReplicaRanges ranges);
+             ReplicaRanges ranges, GroupUse use = GroupUse::trained);
+
+  // The vocabulary head uses the embedding's weights. In exact mode its gradients get a tree of
+  // their own, `head`, and the finished sums of the two uses are added: which uses of a block met
+  // first, which depends on the layout, then cannot matter. In fast mode they share slot 0.
+  void tie_head(const CanonicalTensor& head);
+  // Where the vocabulary head's gradients go, and the tensor that they belong to.
+  struct HeadGradient {
+    ParamGroup& group;
+    const ParamTensor& tensor;
+  };
+  HeadGradient head_gradient();
+  // The tensor whose weights the vocabulary head uses.
+  const ParamTensor& head_weights() const;
 
   const ParamTensor& tensor(TensorRole role, int64_t layer = -1) const;
   // Compute weights of one tensor, or of `experts` equally strided ones from this tensor on.
@@ -94,6 +110,9 @@ class ParamGroup {
   void refresh_compute_copy();
 
  private:
+  bool has(TensorRole role) const;
+  void allocate_state(int64_t state_elements);
+  void add_tied_gradient();
   std::vector<ParamPiece> pieces_in(int64_t first, int64_t end) const;
   void reduce_exact();
   void reduce_fast();
@@ -104,6 +123,8 @@ class ParamGroup {
   std::string name_;
   std::vector<ParamTensor> tensors_;
   Communicator& replicas_;
+  GroupUse use_;
+  std::unique_ptr<ParamGroup> tied_head_;  // exact mode with a tied head
   int64_t shards_ = 1;
   int64_t padded_ = 0;
   int64_t flags_ = 0;

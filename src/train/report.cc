@@ -42,7 +42,7 @@ ChartSeries make_series(const RunHistory& history, const char* name, const char*
 
 // Mean over the neighbours on both sides, so that a curve does not lag behind its points;
 // non-finite values are left out.
-ChartSeries smoothed(const ChartSeries& raw, const char* name) {
+ChartSeries smoothed_series(const ChartSeries& raw, const char* name) {
   ChartSeries series = raw;
   series.name = name;
   const size_t count = raw.y.size();
@@ -70,7 +70,7 @@ std::string loss_chart(const RunHistory& history, const RunRecord& record) {
   });
   chart.series.push_back(raw);
   chart.series[0].mark = SeriesMark::faint_line;
-  chart.series.push_back(smoothed(raw, "training, smoothed"));
+  chart.series.push_back(smoothed_series(raw, "training, smoothed"));
   ChartSeries validation = make_series(history, "validation", "orange",
                                        [](const auto& metrics) { return metrics.validation_loss; });
   validation.mark = SeriesMark::points;

@@ -11,12 +11,12 @@
 namespace cambium {
 namespace {
 
-using Json = nlohmann::json;
+using SortedJson = nlohmann::json;
 
 // Missing or of another type: `fallback`. A null is the number spelled under "non_finite".
-double number(const Json& object, const char* key, double fallback) {
+double number(const SortedJson& object, const char* key, double fallback) {
   if (!object.contains(key)) return fallback;
-  const Json& value = object[key];
+  const SortedJson& value = object[key];
   if (value.is_number()) return value.get<double>();
   if (!value.is_null()) return fallback;
   const std::string spelling = object.contains("non_finite") && object["non_finite"].is_object()
@@ -27,28 +27,28 @@ double number(const Json& object, const char* key, double fallback) {
   return spelling == "-inf" ? -kInfinity : std::numeric_limits<double>::quiet_NaN();
 }
 
-std::optional<double> optional_number(const Json& object, const char* key) {
+std::optional<double> optional_number(const SortedJson& object, const char* key) {
   if (!object.contains(key)) return std::nullopt;
   return number(object, key, 0);
 }
 
 template <class Value>
-Value integer(const Json& object, const char* key) {
+Value integer(const SortedJson& object, const char* key) {
   if (!object.contains(key) || !object[key].is_number_integer()) return 0;
   return object[key].get<Value>();
 }
 
-std::string text(const Json& object, const char* key) {
+std::string text(const SortedJson& object, const char* key) {
   if (!object.contains(key) || !object[key].is_string()) return "";
   return object[key].get<std::string>();
 }
 
-std::vector<std::vector<int64_t>> expert_load(const Json& object) {
+std::vector<std::vector<int64_t>> expert_load(const SortedJson& object) {
   std::vector<std::vector<int64_t>> layers;
   if (!object.contains("expert_load") || !object["expert_load"].is_array()) return layers;
-  for (const Json& layer : object["expert_load"]) {
+  for (const SortedJson& layer : object["expert_load"]) {
     std::vector<int64_t> load;
-    for (const Json& count : layer.is_array() ? layer : Json::array()) {
+    for (const SortedJson& count : layer.is_array() ? layer : SortedJson::array()) {
       if (count.is_number_integer()) load.push_back(count.get<int64_t>());
     }
     layers.push_back(std::move(load));
@@ -56,7 +56,7 @@ std::vector<std::vector<int64_t>> expert_load(const Json& object) {
   return layers;
 }
 
-StepMetrics step_metrics(const Json& object) {
+StepMetrics step_metrics(const SortedJson& object) {
   StepMetrics metrics;
   metrics.step = integer<int64_t>(object, "step");
   metrics.loss = number(object, "loss", 0);
@@ -90,7 +90,7 @@ RunHistory read_run_history(const std::string& run_directory) {
   std::ifstream stream = open_lines(run_directory, "metrics.jsonl");
   RunHistory history;
   for (std::string line; std::getline(stream, line);) {
-    const Json object = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+    const SortedJson object = SortedJson::parse(line, nullptr, /*allow_exceptions=*/false);
     if (!object.is_object()) {
       ++history.unreadable_lines;
     } else if (text(object, "event") == "exit") {
@@ -114,7 +114,7 @@ std::vector<StepDigests> read_digests(const std::string& run_directory) {
   std::ifstream stream = open_lines(run_directory, "digests.jsonl");
   std::vector<StepDigests> all;
   for (std::string line; std::getline(stream, line);) {
-    const Json object = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+    const SortedJson object = SortedJson::parse(line, nullptr, /*allow_exceptions=*/false);
     if (!object.is_object() || !object.contains("digests") || !object["digests"].is_object()) {
       continue;
     }
@@ -130,7 +130,8 @@ std::vector<StepDigests> read_digests(const std::string& run_directory) {
 
 RunRecord read_run_record(const std::string& run_directory) {
   std::ifstream stream(run_directory + "/run.json", std::ios::binary);
-  const Json object = stream ? Json::parse(stream, nullptr, /*allow_exceptions=*/false) : Json();
+  const SortedJson object =
+      stream ? SortedJson::parse(stream, nullptr, /*allow_exceptions=*/false) : SortedJson();
   RunRecord record;
   if (!object.is_object()) return record;
   record.name = text(object, "name");

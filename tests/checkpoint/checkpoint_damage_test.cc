@@ -15,19 +15,15 @@
 namespace cambium {
 namespace {
 
-constexpr int64_t kNewStep = 15;
-constexpr int64_t kOldStep = 10;
-
-void write_text(const std::string& path, const std::string& text) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << text;
-}
+constexpr int64_t kDamagedStep = 15;
+constexpr int64_t kSpareStep = 10;
 
 class DamageBattery : public ::testing::Test {
  protected:
   DamageBattery() {
-    save_sample(files_, directory_.path(), kOldStep, 2);
-    save_sample(files_, directory_.path(), kNewStep, 2);
-    newest_ = checkpoint_path(directory_.path(), kNewStep);
+    save_sample(files_, directory_.path(), kSpareStep, 2);
+    save_sample(files_, directory_.path(), kDamagedStep, 2);
+    newest_ = checkpoint_path(directory_.path(), kDamagedStep);
   }
   std::string read(const std::string& name) {
     return files_.read_file(newest_ + "/" + name, int64_t{1} << 30, Symlinks::refuse);
@@ -39,7 +35,7 @@ class DamageBattery : public ::testing::Test {
       const NewestCheckpoint newest = open_newest_checkpoint(files_, directory_.path());
       step = newest.reader->state().step;
       EXPECT_EQ(newest.reader->state(), sample_state(step));
-      EXPECT_EQ(newest.warnings.size(), step == kNewStep ? 0u : 1u);
+      EXPECT_EQ(newest.warnings.size(), step == kDamagedStep ? 0u : 1u);
     });
     return outcome.code == 0 ? step : -outcome.code;
   }
@@ -62,12 +58,12 @@ TEST_F(DamageBattery, RandomDamageIsAlwaysFound) {
     const std::string bytes = mutate(contents[chosen], random);
     write_text(newest_ + "/" + names[chosen], bytes);
     const bool same = bytes == contents[chosen];
-    ASSERT_EQ(open_step(), same ? kNewStep : kOldStep) << names[chosen] << " mutation " << i;
+    ASSERT_EQ(open_step(), same ? kDamagedStep : kSpareStep) << names[chosen] << " mutation " << i;
     write_text(newest_ + "/" + names[chosen], contents[chosen]);
     unchanged += same ? 1 : 0;
   }
   EXPECT_LT(unchanged, kMutations / 50);
-  EXPECT_EQ(open_step(), kNewStep);
+  EXPECT_EQ(open_step(), kDamagedStep);
   fmt::print("{} mutations of a checkpoint's files: {} changed nothing, the rest were found\n",
              kMutations, unchanged);
 }
@@ -78,7 +74,7 @@ TEST_F(DamageBattery, TruncationAtEveryLengthIsFound) {
     const size_t stride = bytes.size() > 4096 ? 257 : 1;
     for (size_t length = 0; length < bytes.size(); length += stride) {
       write_text(newest_ + "/" + name, bytes.substr(0, length));
-      ASSERT_EQ(open_step(), kOldStep) << name << " " << length;
+      ASSERT_EQ(open_step(), kSpareStep) << name << " " << length;
     }
     write_text(newest_ + "/" + name, bytes);
   }
@@ -88,18 +84,18 @@ TEST_F(DamageBattery, AMissingFileIsFound) {
   for (const std::string& name : files_.list(newest_)) {
     const std::string bytes = read(name);
     files_.remove_file(newest_ + "/" + name);
-    ASSERT_EQ(open_step(), kOldStep) << name;
+    ASSERT_EQ(open_step(), kSpareStep) << name;
     write_text(newest_ + "/" + name, bytes);
   }
 }
 
 TEST_F(DamageBattery, FilesExchangedBetweenCheckpointsAreFound) {
-  const std::string older = checkpoint_path(directory_.path(), kOldStep);
+  const std::string older = checkpoint_path(directory_.path(), kSpareStep);
   for (const std::string& name : files_.list(newest_)) {
     const std::string bytes = read(name);
     write_text(newest_ + "/" + name,
                files_.read_file(older + "/" + name, int64_t{1} << 30, Symlinks::refuse));
-    ASSERT_EQ(open_step(), kOldStep) << name;
+    ASSERT_EQ(open_step(), kSpareStep) << name;
     write_text(newest_ + "/" + name, bytes);
   }
 }

@@ -16,10 +16,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-void write_text(const std::string& path, const std::string& text) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << text;
-}
-
 TEST(Checkpoint, EveryLayoutReadsEveryLayout) {
   for (const int64_t ranks : {1, 2, 3, 8}) {
     const TemporaryDirectory directory;

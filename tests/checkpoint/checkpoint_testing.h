@@ -1,10 +1,12 @@
-// What the checkpoint tests share: temporary directories and the exit code of an expression.
+// What the checkpoint tests share: temporary directories, files, and the exit code of an
+// expression.
 #pragma once
 
 #include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <string>
 
 #include "src/base/check.h"
@@ -36,6 +38,10 @@ class TemporaryDirectory {
 
   std::string path_;
 };
+
+inline void write_text(const std::string& path, const std::string& text) {
+  std::ofstream(path, std::ios::binary | std::ios::trunc) << text;
+}
 
 struct Outcome {
   int code = 0;

@@ -14,6 +14,7 @@
 #include "src/checkpoint/safetensors.h"
 #include "tests/checkpoint/checkpoint_testing.h"
 #include "tests/checkpoint/hf_samples.h"
+#include "tests/tree.h"
 
 namespace cambium {
 namespace {
@@ -216,7 +217,7 @@ TEST(HfWeights, MissingExtraAndMisshapenTensorsAreRefused) {
 
 // The golden directories lie in shared/ beside the checkout, where there is one.
 std::string shared_golden(const std::string& name) {
-  const std::string root = CAMBIUM_SOURCE_DIR;
+  const std::string root = source_directory();
   for (const char* base : {"/../shared", "/../../shared"}) {
     const std::string path = root + base + "/golden/" + name;
     if (std::filesystem::exists(path + "/config.json")) return path;

@@ -15,10 +15,6 @@
 namespace cambium {
 namespace {
 
-void write_text(const std::string& path, const std::string& text) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << text;
-}
-
 int parse_code(const std::string& bytes) {
   return outcome_of([&] { check_safetensors_bytes(bytes); }).code;
 }

@@ -13,6 +13,7 @@
 #include <fstream>
 
 #include "src/base/check.h"
+#include "tests/tree.h"
 
 namespace cambium {
 
@@ -25,15 +26,15 @@ namespace {
   dup2(input, 0);
   dup2(output, 1);
   dup2(output, 2);
-  if (chdir(CAMBIUM_SOURCE_DIR) != 0) _exit(127);
-  std::vector<char*> values = {const_cast<char*>(CAMBIUM_BINARY)};
+  if (chdir(source_directory()) != 0) _exit(127);
+  std::vector<char*> values = {const_cast<char*>(cambium_binary())};
   for (std::string& argument : arguments) values.push_back(argument.data());
   values.push_back(nullptr);
   std::vector<char*> variables;
   for (char** entry = environ; *entry != nullptr; ++entry) variables.push_back(*entry);
   for (std::string& entry : environment) variables.push_back(entry.data());
   variables.push_back(nullptr);
-  execve(CAMBIUM_BINARY, values.data(), variables.data());
+  execve(cambium_binary(), values.data(), variables.data());
   _exit(127);
 }
 

@@ -11,7 +11,7 @@ struct BinaryRun {
   std::string output;  // stdout and stderr as they came
 };
 
-// Runs CAMBIUM_BINARY from the repository's root without stdin; kills it after `limit_s` seconds.
+// Runs cambium from the repository's root without stdin; kills it after `limit_s` seconds.
 // `environment` is added to this process's own ("NAME=value").
 BinaryRun run_binary(const std::vector<std::string>& arguments,
                      const std::vector<std::string>& environment = {}, int limit_s = 60);

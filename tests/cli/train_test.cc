@@ -6,6 +6,7 @@
 
 #include "fmt/format.h"
 #include "tests/cli/run_binary.h"
+#include "tests/tree.h"
 
 namespace cambium {
 
@@ -101,7 +102,7 @@ TEST(Train, EvalAndGenerateReadTheRun) {
 }
 
 TEST(Parity, GoldenModelsPassOnEveryLayout) {
-  const std::string goldens = std::string(CAMBIUM_SOURCE_DIR) + "/../shared/golden/";
+  const std::string goldens = std::string(source_directory()) + "/../shared/golden/";
   if (!std::filesystem::exists(goldens)) GTEST_SKIP() << "skipped: no golden directories";
   for (const char* name : {"qwen3_moe", "mixtral", "olmoe"}) {
     for (const auto& [dp, ep] : {std::pair{1, 1}, {2, 1}, {2, 2}}) {
@@ -109,6 +110,17 @@ TEST(Parity, GoldenModelsPassOnEveryLayout) {
           run_binary({"parity", goldens + name, "--set", fmt::format("parallel.dp={}", dp), "--set",
                       fmt::format("parallel.ep={}", ep)});
       EXPECT_EQ(run.exit_code, 0) << name << ": " << run.output;
+    }
+  }
+}
+
+// The embedding's gradient is the sum of both of its uses, in one reduction mode as in the other.
+TEST(Parity, TiedEmbeddingPassesOnEveryLayout) {
+  const std::string golden = std::string(CAMBIUM_SOURCE_DIR) + "/tests/golden/qwen3_moe_tied";
+  for (const char* layout : {"parallel.dp=1", "parallel.dp=2"}) {
+    for (const char* reduction : {"numerics.reduction=exact", "numerics.reduction=fast"}) {
+      const BinaryRun run = run_binary({"parity", golden, "--set", layout, "--set", reduction});
+      EXPECT_EQ(run.exit_code, 0) << layout << " " << reduction << ": " << run.output;
     }
   }
 }

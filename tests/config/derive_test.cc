@@ -5,6 +5,7 @@
 #include "src/base/error.h"
 #include "src/config/derive.h"
 #include "src/config/presets.h"
+#include "tests/tree.h"
 
 namespace cambium {
 namespace {
@@ -161,7 +162,7 @@ TEST(DeriveNumbers, LayoutsThatDivideAgreeOnBlocks) {
 }
 
 TEST(ConfigFiles, TheProjectsOwnAreValid) {
-  const std::string root = CAMBIUM_SOURCE_DIR;
+  const std::string root = source_directory();
   const Config quickstart = load_config(root + "/configs/quickstart.toml", {});
   EXPECT_EQ(quickstart.name, "quickstart");
   EXPECT_EQ(quickstart.model.layers, 4);

@@ -1,4 +1,4 @@
-// Parity of copy_bytes, zero_bytes, cast_real and scale_values with plain loops.
+// Parity of copy_bytes, zero_bytes, cast_real, scale_values and add_values with plain loops.
 #include "kernels/copy.h"
 #include "tests/ops/copy_cases.h"
 #include "tests/ops/cuda_test.h"
@@ -67,7 +67,22 @@ TEST(CopyOp, CudaAgreesWithTheReference) {
     for (double& element : scaled) element *= 4.0;
     run_cuda_op(scale_values, ScaleValuesArgs{.value_N = value.inout<float>(), .factor = 4.0f});
     EXPECT_TRUE(bits_equal(value, scaled)) << size;
+    for (int64_t i = 0; i < size; ++i) scaled[i] = static_cast<float>(scaled[i]) + wide.at(i);
+    run_cuda_op(add_values,
+                AddValuesArgs{.sum_N = value.inout<float>(), .addend_N = wide.in<float>()});
+    EXPECT_TRUE(bits_equal(value, scaled)) << size;
   }
+}
+
+TEST(CopyOp, AddValuesAddsInPlace) {
+  TestRandom random(4);
+  TestTensor sum(Shape(1001)), addend(Shape(1001));
+  sum.fill_integers(random, -900, 900);
+  addend.fill_integers(random, -900, 900);
+  std::vector<double> want = sum.values();
+  for (size_t i = 0; i < want.size(); ++i) want[i] += addend.values()[i];
+  run_op(add_values, AddValuesArgs{.sum_N = sum.inout<float>(), .addend_N = addend.in<float>()});
+  EXPECT_TRUE(bits_equal(sum, want));
 }
 
 TEST(CopyOp, MustFailWhenAnElementIsMissed) {

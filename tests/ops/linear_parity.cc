@@ -7,7 +7,7 @@ namespace cambium::test {
 namespace {
 
 // Errors of a chain of K roundings: each term is off by at most (K / 2) eps on average.
-constexpr double kChainFactor = 2;
+constexpr double kLinearChainFactor = 2;
 
 constexpr InputFamily kFamilies[] = {InputFamily::integers, InputFamily::normals};
 
@@ -15,7 +15,7 @@ testing::AssertionResult agrees(const TestTensor& actual, std::span<const double
                                 InputFamily family, int64_t terms) {
   if (actual.elements() == 0) return bits_equal(actual, expected);
   if (family == InputFamily::integers) return bits_equal(actual, expected);
-  return within(actual, expected, tolerance(kChainFactor, terms));
+  return within(actual, expected, tolerance(kLinearChainFactor, terms));
 }
 
 TEST(Linear, ForwardAgreesWithOracle) {
@@ -85,7 +85,7 @@ TEST(Linear, Bf16RoundsOnceWhereStored) {
   run_op(linear, LinearArgs{x.in<Real>(), w.in<Real>(), {}, y.out<Real>()});
   run_op(linear, LinearArgs{x.in<Real>(), w.in<Real>(), {}, y_f32.out<Real>()});
   EXPECT_TRUE(bits_equal(y, y_f32.values()));
-  EXPECT_TRUE(within(y_f32, linear_oracle(x, w), tolerance(kChainFactor, c.K)));
+  EXPECT_TRUE(within(y_f32, linear_oracle(x, w), tolerance(kLinearChainFactor, c.K)));
 }
 
 TEST(Linear, EveryElementIsOneChain) {
@@ -222,7 +222,7 @@ TEST(Linear, LongLeavesAndManyRowsKeepTheTree) {
   TestTensor total(Shape(N, K));
   std::memcpy(total.data(), whole.data(), whole.size());
   EXPECT_TRUE(within(total, linear_wgrad_oracle(d_y, x),
-                     tolerance(kChainFactor, total_blocks * block_tokens)));
+                     tolerance(kLinearChainFactor, total_blocks * block_tokens)));
 }
 
 TEST(Linear, ThreadsDoNotChangeBits) {
@@ -364,10 +364,10 @@ TEST(Linear, MustFailWrongOutputIsDetected) {
   TestTensor y(Shape(20, 24));
   run_op(linear, LinearArgs{x.in<Real>(), w.in<Real>(), {}, y.out<Real>()});
   const std::vector<double> expected = linear_oracle(x, w);
-  ASSERT_TRUE(within(y, expected, tolerance(kChainFactor, 64)));
+  ASSERT_TRUE(within(y, expected, tolerance(kLinearChainFactor, 64)));
   // One product of the 64 left out of one element.
   y.set(100, y.at(100) - x.at(100 / 24 * 64) * w.at(100 % 24 * 64));
-  EXPECT_FALSE(within(y, expected, tolerance(kChainFactor, 64)));
+  EXPECT_FALSE(within(y, expected, tolerance(kLinearChainFactor, 64)));
 }
 
 }  // namespace

@@ -5,14 +5,14 @@
 namespace cambium::test {
 namespace {
 
-constexpr float kEpsilon = 1e-6f;
+constexpr float kQkNormEpsilon = 1e-6f;
 constexpr int64_t kPositions = 40;
 
 // Queries, keys and values lie in one fused tensor; views are strided.
 struct QkNormRopeTensors {
   QkNormRopeTensors(const QkNormRopeCase& shape, InputFamily family, DType dtype = DType::f32)
       : c(shape),
-        epsilon(family == InputFamily::integers ? 0.0f : kEpsilon),
+        epsilon(family == InputFamily::integers ? 0.0f : kQkNormEpsilon),
         q(Shape(c.T, c.H, c.Q), dtype, fused()),
         k(Shape(c.T, c.G, c.Q), dtype, fused()),
         q_gain(Shape(gain_width(c.H)), dtype),

@@ -9,12 +9,13 @@
 #include <sstream>
 
 #include "tests/train/run_trace.h"
+#include "tests/tree.h"
 
 namespace cambium::test {
 
 namespace {
 
-constexpr int64_t kSteps = 20;
+constexpr int64_t kGoldenSteps = 20;
 
 std::string describe(const RunTrace& run) {
   std::string text;
@@ -26,8 +27,8 @@ std::string describe(const RunTrace& run) {
 }
 
 void expect_golden(const std::string& name, const Config& config) {
-  const std::string path = std::string(CAMBIUM_SOURCE_DIR) + "/tests/golden_runs/" + name + ".txt";
-  const std::string text = describe(run_trace(config, kSteps, 2));
+  const std::string path = std::string(source_directory()) + "/tests/golden_runs/" + name + ".txt";
+  const std::string text = describe(run_trace(config, kGoldenSteps, 2));
   if (!std::filesystem::exists(path)) {
     std::ofstream(path) << text;
     FAIL() << path << " did not exist and was written; look at it and commit it";
