@@ -1,0 +1,424 @@
+// The tensor cores' kernel of the grouped GEMM: persistent, warp-specialised, one CTA per SM.
+//
+// A CTA computes tiles of 256 rows and 192 columns, 64 of the contracted extent at a time, through
+// four stages of 56 KB. One warpgroup fetches, two multiply: group w owns the 64-row slices w and
+// w + 2 of a tile, 192 accumulators a thread. Group 1 starts a few stages behind group 0, so that
+// one multiplies while the other writes its results out. B is fetched by the copy engine, to both
+// CTAs of a cluster at once; A by the copy engine, or row by row through token indices.
+//
+// D2: the sum of an element runs over 16-wide steps of the contracted extent in ascending order,
+// whatever the tile, the slice or the cut of the rows. Rows beyond a tile's end are not stored.
+// Napkin, up forward at 131072 x 2048 x 1536: 825 GFLOP; 36 bytes from the L2 a cycle and SM at the
+// full rate (4,096 FLOP), 28 in clusters of two.
+#pragma once
+
+#include "kernels/cuda_hopper.cuh"
+#include "kernels/grouped_schedule.cuh"
+
+namespace cambium::cuda {
+
+// Which product: what lies in A and B and what happens to the result.
+enum class Product { up, down, down_dgrad, up_dgrad, wgrad, wgrad_transposed };
+
+template <Product kProduct>
+inline constexpr bool kIsWgrad =
+    kProduct == Product::wgrad || kProduct == Product::wgrad_transposed;
+// A is fetched row by row, through a token index where one is given.
+template <Product kProduct>
+inline constexpr bool kGathersRows =
+    kProduct == Product::up || kProduct == Product::down_dgrad || kIsWgrad<kProduct>;
+// B's contracted extent is its outer one: weights in input gradients, rows in weight gradients.
+template <Product kProduct>
+inline constexpr bool kIsBTransposed = kProduct != Product::up&& kProduct != Product::down;
+
+constexpr int kTileColumns = 192;
+constexpr int kNarrowColumns = 128;  // a last tile with at most so many columns multiplies no more
+constexpr int kTileDepth = 64;
+constexpr int kStages = 4;
+constexpr int kConsumerGroups = 2;
+constexpr int kGroupSlices = kTileSlices / kConsumerGroups;
+constexpr int kGroupedThreads = (1 + kConsumerGroups) * kWarpgroupThreads;
+constexpr int kSliceBytes = kSliceRows * kSwizzleBytes;  // of A: 64 x 64 bf16
+constexpr int kABytes = kTileSlices * kSliceBytes;
+constexpr int kBBytes = kTileColumns * kSwizzleBytes;
+constexpr int kStageBytes = kABytes + kBBytes;
+constexpr int kStartLag = 3;                  // stages by which group 1 follows group 0
+constexpr int kUpColumns = kTileColumns / 2;  // columns of h in a tile: 96 gate and 96 up columns
+static_assert(kUpColumns % 16 == 0, "results are stored 16 columns at a time");
+
+struct GroupedTileParams {
+  CUtensorMap a_map;  // where A comes by the copy engine
+  CUtensorMap b_map;
+  GroupedExtent extent;
+  const __nv_bfloat16* a = nullptr;  // where it comes row by row
+  int64_t a_stride = 0;
+  const int32_t* a_token = nullptr;  // optional
+  const __nv_bfloat16* b = nullptr;  // weight gradients: for the last rows of an expert
+  int64_t b_stride = 0;
+  int F = 0;                               // up, down_dgrad
+  const __nv_bfloat16* gate_up = nullptr;  // down_dgrad
+  int64_t gate_up_stride = 0;
+  __nv_bfloat16* wide = nullptr;  // [R, 2F]: gate_up or its gradient
+  int64_t wide_stride = 0;
+  __nv_bfloat16* narrow = nullptr;  // h, weighted_h, y or d_x
+  int64_t narrow_stride = 0;
+  const float* weight = nullptr;  // optional, of each row
+  float* partial_dot = nullptr;   // down_dgrad, optional: [column tiles, R]
+  int R = 0;
+  float* d_w = nullptr;  // weight gradients: accumulated
+  int64_t d_w_expert_stride = 0;
+  int64_t d_w_stride = 0;
+};
+
+// Shared memory: the stages, then the barriers, then the schedule's table.
+struct GroupedShared {
+  uint32_t stages, full, empty;
+  int* table;
+  __device__ explicit GroupedShared(unsigned char* memory)
+      : stages(shared_address(memory)),
+        full(stages + kStages * kStageBytes),
+        empty(full + 8 * kStages),
+        table(reinterpret_cast<int*>(memory + kStages * kStageBytes + 16 * kStages)) {}
+  __device__ uint32_t a(int stage) const { return stages + stage * kStageBytes; }
+  __device__ uint32_t b(int stage) const { return a(stage) + kABytes; }
+};
+constexpr int grouped_shared_bytes(int experts) {
+  return kStages * kStageBytes + 16 * kStages + 4 * (experts + 1);
+}
+static_assert(grouped_shared_bytes(kMaxExperts) <= 232448, "what a CTA may have");
+
+struct PipelineStage {
+  int index = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++index < kStages) return;
+    index = 0;
+    parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ int slices_of(int rows) { return ceil_divide(rows, kSliceRows); }
+__device__ __forceinline__ int stages_of(const GroupedTile& tile) {
+  return ceil_divide(tile.depth, kTileDepth);
+}
+
+// --- Fetching ---
+
+// B of one stage, by one thread. In a cluster each CTA fetches its half for both.
+template <Product kProduct, int kCluster>
+__device__ __forceinline__ void fetch_b(const GroupedTileParams& p, const GroupedTile& tile, int k,
+                                        uint32_t to, uint32_t barrier, int rank) {
+  const auto copy = [&](uint32_t place, TensorCoordinate at) {
+    if constexpr (kCluster == 1) {
+      copy_tensor(place, p.b_map, barrier, at);
+    } else {
+      copy_tensor_multicast(place, p.b_map, barrier, at, (1 << kCluster) - 1);
+    }
+  };
+  constexpr int kHalfRows = kTileColumns / 2, kHalfDepth = kTileDepth / 2;
+  for (int half = kCluster == 1 ? 0 : rank; half < (kCluster == 1 ? 2 : rank + 1); ++half) {
+    if constexpr (!kIsBTransposed<kProduct>) {
+      const int second = kProduct == Product::up ? p.F : kHalfRows;
+      copy(to + half * kHalfRows * kSwizzleBytes, {k, tile.column0 + half * second, tile.expert});
+    } else {
+      const int outer = kIsWgrad<kProduct> ? 0 : tile.expert;
+      for (int chunk = 0; chunk < kTileColumns / 64; ++chunk) {
+        const int column = tile.column0 + chunk * 64;
+        if (column >= p.extent.columns) break;
+        copy(to + chunk * kSliceBytes + half * kHalfDepth * kSwizzleBytes,
+             {column, tile.depth0 + k + half * kHalfDepth, outer});
+      }
+    }
+  }
+}
+
+template <Product kProduct>
+__device__ __forceinline__ uint32_t b_bytes(const GroupedTileParams& p, const GroupedTile& tile) {
+  if constexpr (!kIsBTransposed<kProduct>) return kBBytes;
+  return min(kTileColumns / 64, ceil_divide(p.extent.columns - tile.column0, 64)) * kSliceBytes;
+}
+
+// A's rows of one tile as offsets in 16 bytes: thread t serves rows t / 8 + 16 i, chunk t % 8.
+struct GatheredRows {
+  static constexpr int kRowStep = kWarpgroupThreads / kSwizzleRows;
+  uint32_t offset[kTileRows / kRowStep];
+
+  __device__ __forceinline__ void find(const GroupedTileParams& p, const GroupedTile& tile) {
+    const int first = static_cast<int>(threadIdx.x) / kSwizzleRows;
+#pragma unroll
+    for (int i = 0; i < kTileRows / kRowStep; ++i) {
+      // Rows beyond the tile's end repeat the last one: they are multiplied and not stored.
+      const int row = tile.row0 + max(0, min(first + i * kRowStep, tile.rows - 1));
+      const int64_t from = p.a_token != nullptr && tile.rows > 0 ? p.a_token[row] : row;
+      offset[i] = static_cast<uint32_t>(from * p.a_stride / 8);
+    }
+  }
+  __device__ __forceinline__ void fetch(const GroupedTileParams& p, int slices, int k,
+                                        uint32_t to) const {
+    const int t = static_cast<int>(threadIdx.x), row = t / kSwizzleRows, chunk = t % kSwizzleRows;
+    const auto* from = reinterpret_cast<const uint4*>(p.a + k) + chunk;
+    to += row * kSwizzleBytes + ((chunk ^ row % kSwizzleRows) << 4);
+    constexpr int kPerSlice = kSliceRows / kRowStep;
+#pragma unroll
+    for (int slice = 0; slice < kTileSlices; ++slice) {
+      if (slice >= slices) break;
+#pragma unroll
+      for (int i = 0; i < kPerSlice; ++i) {
+        copy_16(to + slice * kSliceBytes + i * kRowStep * kSwizzleBytes,
+                from + offset[slice * kPerSlice + i]);
+      }
+    }
+  }
+};
+
+// Rows of a weight gradient's stage: 64 contracted rows, row t / 32 + 4 i by warp t / 32, 16-byte
+// chunk `lane` of the row. Lane i < 16 holds the row that the warp reads at step i, -1 for a row
+// beyond the expert's end, which reads as zeros.
+struct DepthRows {
+  static constexpr int kWarps = kWarpgroupThreads / kWarpLanes;
+  static constexpr int kSteps = kTileDepth / kWarps;
+
+  __device__ static __forceinline__ int find(const GroupedTile& tile, const int32_t* token, int k) {
+    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+    const int at = k + warp + lane * kWarps;
+    if (lane >= kSteps || at >= tile.depth) return -1;
+    return token != nullptr ? token[tile.depth0 + at] : tile.depth0 + at;
+  }
+  __device__ static __forceinline__ void fetch(const __nv_bfloat16* from, int64_t stride,
+                                               int chunks, int row_of_lane, uint32_t to) {
+    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+    const int chunk = lane % kSwizzleRows;
+    to += lane / kSwizzleRows * kSliceBytes;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int row = __shfl_sync(kAllLanes, row_of_lane, i), at = warp + i * kWarps;
+      if (lane >= chunks) continue;
+      copy_16(to + at * kSwizzleBytes + ((chunk ^ at % kSwizzleRows) << 4),
+              from + max(row, 0) * stride + lane * 8, row < 0 ? 0 : 16);
+    }
+  }
+};
+
+// What the epilogue will read from memory, on its way into the L2.
+template <Product kProduct>
+__device__ __forceinline__ void prefetch_results(const GroupedTileParams& p,
+                                                 const GroupedTile& tile) {
+  const int t = static_cast<int>(threadIdx.x);
+  const int columns = min(kTileColumns, p.extent.columns - tile.column0);
+  if constexpr (kIsWgrad<kProduct>) {
+    constexpr bool kIsTransposed = kProduct == Product::wgrad_transposed;
+    const int lines = kIsTransposed ? columns : tile.rows;
+    const uint32_t bytes = 4 * (kIsTransposed ? tile.rows : columns);
+    const float* from = p.d_w + tile.expert * p.d_w_expert_stride;
+    from += kIsTransposed ? tile.column0 * p.d_w_stride + tile.row0
+                          : tile.row0 * p.d_w_stride + tile.column0;
+    if (tile.rows == 0) return;
+    for (int i = t; i < lines; i += kWarpgroupThreads)
+      prefetch_to_l2(from + i * p.d_w_stride, bytes);
+  } else if constexpr (kProduct == Product::down_dgrad) {
+    for (int i = t; i < tile.rows; i += kWarpgroupThreads) {
+      const __nv_bfloat16* from = p.gate_up + (tile.row0 + i) * p.gate_up_stride + tile.column0;
+      prefetch_to_l2(from, 2 * columns);
+      prefetch_to_l2(from + p.F, 2 * columns);
+    }
+  }
+}
+
+template <Product kProduct>
+struct ScheduleOf {
+  template <int kCluster>
+  using type =
+      std::conditional_t<kIsWgrad<kProduct>, DepthSchedule<kCluster>, RowSchedule<kCluster>>;
+};
+template <Product kProduct, int kCluster>
+using Schedule = typename ScheduleOf<kProduct>::template type<kCluster>;
+
+// A and B by the copy engine: one thread.
+template <Product kProduct, int kCluster>
+__device__ __forceinline__ void fetch_tiles(const GroupedTileParams& p, const GroupedShared& shared,
+                                            int rank) {
+  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  PipelineStage stage;
+  GroupedTile tile;
+  while (schedule.next(tile)) {
+    const int slices = slices_of(tile.rows);
+    const uint32_t bytes = b_bytes<kProduct>(p, tile) + slices * kSliceBytes;
+    for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance()) {
+      const uint32_t full = shared.full + 8 * stage.index;
+      wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
+      arrive_expecting(full, bytes);
+      for (int slice = 0; slice < slices; ++slice) {
+        copy_tensor(shared.a(stage.index) + slice * kSliceBytes, p.a_map, full,
+                    {k, tile.row0 + slice * kSliceRows, 0});
+      }
+      fetch_b<kProduct, kCluster>(p, tile, k, shared.b(stage.index), full, rank);
+    }
+  }
+}
+
+// A row by row, B by the copy engine: the whole warpgroup.
+template <Product kProduct, int kCluster>
+__device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
+                                                   const GroupedShared& shared, int rank) {
+  constexpr int kPrefetchStages = 6;
+  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  PipelineStage stage;
+  GroupedTile tile;
+  GatheredRows rows;
+  while (schedule.next(tile)) {
+    const int slices = slices_of(tile.rows);
+    const int prefetch_k = max(0, stages_of(tile) - kPrefetchStages) * kTileDepth;
+    int row_of_lane = 0;
+    if constexpr (kIsWgrad<kProduct>) {
+      row_of_lane = DepthRows::find(tile, p.a_token, 0);
+    } else {
+      rows.find(p, tile);
+    }
+    for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance()) {
+      const uint32_t full = shared.full + 8 * stage.index;
+      const bool is_whole = !kIsWgrad<kProduct> || k + kTileDepth <= tile.depth;
+      if (k == prefetch_k) prefetch_results<kProduct>(p, tile);
+      int next_row_of_lane = 0;
+      if constexpr (kIsWgrad<kProduct>) {
+        next_row_of_lane = DepthRows::find(tile, p.a_token, k + kTileDepth);
+      }
+      wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
+      if (threadIdx.x == 0) {
+        arrive_expecting(full, is_whole ? b_bytes<kProduct>(p, tile) : 0);
+        if (is_whole) {
+          fetch_b<kProduct, kCluster>(p, tile, k, shared.b(stage.index), full, rank);
+        }
+      }
+      __syncwarp();
+      if constexpr (kIsWgrad<kProduct>) {
+        DepthRows::fetch(p.a + tile.row0, p.a_stride, slices * 8, row_of_lane,
+                         shared.a(stage.index));
+        if (!is_whole) {
+          const int columns = min(kTileColumns, p.extent.columns - tile.column0);
+          DepthRows::fetch(p.b + tile.column0, p.b_stride, columns / 8,
+                           DepthRows::find(tile, nullptr, k), shared.b(stage.index));
+        }
+        row_of_lane = next_row_of_lane;
+      } else {
+        rows.fetch(p, slices, k, shared.a(stage.index));
+      }
+      arrive_after_copies(full);
+    }
+  }
+}
+
+// --- Multiplying ---
+
+using Accumulators = float[kGroupSlices][kMostColumns / 2];
+
+// One consumer warpgroup's place.
+struct Consumer {
+  int group, warp, lane;
+  PipelineStage stage;
+  bool has_started = false;
+  __device__ Consumer() {
+    const int t = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
+    group = __shfl_sync(kAllLanes, t / kWarpgroupThreads, 0);
+    warp = t % kWarpgroupThreads / kWarpLanes;
+    lane = t % kWarpLanes;
+  }
+  // Row of the tile: of the group's slice `slice`, upper or lower 8 rows of the warp's 16.
+  __device__ int row(int slice, int half) const {
+    return (slice * kConsumerGroups + group) * kSliceRows + warp * 16 + half * 8 + lane / 4;
+  }
+  __device__ int active_slices(int rows) const {
+    return rows > group * kSliceRows ? (rows > (kConsumerGroups + group) * kSliceRows ? 2 : 1) : 0;
+  }
+};
+
+template <int kCluster>
+__device__ __forceinline__ void release_stage(const GroupedShared& shared, int index, int lane) {
+  const uint32_t empty = shared.empty + 8 * index;
+  if constexpr (kCluster == 1) {
+    if (lane == 0) arrive(empty);
+  } else {
+    if (lane < kCluster) arrive_at(empty, lane);
+  }
+}
+
+// Group 1 waits at its first tile until group 0 is kStartLag stages ahead.
+__device__ __forceinline__ void keep_lag(Consumer& consumer, int index, int stages) {
+  constexpr int kBarrier = 1, kThreads = kConsumerGroups * kWarpgroupThreads;
+  if (consumer.has_started) return;
+  if (consumer.group == 1) {
+    named_barrier_sync(kBarrier, kThreads);
+    consumer.has_started = true;
+  } else if (index == min(kStartLag, stages) - 1) {
+    named_barrier_arrive(kBarrier, kThreads);
+    consumer.has_started = true;
+  }
+}
+
+// acc = A B of the group's first kSlices slices over all stages of a tile; kSlices = 0 only keeps
+// step with the pipeline.
+template <Product kProduct, int kCluster, int kSlices, int kColumns>
+__device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consumer& consumer,
+                                              int stages, Accumulators& acc) {
+  constexpr int kTransposeA = kIsWgrad<kProduct> ? 1 : 0;
+  constexpr int kTransposeB = kIsBTransposed<kProduct> ? 1 : 0;
+  constexpr int kStep = 16;  // of the contracted extent
+  constexpr int kAStep = kTransposeA ? kStep * kSwizzleBytes : kStep * 2;
+  constexpr int kBStep = kTransposeB ? kStep * kSwizzleBytes : kStep * 2;
+  constexpr int kRowGroup = kSwizzleRows * kSwizzleBytes;
+  const uint64_t a_base =
+      matrix_descriptor(shared.a(0) + consumer.group * kSliceBytes, kSliceBytes, kRowGroup);
+  const uint64_t b_base = matrix_descriptor(shared.b(0), kSliceBytes, kRowGroup);
+#pragma unroll
+  for (int slice = 0; slice < kSlices; ++slice) pin_registers(acc[slice]);
+  int previous = 0;
+  for (int i = 0; i < stages; ++i) {
+    keep_lag(consumer, i, stages);
+    const PipelineStage& stage = consumer.stage;
+    wait_barrier(shared.full + 8 * stage.index, stage.parity);
+    if constexpr (kSlices == 0) {
+      release_stage<kCluster>(shared, stage.index, consumer.lane);
+    } else {
+      if constexpr (kGathersRows<kProduct>) fence_async_proxy();
+      const uint64_t at = static_cast<uint64_t>(stage.index * kStageBytes) >> 4;
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kTileDepth / kStep; ++step) {
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+          const uint64_t a_at = at + ((slice * kConsumerGroups * kSliceBytes + step * kAStep) >> 4);
+          wgmma_step<kColumns, kTransposeA, kTransposeB>(
+              acc[slice], a_base + a_at, b_base + at + (step * kBStep >> 4), i + step);
+        }
+      }
+      wgmma_commit();
+      if (i > 0) {
+        wgmma_wait<1>();
+        release_stage<kCluster>(shared, previous, consumer.lane);
+      }
+      previous = stage.index;
+    }
+    consumer.stage.advance();
+  }
+  if constexpr (kSlices > 0) {
+    wgmma_wait<0>();
+    release_stage<kCluster>(shared, previous, consumer.lane);
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) pin_registers(acc[slice]);
+  }
+}
+
+template <Product kProduct, int kCluster, int kSlices>
+__device__ __forceinline__ void multiply_slices(const GroupedTileParams& p,
+                                                const GroupedShared& shared, Consumer& consumer,
+                                                const GroupedTile& tile, Accumulators& acc) {
+  if constexpr (kProduct != Product::up && kSlices > 0) {
+    if (p.extent.columns - tile.column0 <= kNarrowColumns) {
+      multiply_tile<kProduct, kCluster, kSlices, kNarrowColumns>(shared, consumer, stages_of(tile),
+                                                                 acc);
+      return;
+    }
+  }
+  multiply_tile<kProduct, kCluster, kSlices, kTileColumns>(shared, consumer, stages_of(tile), acc);
+}
+
+}  // namespace cambium::cuda
