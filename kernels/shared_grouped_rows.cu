@@ -13,14 +13,14 @@ namespace {
 constexpr int kWarps = 4;
 
 template <class Element>
-struct Rows {
+struct RowsOf {
   Element* data;
   int64_t stride;
   __device__ Element* row(int64_t index) const { return data + index * stride; }
 };
 
 template <class Element>
-Rows<Element> rows_of(const RawView& view) {
+RowsOf<Element> row_view(const RawView& view) {
   return {static_cast<Element*>(view.data), view.row_stride};
 }
 
@@ -28,8 +28,8 @@ Rows<Element> rows_of(const RawView& view) {
 // transpose.
 template <class Element>
 struct RowProduct {
-  Rows<const Element> a;
-  Rows<const Element> w;  // a row is an expert's matrix
+  RowsOf<const Element> a;
+  RowsOf<const Element> w;  // a row is an expert's matrix
   const int32_t* row_token;
   const int32_t* expert_offset;
   int experts, R, depth;
@@ -59,8 +59,8 @@ __device__ __forceinline__ int row_of_warp() {
 }
 
 template <class Element>
-__global__ void up_rows_kernel(RowProduct<Element> p, int F, Rows<Element> gate_up,
-                               Rows<Element> h) {
+__global__ void up_rows_kernel(RowProduct<Element> p, int F, RowsOf<Element> gate_up,
+                               RowsOf<Element> h) {
   const int row = row_of_warp(), lane = threadIdx.x % kWarpLanes;
   if (row >= p.R) return;
   const Element *a = p.a_row(row), *matrix = p.matrix_of(row);
@@ -74,7 +74,7 @@ __global__ void up_rows_kernel(RowProduct<Element> p, int F, Rows<Element> gate_
 
 template <class Element>
 __global__ void scaled_rows_kernel(RowProduct<Element> p, int columns, const float* weight,
-                                   Rows<Element> out) {
+                                   RowsOf<Element> out) {
   const int row = row_of_warp(), lane = threadIdx.x % kWarpLanes;
   if (row >= p.R) return;
   const Element *a = p.a_row(row), *matrix = p.matrix_of(row);
@@ -86,10 +86,10 @@ __global__ void scaled_rows_kernel(RowProduct<Element> p, int columns, const flo
 
 template <class Element>
 struct DownDgradOutputs {
-  Rows<const Element> gate_up;
+  RowsOf<const Element> gate_up;
   const float* weight;
-  Rows<Element> d_gate_up;
-  Rows<Element> weighted_h;
+  RowsOf<Element> d_gate_up;
+  RowsOf<Element> weighted_h;
   float* d_weight;
 };
 
@@ -122,8 +122,8 @@ struct ProductShape {
 template <class Element>
 RowProduct<Element> product_of(const RawView& a, const In<int32_t>& row_token_R, const RawView& w,
                                const In<int32_t>& expert_offset_e1, ProductShape shape) {
-  return {rows_of<const Element>(a),
-          rows_of<const Element>(w),
+  return {row_view<const Element>(a),
+          row_view<const Element>(w),
           row_token_R.pointer(),
           expert_offset_e1.pointer(),
           static_cast<int>(w.shape[0]),
@@ -157,7 +157,7 @@ void grouped_up_rows(const GroupedUpArgs& a, Stream& stream) {
     const auto product =
         product_of<Element>(a.x_RD, a.row_token_R, a.w_up_eND, a.expert_offset_e1, {R, D, D, 1});
     up_rows_kernel<Element><<<blocks_of(R), kThreads, 0, native_stream(stream)>>>(
-        product, static_cast<int>(F), rows_of<Element>(a.gate_up_RN), rows_of<Element>(a.h_RF));
+        product, static_cast<int>(F), row_view<Element>(a.gate_up_RN), row_view<Element>(a.h_RF));
   });
   check_cuda(cudaGetLastError(), "grouped_up_rows");
 }
@@ -169,7 +169,7 @@ void grouped_down_rows(const GroupedDownArgs& a, Stream& stream) {
     const auto product =
         product_of<Element>(a.h_RF, {}, a.w_down_eDF, a.expert_offset_e1, {R, F, F, 1});
     scaled_rows_kernel<Element><<<blocks_of(R), kThreads, 0, native_stream(stream)>>>(
-        product, static_cast<int>(D), a.weight_R.pointer(), rows_of<Element>(a.y_RD));
+        product, static_cast<int>(D), a.weight_R.pointer(), row_view<Element>(a.y_RD));
   });
   check_cuda(cudaGetLastError(), "grouped_down_rows");
 }
@@ -180,9 +180,9 @@ void grouped_down_dgrad_rows(const GroupedDownDgradArgs& a, Stream& stream) {
   with_element(a.d_y_RD, [&]<class Element>() {
     const auto product = product_of<Element>(a.d_y_RD, a.row_token_R, a.w_down_eDF,
                                              a.expert_offset_e1, {R, D, 1, F});
-    const DownDgradOutputs<Element> outputs{rows_of<const Element>(a.gate_up_RN),
-                                            a.weight_R.pointer(), rows_of<Element>(a.d_gate_up_RN),
-                                            rows_of<Element>(a.weighted_h_RF),
+    const DownDgradOutputs<Element> outputs{row_view<const Element>(a.gate_up_RN),
+                                            a.weight_R.pointer(), row_view<Element>(a.d_gate_up_RN),
+                                            row_view<Element>(a.weighted_h_RF),
                                             a.d_weight_R.pointer()};
     down_dgrad_rows_kernel<Element><<<blocks_of(R), kThreads, 0, native_stream(stream)>>>(
         product, static_cast<int>(F), outputs);
@@ -197,7 +197,7 @@ void grouped_up_dgrad_rows(const GroupedUpDgradArgs& a, Stream& stream) {
     const auto product =
         product_of<Element>(a.d_gate_up_RN, {}, a.w_up_eND, a.expert_offset_e1, {R, N, 1, D});
     scaled_rows_kernel<Element><<<blocks_of(R), kThreads, 0, native_stream(stream)>>>(
-        product, static_cast<int>(D), nullptr, rows_of<Element>(a.d_x_RD));
+        product, static_cast<int>(D), nullptr, row_view<Element>(a.d_x_RD));
   });
   check_cuda(cudaGetLastError(), "grouped_up_dgrad_rows");
 }
