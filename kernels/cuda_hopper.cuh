@@ -188,6 +188,25 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from, uint32_t 
                : "memory");
 }
 
+// Adds `bytes` of floats in shared memory to those at `to`, both from a 16-byte boundary.
+__device__ __forceinline__ void add_floats(float* to, uint32_t from, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void commit_additions() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Returns when at most kPending groups of this thread have not been read from shared memory.
+template <int kPending>
+__device__ __forceinline__ void wait_additions_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ void wait_additions() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // This thread's arrival at `barrier` once all its copy_16 so far have landed.
 __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -229,6 +248,9 @@ __device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
 }
 __device__ __forceinline__ void store_shared_float(uint32_t to, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
+__device__ __forceinline__ void store_shared_floats(uint32_t to, float low, float high) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(low), "f"(high) : "memory");
 }
 
 // --- Warpgroup matrix products ---

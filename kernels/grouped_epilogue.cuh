@@ -1,9 +1,9 @@
 // What the grouped GEMM does with a tile's accumulators (kernels/grouped_tile.cuh).
 //
-// Results go through a little shared memory on their way out, so that each memory request is a
-// whole 128-byte line: written from the accumulators' layout, 8 rows of 32 bytes at a time, they
-// would take four times as many requests and 13,000 cycles a tile. bf16 results pass 64 columns of
-// a warp's 16 rows at a time, fp32 ones 32 columns of a warpgroup's 64 rows.
+// Results go through shared memory, so that each memory request is a whole 128-byte line: written
+// from the accumulators' layout, 8 rows of 32 bytes at a time, they take four times as many
+// requests and 13,000 cycles a tile. bf16 results lie as operand tiles do, 64 columns next to each
+// other; fp32 results of weight gradients as padded rows that the copy engine adds to memory.
 #pragma once
 
 #include "kernels/grouped_tile.cuh"
@@ -49,15 +49,19 @@ struct WarpRows {
     const int row = lane / 8 % 2 * 8 + lane % 8, group = 2 * two_groups + lane / 16;
     return scratch + row * kSwizzleBytes + ((group ^ lane % 8) << 4);
   }
+  // Into the scratch, `offset` bytes further.
+  __device__ __forceinline__ void put(const Chunk& chunk, int offset = 0) const {
+#pragma unroll
+    for (int i = 0; i < kChunkGroups / 2; ++i) {
+      store_tiles(tile_place(i) + offset, {chunk.pair[2 * i][0], chunk.pair[2 * i][1],
+                                           chunk.pair[2 * i + 1][0], chunk.pair[2 * i + 1][1]});
+    }
+  }
   // `to` is the chunk's first column in the warp's first row.
   __device__ __forceinline__ void store(const Chunk& chunk, __nv_bfloat16* to,
                                         int64_t stride) const {
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kChunkGroups / 2; ++i) {
-      store_tiles(tile_place(i), {chunk.pair[2 * i][0], chunk.pair[2 * i][1],
-                                  chunk.pair[2 * i + 1][0], chunk.pair[2 * i + 1][1]});
-    }
+    put(chunk);
     __syncwarp();
 #pragma unroll
     for (int pass = 0; pass < 4; ++pass) {
@@ -101,35 +105,6 @@ __device__ __forceinline__ void each_pair(int first_group, Body&& body) {
   }
 }
 
-// up: the tile's first 128 columns are gate, the others up. h is computed from the rounded values.
-__device__ __forceinline__ void finish_up(const GroupedTileParams& p, const GroupedTile& tile,
-                                          const WarpRows& warp, int first_row,
-                                          const Accumulators& acc) {
-  const int64_t row = tile.row0 + first_row;
-  __nv_bfloat16* gate_up = p.wide + row * p.wide_stride + tile.column0;
-  __nv_bfloat16* h = p.narrow + row * p.narrow_stride + tile.column0;
-#pragma unroll
-  for (int c = 0; c < kUpColumns / kChunkColumns; ++c) {
-    const int column = c * kChunkColumns;
-    if (tile.column0 + column >= p.F) break;
-    Chunk gate, up;
-    each_pair(c * kChunkGroups, [&](int g, int half, int at) {
-      constexpr int kUp = kUpColumns / 2;
-      gate.pair[g][half] = pack_pair(acc[at], acc[at + 1]);
-      up.pair[g][half] = pack_pair(acc[at + kUp], acc[at + kUp + 1]);
-    });
-    warp.store(gate, gate_up + column, p.wide_stride);
-    warp.store(up, gate_up + p.F + column, p.wide_stride);
-    each_pair(0, [&](int g, int half, int) {
-      uint32_t& pair = gate.pair[g][half];
-      const uint32_t up_pair = up.pair[g][half];
-      pair = pack_pair(swiglu_value(low_of(pair), low_of(up_pair)),
-                       swiglu_value(high_of(pair), high_of(up_pair)));
-    });
-    warp.store(gate, h + column, p.narrow_stride);
-  }
-}
-
 // Weights of the lane's rows lane / 4 and lane / 4 + 8.
 struct RowWeightPair {
   float of[2] = {1.0f, 1.0f};
@@ -141,23 +116,101 @@ struct RowWeightPair {
   }
 };
 
-// down, up_dgrad: rows scaled by their weight where there is one.
-__device__ __forceinline__ void finish_scaled(const GroupedTileParams& p, const GroupedTile& tile,
-                                              const WarpRows& warp, int first_row,
-                                              const Accumulators& acc) {
-  const int64_t row = tile.row0 + first_row;
-  const RowWeightPair weight(p.weight == nullptr ? nullptr : p.weight + row, warp);
-  __nv_bfloat16* out = p.narrow + row * p.narrow_stride + tile.column0;
+// --- up, down, up_dgrad: consumers leave bf16 results in the scratch, writers bring them out ---
+
+template <Product kProduct>
+inline constexpr int kHandOverThreads = kWarpgroupThreads + kWriteThreads<kProduct>;
+constexpr int kFilledBarrier = 2;   // + consumer group: consumers arrive, writers wait
+constexpr int kEmptiedBarrier = 4;  // + consumer group: writers arrive, consumers wait
+
+// Rows scaled by their weight where there is one.
+template <Product kProduct>
+__device__ __forceinline__ void hand_over(const GroupedTileParams& p, const GroupedTile& tile,
+                                          Consumer& consumer, const WarpRows& warp, int first_row,
+                                          const Accumulators& acc) {
+  const RowWeightPair weight(p.weight == nullptr ? nullptr : p.weight + tile.row0 + first_row,
+                             warp);
+  if (consumer.has_results_out) {
+    named_barrier_sync(kEmptiedBarrier + consumer.group, kHandOverThreads<kProduct>);
+  }
+  consumer.has_results_out = true;
 #pragma unroll
   for (int c = 0; c < kTileColumns / kChunkColumns; ++c) {
-    const int column = c * kChunkColumns;
-    if (tile.column0 + column >= p.extent.columns) break;
     Chunk chunk;
     each_pair(c * kChunkGroups, [&](int g, int half, int at) {
       const float scale = weight.of[half];
       chunk.pair[g][half] = pack_pair(scale * acc[at], scale * acc[at + 1]);
     });
-    warp.store(chunk, out + column, p.narrow_stride);
+    warp.put(chunk, c * kSliceBytes);
+  }
+  named_barrier_arrive(kFilledBarrier + consumer.group, kHandOverThreads<kProduct>);
+}
+
+// 8 results of one row: chunk `piece` of 32.
+__device__ __forceinline__ uint32_t result_place(uint32_t scratch, int row, int piece) {
+  return scratch + piece / 8 * kSliceBytes + row * kSwizzleBytes + ((piece % 8 ^ row % 8) << 4);
+}
+
+__device__ __forceinline__ uint32_t swiglu_pair(uint32_t gate, uint32_t up) {
+  return pack_pair(swiglu_value(low_of(gate), low_of(up)),
+                   swiglu_value(high_of(gate), high_of(up)));
+}
+
+// up: the tile's first 128 columns are gate, the others up; h is computed from the rounded values.
+template <int kThreads>
+__device__ __forceinline__ void write_up(const GroupedTileParams& p, const GroupedTile& tile,
+                                         int first_row, uint32_t scratch) {
+  constexpr int kPieces = kUpColumns / 8;
+  const int t = static_cast<int>(threadIdx.x) - (kWarpgroupThreads - kThreads);
+  const int rows = min(kSliceRows, tile.rows - first_row), piece = t % kPieces;
+  const int column = tile.column0 + piece * 8;
+  if (column >= p.F) return;
+#pragma unroll 4
+  for (int row = t / kPieces; row < rows; row += kThreads / kPieces) {
+    const int64_t at = tile.row0 + first_row + row;
+    const uint4 gate = load_shared_16(result_place(scratch, row, piece));
+    const uint4 up = load_shared_16(result_place(scratch, row, kPieces + piece));
+    __nv_bfloat16* gate_up = p.wide + at * p.wide_stride + column;
+    *reinterpret_cast<uint4*>(gate_up) = gate;
+    *reinterpret_cast<uint4*>(gate_up + p.F) = up;
+    *reinterpret_cast<uint4*>(p.narrow + at * p.narrow_stride + column) =
+        make_uint4(swiglu_pair(gate.x, up.x), swiglu_pair(gate.y, up.y), swiglu_pair(gate.z, up.z),
+                   swiglu_pair(gate.w, up.w));
+  }
+}
+
+template <int kThreads>
+__device__ __forceinline__ void write_rows(const GroupedTileParams& p, const GroupedTile& tile,
+                                           int first_row, uint32_t scratch) {
+  constexpr int kPieces = kTileColumns / 8;
+  const int t = static_cast<int>(threadIdx.x) - (kWarpgroupThreads - kThreads);
+  const int rows = min(kSliceRows, tile.rows - first_row), piece = t % kPieces;
+  const int column = tile.column0 + piece * 8;
+  if (column >= p.extent.columns) return;
+#pragma unroll 8
+  for (int row = t / kPieces; row < rows; row += kThreads / kPieces) {
+    *reinterpret_cast<uint4*>(p.narrow + (tile.row0 + first_row + row) * p.narrow_stride + column) =
+        load_shared_16(result_place(scratch, row, piece));
+  }
+}
+
+template <Product kProduct, int kCluster>
+__device__ __forceinline__ void write_tiles(const GroupedTileParams& p, const GroupedShared& shared,
+                                            int rank) {
+  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  GroupedTile tile;
+  while (schedule.next(tile)) {
+    for (int group = 0; group < kConsumerGroups; ++group) {
+      const int first_row = group * kSliceRows;
+      if (tile.rows <= first_row) break;
+      named_barrier_sync(kFilledBarrier + group, kHandOverThreads<kProduct>);
+      if constexpr (kProduct == Product::up) {
+        write_up<kWriteThreads<kProduct>>(p, tile, first_row, shared.scratch(group));
+      } else {
+        write_rows<kWriteThreads<kProduct>>(p, tile, first_row, shared.scratch(group));
+      }
+      named_barrier_arrive(kEmptiedBarrier + group, kHandOverThreads<kProduct>);
+    }
   }
 }
 
@@ -203,71 +256,59 @@ __device__ __forceinline__ void finish_down_dgrad(const GroupedTileParams& p,
   }
 }
 
-// wgrad: added to the expert's fp32 matrix by the tile's only owner, 64 rows and 32 columns of the
-// tile at a time. Transposed: the tile's rows are the matrix's columns.
+// wgrad: the copy engine adds to the expert's fp32 matrix, 64 rows and 64 columns of the tile at a
+// time, through two buffers. Transposed: the tile's rows are the matrix's columns. An element
+// belongs to one tile and is added to once: there is no order that could change its bits.
 template <Product kProduct>
 __device__ __forceinline__ void finish_wgrad(const GroupedTileParams& p, const GroupedTile& tile,
-                                             const Consumer& consumer, uint32_t scratch,
+                                             Consumer& consumer, uint32_t scratch,
                                              const Accumulators& acc) {
   constexpr bool kIsTransposed = kProduct == Product::wgrad_transposed;
-  constexpr int kColumns = 32, kChunks = kTileColumns / kColumns;
-  constexpr int kInner = kIsTransposed ? kSliceRows : kColumns;  // contiguous in the matrix
-  constexpr int kPitch = 4 * kInner + 16;  // bytes; the padding keeps lanes off each other's banks
-  constexpr int kLanesPerLine = kInner / 4, kLines = kWarpgroupThreads / kLanesPerLine;
-  constexpr int kPasses = kSliceRows * kColumns / (4 * kWarpgroupThreads);
-  static_assert((kIsTransposed ? kColumns : kSliceRows) * kPitch <= kScratchBytes);
+  constexpr int kSide = 64, kLineBytes = 4 * kSide;
+  constexpr int kPitch = kLineBytes + 16;  // the padding keeps lanes off each other's banks
+  static_assert(2 * kSide * kPitch <= kScratchBytes);
   const int t = consumer.warp * kWarpLanes + consumer.lane, q = consumer.lane % 4;
-  const int barrier = 2 + consumer.group;
-  const int line = t / kLanesPerLine, inner = t % kLanesPerLine * 4;
+  const int barrier = kFilledBarrier + consumer.group;
   const int64_t row = tile.row0 + consumer.group * kSliceRows;
   const int64_t column_step = kIsTransposed ? p.d_w_stride : 1;
-  float* place = p.d_w + tile.expert * p.d_w_expert_stride + line * p.d_w_stride + inner +
-                 row * (kIsTransposed ? 1 : p.d_w_stride) + tile.column0 * column_step;
-  const auto old_at = [&](int chunk, int pass) {
-    return reinterpret_cast<float4*>(place + chunk * kColumns * column_step +
-                                     pass * kLines * p.d_w_stride);
-  };
+  float* line = p.d_w + tile.expert * p.d_w_expert_stride + t * p.d_w_stride +
+                row * (kIsTransposed ? 1 : p.d_w_stride) + tile.column0 * column_step;
 #pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    if (tile.column0 + chunk * kColumns >= p.extent.columns) break;
-    float4 old[kPasses];
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) old[pass] = *old_at(chunk, pass);
+  for (int chunk = 0; chunk < kTileColumns / kSide; ++chunk) {
+    if (tile.column0 + chunk * kSide >= p.extent.columns) break;
+    const uint32_t buffer = scratch + consumer.chunks_out++ % 2 * kSide * kPitch;
+    wait_additions_read<1>();
     named_barrier_sync(barrier, kWarpgroupThreads);
-#pragma unroll
-    for (int i = 0; i < kColumns / 2;
-         ++i) {  // accumulators of 4 column groups, 2 halves, 2 columns
-      const int column = i / 4 * 8 + 2 * q + i % 2;
-      const int m = consumer.warp * kWarpRows + consumer.lane / 4 + i / 2 % 2 * 8;
-      const int outer = kIsTransposed ? column : m, at = kIsTransposed ? m : column;
-      store_shared_float(scratch + outer * kPitch + 4 * at, acc[chunk * (kColumns / 2) + i]);
-    }
+    each_pair(chunk * kChunkGroups, [&](int g, int half, int at) {
+      const int column = 8 * g + 2 * q;
+      const int m = consumer.warp * kWarpRows + consumer.lane / 4 + 8 * half;
+      if constexpr (kIsTransposed) {
+        store_shared_float(buffer + column * kPitch + 4 * m, acc[at]);
+        store_shared_float(buffer + (column + 1) * kPitch + 4 * m, acc[at + 1]);
+      } else {
+        store_shared_floats(buffer + m * kPitch + 4 * column, acc[at], acc[at + 1]);
+      }
+    });
+    fence_async_proxy();
     named_barrier_sync(barrier, kWarpgroupThreads);
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const uint4 raw = load_shared_16(scratch + (line + pass * kLines) * kPitch + 4 * inner);
-      *old_at(chunk, pass) =
-          make_float4(old[pass].x + __uint_as_float(raw.x), old[pass].y + __uint_as_float(raw.y),
-                      old[pass].z + __uint_as_float(raw.z), old[pass].w + __uint_as_float(raw.w));
-    }
+    if (t < kSide) add_floats(line + chunk * kSide * column_step, buffer + t * kPitch, kLineBytes);
+    commit_additions();
   }
 }
 
 template <Product kProduct>
 __device__ __forceinline__ void finish_tile(const GroupedTileParams& p, const GroupedTile& tile,
-                                            const Consumer& consumer, uint32_t scratch,
+                                            Consumer& consumer, uint32_t scratch,
                                             const Accumulators& acc) {
   const int first_row = consumer.first_row();
   const WarpRows warp{scratch + consumer.warp * kWarpScratchBytes, consumer.lane,
                       max(0, min(kWarpRows, tile.rows - first_row))};
-  if constexpr (kProduct == Product::up) {
-    finish_up(p, tile, warp, first_row, acc);
+  if constexpr (kHasWriters<kProduct>) {
+    hand_over<kProduct>(p, tile, consumer, warp, first_row, acc);
   } else if constexpr (kProduct == Product::down_dgrad) {
     finish_down_dgrad(p, tile, warp, first_row, acc);
-  } else if constexpr (kIsWgrad<kProduct>) {
-    finish_wgrad<kProduct>(p, tile, consumer, scratch, acc);
   } else {
-    finish_scaled(p, tile, warp, first_row, acc);
+    finish_wgrad<kProduct>(p, tile, consumer, scratch, acc);
   }
 }
 
@@ -288,17 +329,17 @@ __device__ __forceinline__ void multiply_tiles(const GroupedTileParams& p,
       skip_tile<kCluster>(shared, consumer, stages_of(tile));
     }
   }
+  if constexpr (kIsWgrad<kProduct>) wait_additions();
 }
 
 template <Product kProduct, int kCluster>
 __global__ void __launch_bounds__(kGroupedThreads, 1)
     grouped_tile_kernel(const __grid_constant__ GroupedTileParams p) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
   const GroupedShared shared(memory);
   const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
   if (threadIdx.x == 0) {
-    constexpr int kFillers = kGathersRows<kProduct> ? 1 + kWarpgroupThreads : 1;
+    constexpr int kFillers = kGathersRows<kProduct> ? 1 + kFetchThreads<kProduct> : 1;
     constexpr int kWarps = kConsumerGroups * kWarpgroupThreads / kWarpLanes;
     for (int stage = 0; stage < kStages; ++stage) {
       init_barrier(shared.full + 8 * stage, kFillers);
@@ -315,7 +356,9 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
   if constexpr (kCluster > 1) cluster_sync();
   if (threadIdx.x < kWarpgroupThreads) {
     give_registers<kProducerRegisters>();
-    if constexpr (kGathersRows<kProduct>) {
+    if (threadIdx.x >= kFetchThreads<kProduct>) {
+      if constexpr (kHasWriters<kProduct>) write_tiles<kProduct, kCluster>(p, shared, rank);
+    } else if constexpr (kGathersRows<kProduct>) {
       fetch_tiles_by_row<kProduct, kCluster>(p, shared, rank);
     } else {
       if (threadIdx.x == 0) fetch_tiles<kProduct, kCluster>(p, shared, rank);

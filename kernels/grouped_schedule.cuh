@@ -1,9 +1,9 @@
 // Which tiles of a grouped GEMM a cluster of CTAs owns, from device offsets.
 //
-// RowSchedule: rows are ragged. An expert's rows are cut into slices of 64 and its slices evenly
-// into items of at most 2 per CTA, so that no item is nearly empty; where the last round would keep
-// only a few CTAs busy, its items are cut further. A row's bits do not depend on the cut: its
-// contraction runs in the same order in any tile (D2).
+// RowSchedule: rows are ragged. An expert's rows are cut into slices of 64 and its slices into
+// items of a whole tile per CTA; all whole items go first, expert by expert, then what is left of
+// each expert, evenly over the cluster's CTAs, largest first, so that the last round is short. A
+// row's bits do not depend on the cut: its contraction runs in the same order in any tile (D2).
 // DepthSchedule: the contracted extent is ragged (weight gradients). Experts go by falling row
 // count, rounds alternate in direction, so that the loads of CTAs differ by less than one tile.
 #pragma once
@@ -17,11 +17,12 @@ constexpr int kTileSlices = 2;
 constexpr int kTileRows = kTileSlices * kSliceRows;
 constexpr int kMaxExperts = 512;
 
-// What the schedule keeps in shared memory: the experts' offsets, and the first item of each expert
-// or the experts by falling row count.
+// What the schedule keeps in shared memory.
 struct GroupedTable {
   int offset[kMaxExperts + 1];
-  int entry[kMaxExperts + 1];
+  int first_item[kMaxExperts + 1];  // RowSchedule: whole items before each expert's
+  int order[kMaxExperts];           // experts by falling rest, or by falling row count
+  int ordered;                      // how many of them have any
 };
 
 struct GroupedExtent {
@@ -51,64 +52,68 @@ __device__ __forceinline__ void load_offsets(const GroupedExtent& extent, Groupe
   }
 }
 
+// Fills order with the experts by falling size(x), those of size 0 left out. All threads of the
+// block call it.
+template <class Size>
+__device__ __forceinline__ void order_experts(int experts, GroupedTable& table, Size&& size) {
+  for (int x = threadIdx.x; x < experts; x += blockDim.x) {
+    const int mine = size(x);
+    int before = 0, any = 0;
+    for (int y = 0; y < experts; ++y) {
+      const int other = size(y);
+      before += other > mine || (other == mine && y < x) ? 1 : 0;
+      any += other > 0 ? 1 : 0;
+    }
+    if (mine > 0) table.order[before] = x;
+    if (x == 0) table.ordered = any;
+  }
+}
+
 template <int kCluster>
 class RowSchedule {
  public:
-  // Fills the entries with the first item of each expert, and the number of items at the end.
+  static constexpr int kItemSlices = kTileSlices * kCluster;
+
+  __device__ static int slices_of(const GroupedTable& table, int x) {
+    return ceil_divide(table.offset[x + 1] - table.offset[x], kSliceRows);
+  }
   __device__ static void build(const GroupedExtent& extent, GroupedTable& table) {
-    const int lane = threadIdx.x;
-    if (lane >= kWarpLanes) return;
-    int carry = 0;
-    for (int first = 0; first < extent.experts; first += kWarpLanes) {
-      const int x = first + lane;
+    for (int x = threadIdx.x; x <= extent.experts; x += blockDim.x) {
       int items = 0;
-      if (x < extent.experts) {
-        const int slices = ceil_divide(table.offset[x + 1] - table.offset[x], kSliceRows);
-        items = ceil_divide(slices, kTileSlices * kCluster);
-      }
-      int sum = items;
-      for (int step = 1; step < kWarpLanes; step *= 2) {
-        const int before = __shfl_up_sync(kAllLanes, sum, step);
-        if (lane >= step) sum += before;
-      }
-      if (x < extent.experts) table.entry[x] = carry + sum - items;
-      carry += __shfl_sync(kAllLanes, sum, kWarpLanes - 1);
+      for (int y = 0; y < x; ++y) items += slices_of(table, y) / kItemSlices;
+      table.first_item[x] = items;
     }
-    if (lane == 0) table.entry[extent.experts] = carry;
+    order_experts(extent.experts, table, [&](int x) { return slices_of(table, x) % kItemSlices; });
   }
 
   __device__ RowSchedule(const GroupedExtent& extent, const GroupedTable& table, int rank)
       : extent_(extent), table_(table), rank_(rank) {
-    clusters_ = static_cast<int>(gridDim.x) / kCluster;
     column_tiles_ = ceil_divide(extent.columns, extent.columns_of_tile);
-    const int items = table.entry[extent.experts] * column_tiles_;
-    whole_ = items / clusters_ * clusters_;
-    const int rest = items - whole_;
-    parts_ = 2 * rest <= clusters_ ? 2 : 1;
-    units_ = whole_ + rest * parts_;
-    unit_ = static_cast<int>(blockIdx.x) / kCluster;
+    item_ = static_cast<int>(blockIdx.x) / kCluster;
   }
 
   __device__ bool next(GroupedTile& tile) {
-    if (unit_ >= units_) return false;
-    const int cut = max(0, unit_ - whole_);  // units of the last round count parts
-    const int item = min(unit_, whole_) + cut / parts_, part = cut % parts_;
-    const int parts = unit_ >= whole_ ? parts_ : 1;
-    unit_ += clusters_;
-    const int row_item = item / column_tiles_;
-    while (row_item >= table_.entry[expert_ + 1]) ++expert_;
+    const int whole = table_.first_item[extent_.experts];
+    const int row_item = item_ / column_tiles_;
+    if (row_item >= whole + table_.ordered) return false;
+    tile.column0 = (item_ - row_item * column_tiles_) * extent_.columns_of_tile;
+    item_ += static_cast<int>(gridDim.x) / kCluster;
+    int first, count = kItemSlices;
+    if (row_item < whole) {
+      while (row_item >= table_.first_item[expert_ + 1]) ++expert_;
+      first = (row_item - table_.first_item[expert_]) * kItemSlices;
+    } else {
+      expert_ = table_.order[row_item - whole];
+      const int slices = slices_of(table_, expert_);
+      count = slices % kItemSlices;
+      first = slices - count;
+    }
     const int begin = table_.offset[expert_], end = table_.offset[expert_ + 1];
-    const int slices = ceil_divide(end - begin, kSliceRows);
-    const int items = table_.entry[expert_ + 1] - table_.entry[expert_];
-    const int m = row_item - table_.entry[expert_];
-    const int first = slices * m / items, count = slices * (m + 1) / items - first;
-    const int shares = parts * kCluster, share = part * kCluster + rank_;
-    const int mine = first + count * share / shares;
-    const int mine_end = first + count * (share + 1) / shares;
+    const int mine = first + count * rank_ / kCluster;
+    const int mine_end = first + count * (rank_ + 1) / kCluster;
     tile.expert = expert_;
     tile.row0 = begin + mine * kSliceRows;
     tile.rows = min(end, begin + mine_end * kSliceRows) - tile.row0;
-    tile.column0 = (item - row_item * column_tiles_) * extent_.columns_of_tile;
     tile.depth0 = 0;
     tile.depth = extent_.depth;
     return true;
@@ -118,33 +123,17 @@ class RowSchedule {
   const GroupedExtent& extent_;
   const GroupedTable& table_;
   int rank_;
-  int clusters_, unit_, column_tiles_;
-  int whole_;  // items before the last round
-  int parts_;  // of each item of the last round
-  int units_;
+  int column_tiles_;
+  int item_;
   int expert_ = 0;
 };
 
 template <int kCluster>
 class DepthSchedule {
  public:
-  // Fills the entries with the experts by falling row count, then the number of those that have
-  // rows.
   __device__ static void build(const GroupedExtent& extent, GroupedTable& table) {
-    if (threadIdx.x == 0) {
-      int count = 0;
-      for (int x = 0; x < extent.experts; ++x) count += table.offset[x + 1] > table.offset[x];
-      table.entry[extent.experts] = count;
-    }
-    for (int x = threadIdx.x; x < extent.experts; x += blockDim.x) {
-      const int rows = table.offset[x + 1] - table.offset[x];
-      int before = 0;
-      for (int y = 0; y < extent.experts; ++y) {
-        const int other = table.offset[y + 1] - table.offset[y];
-        before += other > rows || (other == rows && y < x) ? 1 : 0;
-      }
-      table.entry[before] = x;
-    }
+    order_experts(extent.experts, table,
+                  [&](int x) { return table.offset[x + 1] - table.offset[x]; });
   }
 
   __device__ DepthSchedule(const GroupedExtent& extent, const GroupedTable& table, int rank)
@@ -152,7 +141,7 @@ class DepthSchedule {
     clusters_ = static_cast<int>(gridDim.x) / kCluster;
     row_tiles_ = ceil_divide(extent.rows, kTileRows * kCluster);
     expert_tiles_ = row_tiles_ * ceil_divide(extent.columns, extent.columns_of_tile);
-    items_ = table.entry[extent.experts] * expert_tiles_;
+    items_ = table.ordered * expert_tiles_;
   }
 
   __device__ bool next(GroupedTile& tile) {
@@ -162,7 +151,7 @@ class DepthSchedule {
     if (item >= items_) return false;  // only the last round has fewer items than clusters
     const int order = item / expert_tiles_, local = item - order * expert_tiles_;
     const int column_tile = local / row_tiles_, row_tile = local - column_tile * row_tiles_;
-    tile.expert = table_.entry[order];
+    tile.expert = table_.order[order];
     tile.row0 = (row_tile * kCluster + rank_) * kTileRows;
     tile.rows = max(0, min(kTileRows, extent_.rows - tile.row0));
     tile.column0 = column_tile * extent_.columns_of_tile;

@@ -33,16 +33,32 @@ inline constexpr bool kIsBTransposed = kProduct != Product::up&& kProduct != Pro
 
 constexpr int kTileColumns = 256;
 constexpr int kTileDepth = 64;
-constexpr int kStages = 4;
-constexpr int kConsumerGroups = kTileSlices;  // a slice of 64 rows each
-constexpr int kGroupedThreads = (1 + kConsumerGroups) * kWarpgroupThreads;
+constexpr int kStages = 3;
+constexpr int kConsumerGroups = kTileSlices;             // a slice of 64 rows each
 constexpr int kSliceBytes = kSliceRows * kSwizzleBytes;  // 64 x 64 bf16
 constexpr int kABytes = kTileSlices * kSliceBytes;
 constexpr int kBBytes = kTileColumns * kSwizzleBytes;
 constexpr int kStageBytes = kABytes + kBBytes;
-constexpr int kStartLag = 2;                  // group 1 starts when group 0 is at this stage
 constexpr int kUpColumns = kTileColumns / 2;  // columns of h in a tile: as many gate and up columns
-constexpr int kScratchBytes = 9216;           // of each consumer group, for its results
+constexpr int kScratchBytes = 2 * 64 * (64 * 4 + 16);  // of each consumer group, for its results
+static_assert(kScratchBytes >= kSliceRows * kTileColumns * 2, "a group's bf16 results");
+
+constexpr int kGroupedThreads = (1 + kConsumerGroups) * kWarpgroupThreads;
+
+// Threads of the first warpgroup that fetch; the others write results out, where there are any.
+template <Product kProduct>
+inline constexpr int kFetchThreads = kProduct == Product::up  ? 2 * kWarpLanes
+                                     : kGathersRows<kProduct> ? kWarpgroupThreads
+                                                              : kWarpLanes;
+template <Product kProduct>
+inline constexpr int kWriteThreads = kWarpgroupThreads - kFetchThreads<kProduct>;
+template <Product kProduct>
+inline constexpr bool kHasWriters = kFetchThreads<kProduct> < kWarpgroupThreads;
+
+// Registers per thread after the warpgroups have exchanged them: what 384 threads start with.
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+static_assert(kProducerRegisters + kConsumerGroups * kConsumerRegisters <= 3 * 168,
+              "a warpgroup would wait for registers that do not exist");
 
 struct GroupedTileParams {
   CUtensorMap a_map;  // where A comes by the copy engine
@@ -139,9 +155,12 @@ __device__ __forceinline__ uint32_t b_bytes(const GroupedTileParams& p, const Gr
   return min(kTileColumns / 64, ceil_divide(p.extent.columns - tile.column0, 64)) * kSliceBytes;
 }
 
-// A's rows of one tile as offsets in 16 bytes: thread t serves rows t / 8 + 16 i, chunk t % 8.
+// A's rows of one tile as offsets in 16 bytes: thread t serves rows t / 8 + kRowStep i, chunk t
+// % 8.
+template <int kThreads>
 struct GatheredRows {
-  static constexpr int kRowStep = kWarpgroupThreads / kSwizzleRows;
+  static constexpr int kRowStep = kThreads / kSwizzleRows;
+  static_assert(kRowStep % kSwizzleRows == 0, "a thread's rows have one swizzle");
   uint32_t offset[kTileRows / kRowStep];
 
   __device__ __forceinline__ void find(const GroupedTileParams& p, const GroupedTile& tile) {
@@ -172,30 +191,40 @@ struct GatheredRows {
   }
 };
 
-// Rows of a weight gradient's stage: 64 contracted rows, row t / 32 + 4 i by warp t / 32, 16-byte
-// chunk `lane` of the row. Lane i < 16 holds the row that the warp reads at step i, -1 for a row
-// beyond the expert's end, which reads as zeros.
+// Rows of a weight gradient's stage: 64 contracted rows of kChunks times 16 bytes, a lane a chunk.
+// Each warp serves 16 rows; its lane j < 16 finds the j-th, as an offset in 16 bytes. Rows beyond
+// the expert's end read as zeros.
+template <int kChunks>
 struct DepthRows {
   static constexpr int kWarps = kWarpgroupThreads / kWarpLanes;
-  static constexpr int kSteps = kTileDepth / kWarps;
+  static constexpr int kRowsPerStep = kWarpLanes / kChunks;  // of a warp
+  static constexpr int kSteps = kTileDepth / (kWarps * kRowsPerStep);
+  static constexpr uint32_t kNoRow = ~0u;
 
-  __device__ static __forceinline__ int find(const GroupedTile& tile, const int32_t* token, int k) {
-    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-    const int at = k + warp + lane * kWarps;
-    if (lane >= kSteps || at >= tile.depth) return -1;
-    return token != nullptr ? token[tile.depth0 + at] : tile.depth0 + at;
+  __device__ static __forceinline__ int row_at(int step, int place, int warp) {
+    return (step * kWarps + warp) * kRowsPerStep + place;
   }
-  __device__ static __forceinline__ void fetch(const __nv_bfloat16* from, int64_t stride,
-                                               int chunks, int row_of_lane, uint32_t to) {
+  __device__ static __forceinline__ uint32_t find(const GroupedTile& tile, const int32_t* token,
+                                                  int64_t stride, int k) {
     const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-    const int chunk = lane % kSwizzleRows;
-    to += lane / kSwizzleRows * kSliceBytes;
+    const int at = k + row_at(lane / kRowsPerStep, lane % kRowsPerStep, warp);
+    if (lane >= kSteps * kRowsPerStep || at >= tile.depth) return kNoRow;
+    const int64_t row = token != nullptr ? token[tile.depth0 + at] : tile.depth0 + at;
+    return static_cast<uint32_t>(row * stride / 8);
+  }
+  __device__ static __forceinline__ void fetch(const __nv_bfloat16* from, int chunks,
+                                               uint32_t row_of_lane, uint32_t to) {
+    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+    const int chunk = lane % kChunks, place = lane / kChunks;
+    const auto* source = reinterpret_cast<const uint4*>(from) + chunk;
+    to += chunk / kSwizzleRows * kSliceBytes;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int row = __shfl_sync(kAllLanes, row_of_lane, i), at = warp + i * kWarps;
-      if (lane >= chunks) continue;
-      copy_16(to + at * kSwizzleBytes + ((chunk ^ at % kSwizzleRows) << 4),
-              from + max(row, 0) * stride + lane * 8, row < 0 ? 0 : 16);
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t offset = __shfl_sync(kAllLanes, row_of_lane, step * kRowsPerStep + place);
+      const int at = row_at(step, place, warp);
+      const uint32_t target = to + at * kSwizzleBytes + ((chunk % 8 ^ at % 8) << 4);
+      if (chunk >= chunks) continue;
+      copy_16(target, source + (offset == kNoRow ? 0 : offset), offset == kNoRow ? 0 : 16);
     }
   }
 };
@@ -268,16 +297,18 @@ template <Product kProduct, int kCluster>
 __device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
                                                    const GroupedShared& shared, int rank) {
   constexpr int kPrefetchStages = 6;
+  using RowsOfA = DepthRows<kTileRows / 8>;
+  using RowsOfB = DepthRows<kTileColumns / 8>;
   Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
   PipelineStage stage;
   GroupedTile tile;
-  GatheredRows rows;
+  GatheredRows<kFetchThreads<kProduct>> rows;
   while (schedule.next(tile)) {
     const int slices = slices_of(tile.rows);
     const int prefetch_k = max(0, stages_of(tile) - kPrefetchStages) * kTileDepth;
-    int row_of_lane = 0;
+    uint32_t row_of_lane = 0;
     if constexpr (kIsWgrad<kProduct>) {
-      row_of_lane = DepthRows::find(tile, p.a_token, 0);
+      row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, 0);
     } else {
       rows.find(p, tile);
     }
@@ -285,9 +316,9 @@ __device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
       const uint32_t full = shared.full + 8 * stage.index;
       const bool is_whole = !kIsWgrad<kProduct> || k + kTileDepth <= tile.depth;
       if (k == prefetch_k) prefetch_results<kProduct>(p, tile);
-      int next_row_of_lane = 0;
+      uint32_t next_row_of_lane = 0;
       if constexpr (kIsWgrad<kProduct>) {
-        next_row_of_lane = DepthRows::find(tile, p.a_token, k + kTileDepth);
+        next_row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, k + kTileDepth);
       }
       wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
       if (threadIdx.x == 0) {
@@ -298,12 +329,11 @@ __device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
       }
       __syncwarp();
       if constexpr (kIsWgrad<kProduct>) {
-        DepthRows::fetch(p.a + tile.row0, p.a_stride, slices * 8, row_of_lane,
-                         shared.a(stage.index));
+        RowsOfA::fetch(p.a + tile.row0, slices * 8, row_of_lane, shared.a(stage.index));
         if (!is_whole) {
           const int columns = min(kTileColumns, p.extent.columns - tile.column0);
-          DepthRows::fetch(p.b + tile.column0, p.b_stride, columns / 8,
-                           DepthRows::find(tile, nullptr, k), shared.b(stage.index));
+          RowsOfB::fetch(p.b + tile.column0, columns / 8,
+                         RowsOfB::find(tile, nullptr, p.b_stride, k), shared.b(stage.index));
         }
         row_of_lane = next_row_of_lane;
       } else {
@@ -322,7 +352,8 @@ using Accumulators = float[kTileColumns / 2];
 struct Consumer {
   int group, warp, lane;
   PipelineStage stage;
-  bool has_started = false;
+  bool has_results_out = false;  // the scratch was used before
+  int chunks_out = 0;            // of weight gradients
   __device__ Consumer() {
     const int t = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
     group = __shfl_sync(kAllLanes, t / kWarpgroupThreads, 0);
@@ -342,19 +373,6 @@ __device__ __forceinline__ void release_stage(const GroupedShared& shared, int i
   }
 }
 
-// Group 1 waits at its first tile until group 0 is at stage kStartLag.
-__device__ __forceinline__ void keep_lag(Consumer& consumer, int index, int stages) {
-  constexpr int kBarrier = 1, kThreads = kConsumerGroups * kWarpgroupThreads;
-  if (consumer.has_started) return;
-  if (consumer.group == 1) {
-    named_barrier_sync(kBarrier, kThreads);
-    consumer.has_started = true;
-  } else if (index == min(kStartLag, stages) - 1) {
-    named_barrier_arrive(kBarrier, kThreads);
-    consumer.has_started = true;
-  }
-}
-
 // acc = A B of the group's slice over all stages of a tile.
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consumer& consumer,
@@ -371,7 +389,6 @@ __device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consu
   pin_registers(acc);
   int previous = 0;
   for (int i = 0; i < stages; ++i) {
-    keep_lag(consumer, i, stages);
     const PipelineStage& stage = consumer.stage;
     wait_barrier(shared.full + 8 * stage.index, stage.parity);
     if constexpr (kGathersRows<kProduct>) fence_async_proxy();
@@ -400,7 +417,6 @@ template <int kCluster>
 __device__ __forceinline__ void skip_tile(const GroupedShared& shared, Consumer& consumer,
                                           int stages) {
   for (int i = 0; i < stages; ++i) {
-    keep_lag(consumer, i, stages);
     wait_barrier(shared.full + 8 * consumer.stage.index, consumer.stage.parity);
     release_stage<kCluster>(shared, consumer.stage.index, consumer.lane);
     consumer.stage.advance();
