@@ -76,7 +76,7 @@ follows_cpu() {
       if (n > 20) { cpu += $1; gpu += $2 } }
     END { mean = gpu / cpu - 1; printf "relative difference: first 5 at most %.1e, mean of the " \
             "last 10 %.1e (%.4f, %.4f)\n", first, mean, cpu / 10, gpu / 10;
-          exit !(n == 30 && first < 1e-3 && mean < 5e-3 && mean > -5e-3) }'
+          exit !(n == 30 && first < 1e-3 && mean < 2e-2 && mean > -2e-2) }'
   local status=$?
   rm -rf "$work/cpu" "$work/gpu"
   return $status
