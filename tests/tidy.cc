@@ -120,6 +120,9 @@ const std::vector<IncludeRule>& include_table() {
       // model.path names a Hugging Face directory: the parser asks its reader for the dimensions.
       {"src/config/load.cc",
        {"src/config/", "src/base/", "kernels/", "src/checkpoint/hf_config.h"}},
+      // Rules between keys ask the pipeline schedules what they need: host arithmetic.
+      {"src/config/derive.cc",
+       {"src/config/", "src/base/", "kernels/", "src/parallel/schedule.h"}},
       {"src/config/", {"src/config/", "src/base/", "kernels/"}},
       {"src/",
        {"src/base/", "src/config/", "src/comm/", "src/model/", "src/parallel/", "src/optim/",

@@ -58,8 +58,12 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
       at(mesh_coordinates(mesh, rank_environment.rank())),
       arena(INT64_MAX / 2, rank_environment.poison(), address_space(run_config.run.device)),
       compute(rank_environment.make_stream("compute")),
-      comm(rank_environment.make_stream("comm")) {
+      comm(rank_environment.make_stream("comm")),
+      pipe(rank_environment.make_stream("pipe")) {
   CHECK_EQ(mesh.ranks(), static_cast<int64_t>(rank_environment.ranks()));
+  world = environment.make_communicator("world", all_ranks(mesh));
+  pipeline = environment.make_communicator("pipeline", pipeline_group(mesh, at));
+  context = environment.make_communicator("context", context_group(mesh, at));
   data = environment.make_communicator("data", data_group(mesh, at));
   expert = environment.make_communicator("expert", expert_group(mesh, at));
   expert_data = environment.make_communicator("expert_data", expert_data_group(mesh, at));
@@ -122,6 +126,7 @@ void Rank::zero(const Buffer& buffer) {
 void Rank::finish_step() {
   host.wait(compute.record());
   host.wait(comm.record());
+  host.wait(pipe.record());
   staging_block_ = 0;
   staging_used_ = 0;
   arena.reclaim();
