@@ -10,8 +10,13 @@ namespace cambium {
 namespace {
 
 constexpr int64_t kAlignment = 256;  // a GPU's coalescing unit and more than any vector load
-constexpr int64_t kReserve = int64_t{1} << 40;  // address space only; pages come on first touch
-constexpr uint32_t kPoisonWord = 0x7fc0dead;    // a quiet NaN in fp32; its halves are NaN or huge
+// Address space only; pages come on first touch. A process has 2^47 bytes of it.
+constexpr int64_t kReserve = int64_t{1} << 40;
+constexpr int64_t kReserveOfAll = int64_t{1} << 46;
+// From here on an arena asks for 2 MB pages: fewer page faults and address lookups; not before, so
+// that hundreds of small simulated ranks hold no half-empty pages.
+constexpr int64_t kHugePagesFrom = int64_t{16} << 20;
+constexpr uint32_t kPoisonWord = 0x7fc0dead;  // a quiet NaN in fp32; its halves are NaN or huge
 
 int64_t aligned(int64_t bytes) {
   return (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
@@ -47,8 +52,10 @@ void Buffer::reset() {
   bytes_ = 0;
 }
 
-Arena::Arena(int64_t limit_bytes, Poison poison) : limit_(limit_bytes), poison_(poison) {
-  for (reserved_ = kReserve; reserved_ >= (int64_t{1} << 34); reserved_ /= 2) {
+Arena::Arena(int64_t limit_bytes, Poison poison, int64_t arenas)
+    : limit_(limit_bytes), poison_(poison) {
+  reserved_ = aligned(std::min(kReserve, kReserveOfAll / arenas));
+  for (; reserved_ >= (int64_t{1} << 33); reserved_ /= 2) {
     void* base = mmap(nullptr, static_cast<size_t>(reserved_), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base != MAP_FAILED) {
@@ -84,6 +91,8 @@ Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what
     if (rest > 0) free_[offset + need] = rest;
   } else {
     CHECK_LE(top_ + need, reserved_);
+    const bool crosses = top_ < kHugePagesFrom && top_ + need >= kHugePagesFrom;
+    if (crosses) madvise(base_, static_cast<size_t>(reserved_), MADV_HUGEPAGE);
     top_ += need;
   }
   used_ += need;

@@ -52,8 +52,9 @@ class Buffer {
 
 class Arena {
  public:
-  // `limit_bytes` is the planned share; exceeding it is an Error with exit code 40.
-  Arena(int64_t limit_bytes, Poison poison);
+  // `limit_bytes` is the planned share; exceeding it is an Error with exit code 40. `arenas` of this
+  // process share its address space.
+  Arena(int64_t limit_bytes, Poison poison, int64_t arenas = 1);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;

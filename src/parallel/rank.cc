@@ -12,7 +12,7 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
       host(rank_environment.host()),
       mesh(make_mesh(run_config.parallel)),
       at(mesh_coordinates(mesh, rank_environment.rank())),
-      arena(INT64_MAX / 2, rank_environment.poison()),
+      arena(INT64_MAX / 2, rank_environment.poison(), rank_environment.ranks()),
       compute(rank_environment.make_stream("compute")),
       comm(rank_environment.make_stream("comm")) {
   CHECK_EQ(mesh.ranks(), static_cast<int64_t>(rank_environment.ranks()));
