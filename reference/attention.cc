@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "reference/lane_group.h"
 #include "reference/panel_product.h"
 #include "reference/rounding.h"
 
@@ -279,7 +280,13 @@ void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBl
     const Lanes rescale = exp_lanes(before - shift);
     Lanes block_sum = {};
     at = scores + lane;
-    for (int64_t key = 0; key < count; ++key, at += query.padded) {
+    int64_t key = 0;
+    for (; key + kGroupParts <= count; key += kGroupParts, at += kGroupParts * query.padded) {
+      const LaneFloats probs = exp_lanes(load_group(at, query.padded) - shift);
+      store_group(at, probs, query.padded);
+      for (const Lanes prob : probs.part) block_sum += prob;
+    }
+    for (; key < count; ++key, at += query.padded) {
       const Lanes prob = exp_lanes(load_lanes(at) - shift);
       store_lanes(at, prob);
       block_sum += prob;
@@ -367,11 +374,21 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
     const Lanes last_key = load_lanes(range.last_key + lane);
     const Lanes lse = load_lanes(p.lse + lane), delta = load_lanes(p.delta + lane);
     const int64_t count = key_count(in, keys, lane);
-    for (int64_t key = 0; key < count; ++key) {
+    const auto score = [&](int64_t key) {
+      const Lanes product = load_lanes(p.probs + key * query.padded + lane);
+      return masked_score(product, in.scale, keys, key, first_key, last_key) - lse;
+    };
+    int64_t key = 0;
+    for (; key + kGroupParts <= count; key += kGroupParts) {
       const int64_t at = key * query.padded + lane;
-      const Lanes score =
-          masked_score(load_lanes(p.probs + at), in.scale, keys, key, first_key, last_key);
-      const Lanes prob = exp_lanes(score - lse);
+      const LaneFloats probs = exp_lanes(LaneFloats::of([&](int i) { return score(key + i); }));
+      store_group(p.probs + at, probs, query.padded);
+      const LaneFloats d_probs = load_group(p.d_scores + at, query.padded);
+      store_group(p.d_scores + at, probs * (d_probs - delta) * in.scale, query.padded);
+    }
+    for (; key < count; ++key) {
+      const int64_t at = key * query.padded + lane;
+      const Lanes prob = exp_lanes(score(key));
       store_lanes(p.probs + at, prob);
       store_lanes(p.d_scores + at, prob * (load_lanes(p.d_scores + at) - delta) * in.scale);
     }

@@ -13,12 +13,12 @@ namespace {
 constexpr int64_t kStagingBlockBytes = int64_t{1} << 20;  // a step's uploads of a small model
 constexpr int64_t kStagingAlignment = 256;
 
-std::unique_ptr<AddressSpace> address_space(DeviceKind device) {
+std::unique_ptr<AddressSpace> address_space(DeviceKind device, int64_t ranks) {
   if constexpr (kHasCuda) {
     if (device == DeviceKind::cuda) return cuda::device_address_space();
   }
   CHECK(device == DeviceKind::cpu);
-  return host_address_space();
+  return host_address_space(ranks);
 }
 
 }  // namespace
@@ -56,7 +56,8 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
       host(rank_environment.host()),
       mesh(make_mesh(run_config.parallel)),
       at(mesh_coordinates(mesh, rank_environment.rank())),
-      arena(INT64_MAX / 2, rank_environment.poison(), address_space(run_config.run.device)),
+      arena(INT64_MAX / 2, rank_environment.poison(),
+            address_space(run_config.run.device, rank_environment.ranks())),
       compute(rank_environment.make_stream("compute")),
       comm(rank_environment.make_stream("comm")),
       pipe(rank_environment.make_stream("pipe")) {
