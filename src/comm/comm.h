@@ -87,10 +87,15 @@ class Communicator {
  protected:
   Communicator(std::string name, int rank, int ranks)
       : name_(std::move(name)), rank_(rank), ranks_(ranks) {}
+  // Refuses absent buffers and sides that overlap other than in place; counts the bytes.
+  void check_call(const CollectiveCall& call);
   std::string name_;
   int rank_ = 0;
   int ranks_ = 1;
   std::array<CommTotals, kCollectiveKinds> totals_{};
+
+ private:
+  void count_bytes(const CollectiveCall& call);
 };
 
 // Every rank's `count` elements, concatenated in rank order into recv [ranks * count].
