@@ -57,6 +57,8 @@ void NativeStream::synchronize() {
 
 void copy_bytes(const void* from, void* to, int64_t bytes) {
   check_cuda(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault), "cudaMemcpy");
+  // NOTE: from pageable memory it returns before the last bytes have reached the device.
+  check_cuda(cudaStreamSynchronize(nullptr), "cudaMemcpy");
 }
 
 void copy_async(const CopyAsync& copy, Stream& stream) {

@@ -61,9 +61,12 @@ void Job::publish(const std::string& name, const std::string& value) {
 std::string Job::await(const std::string& name) {
   std::unique_lock lock(mutex_);
   if (options_.rank != 0) peers_[0].send(kAsk, MessageWriter().text(name).body());
-  changed_.wait(lock, [&] { return has_failed() || store_.contains(name); });
+  changed_.wait(lock, [&] {
+    return has_failed() || store_.contains(name) || (options_.rank != 0 && departed_.contains(0));
+  });
+  if (store_.contains(name)) return store_.at(name);
   if (has_failed()) throw Error(verdict_.code, verdict_.text);
-  return store_.at(name);
+  fail(ExitCode::peer_lost, "rank 0 ended before it had '{}'; next: its output", name);
 }
 
 void Job::check() const {
@@ -166,6 +169,7 @@ void Job::handle(int from, const Frame& frame) {
     }
     case kGoodbye:
       departed_.insert(from);
+      changed_.notify_all();
       return;
   }
 }
@@ -214,9 +218,8 @@ void Job::watch() {
     own.ranks = options_.ranks;
     own.limit_ms = nanoseconds(options_.watchdog_s) / 1'000'000;
     own.reports[options_.rank] = log_.report();
-    Verdict verdict = diagnose(own);
-    verdict.text += "; rank 0, which collects the ranks' views, does not answer";
-    conclude(verdict);
+    own.asked = ViewsAsked::of_this_rank;
+    conclude(diagnose(own));
   }
 }
 

@@ -114,8 +114,13 @@ std::string explain(const StallInquiry& inquiry, const Candidate& candidate) {
     text += standing(inquiry, candidate, candidate.missing.front());
   }
   if (!candidate.silent.empty()) {
-    text += fmt::format(", no answer from {}: stopped, or its host is overloaded",
-                        describe_ranks(candidate.silent));
+    const std::string silent = describe_ranks(candidate.silent);
+    text += inquiry.asked == ViewsAsked::of_all
+                ? fmt::format(", no answer from {}: stopped, or its host is overloaded", silent)
+                : fmt::format(
+                      ", unknown of {}: rank 0, which asks the ranks, is stopped, or its "
+                      "host is overloaded",
+                      silent);
   }
   if (candidate.missing.empty() && candidate.silent.empty()) {
     text += ": every member posted it and the transfer does not move";

@@ -67,7 +67,11 @@ struct Verdict {
   std::string text;
 };
 
+// Whether every rank was asked for its view, or rank 0, which asks them, is silent itself.
+enum class ViewsAsked { of_all, of_this_rank };
+
 struct StallInquiry {
+  ViewsAsked asked = ViewsAsked::of_all;
   std::map<int, RankReport> reports;  // by rank; a stopped rank has none
   int ranks = 1;
   int64_t limit_ms = 0;  // run.watchdog_s
