@@ -15,7 +15,7 @@ namespace cambium::cuda {
 
 // The NCCL that this process runs with, as NCCL counts: 22809 = 2.28.9.
 uint64_t nccl_version();
-// Exit 2 when it is another major version than the one compiled against, or an older one.
+// Exit 2 when it is of another major version than the one compiled against, or of an older minor.
 void check_nccl_version();
 
 // All later CUDA calls of this thread use GPU `device` < device_count().

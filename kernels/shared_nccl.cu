@@ -56,11 +56,12 @@ uint64_t nccl_version() {
 
 void check_nccl_version() {
   const int version = static_cast<int>(nccl_version());
-  if (version / 10000 == NCCL_MAJOR && version >= NCCL_VERSION_CODE) return;
+  if (version / 10000 == NCCL_MAJOR && version / 100 >= NCCL_VERSION_CODE / 100) return;
   fail(ExitCode::usage,
-       "NCCL {} is loaded, but this build needs {} or a later {}.x; next: the libnccl.so.2 of the "
+       "NCCL {} is loaded, but this build needs {}.{} or a later {}.x; next: the libnccl.so.2 of "
+       "the "
        "CUDA toolkit first in LD_LIBRARY_PATH",
-       version_text(version), version_text(NCCL_VERSION_CODE), NCCL_MAJOR);
+       version_text(version), NCCL_MAJOR, NCCL_MINOR, NCCL_MAJOR);
 }
 
 void select_device(int device) { check_cuda(cudaSetDevice(device), "cudaSetDevice"); }

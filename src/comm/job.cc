@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 
 #include "fmt/format.h"
@@ -34,9 +35,14 @@ Job::Job(const JobOptions& options, Socket listener) : options_(options) {
   thread_ = std::thread([this] { run_thread(); });
 }
 
+// Rank 0 serves the others until they are done with it.
 Job::~Job() {
   {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
+    if (options_.rank == 0) {
+      changed_.wait_for(lock, std::chrono::nanoseconds(nanoseconds(options_.watchdog_s)),
+                        [&] { return has_failed() || departed_.size() == peers_.size(); });
+    }
     if (!has_failed()) send_to_all(kGoodbye, "");
     stopping_ = true;
   }

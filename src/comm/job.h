@@ -49,7 +49,7 @@ class Job {
   // belongs to another run, or the ranks' configurations or libraries differ. `listener`: rank 0's,
   // when it is made already.
   explicit Job(const JobOptions& options, Socket listener = Socket());
-  // Says goodbye, unless the job has failed.
+  // Says goodbye, unless the job has failed; rank 0 once the others have.
   ~Job();
   Job(const Job&) = delete;
   Job& operator=(const Job&) = delete;

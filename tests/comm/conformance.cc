@@ -5,12 +5,15 @@
 #include <cstring>
 #include <numeric>
 
+#include "src/base/digest.h"
+
 namespace cambium::conformance {
 
 namespace {
 
 constexpr int64_t kGuardBytes = 64;
 constexpr uint8_t kGuard = 0xa5;
+constexpr int64_t kChunkElements = 1 << 18;  // of filling and comparing, which run on all workers
 
 void store(DType dtype, void* data, int64_t index, int64_t value) {
   switch (dtype) {
@@ -49,6 +52,16 @@ double load(DType dtype, const void* data, int64_t index) {
   return 0;
 }
 
+// Calls body(i) for i in [0, count), in chunks.
+template <class Body>
+void for_elements(Workers& workers, int64_t count, const Body& body) {
+  const int64_t chunks = (count + kChunkElements - 1) / kChunkElements;
+  workers.parallel_for(chunks, [&](int64_t chunk, Scratch&) {
+    const int64_t end = std::min(count, (chunk + 1) * kChunkElements);
+    for (int64_t i = chunk * kChunkElements; i < end; ++i) body(i);
+  });
+}
+
 // What `rank` sends at `index`: 0 .. 16, so that eight ranks' sums are exact in bf16 and u8.
 int64_t value_of(int64_t rank, int64_t index, int64_t salt) {
   return (rank * 5 + index * 3 + index / 17 + salt * 7) % 17;
@@ -57,8 +70,9 @@ int64_t value_of(int64_t rank, int64_t index, int64_t salt) {
 // Elements between guard bands, with a mirror on the host; `fetch` finds writes outside.
 class Block {
  public:
-  Block(const Memory& memory, DType dtype, int64_t count)
-      : memory_(memory),
+  Block(Workers& workers, const Memory& memory, DType dtype, int64_t count)
+      : workers_(workers),
+        memory_(memory),
         dtype_(dtype),
         bytes_(count * dtype_bytes(dtype)),
         mirror_(static_cast<size_t>(bytes_ + 2 * kGuardBytes), kGuard),
@@ -70,7 +84,8 @@ class Block {
   void* data(int64_t index = 0) const { return device(index); }
   void fill(int64_t first, int64_t count, int64_t rank, int64_t salt) {
     uint8_t* values = mirror_.data() + offset(first);
-    for (int64_t i = 0; i < count; ++i) store(dtype_, values, i, value_of(rank, i, salt));
+    for_elements(workers_, count,
+                 [&](int64_t i) { store(dtype_, values, i, value_of(rank, i, salt)); });
     memory_.copy(values, device(first), count * dtype_bytes(dtype_));
   }
   // Brings the mirror up to date; false when something was written outside the elements.
@@ -92,6 +107,7 @@ class Block {
   }
   int64_t offset(int64_t index) const { return kGuardBytes + index * dtype_bytes(dtype_); }
 
+  Workers& workers_;
   Memory memory_;
   DType dtype_;
   int64_t bytes_;
@@ -117,27 +133,27 @@ class Run {
  private:
   int ranks() const { return environment_.ranks(); }
   int rank() const { return environment_.rank(); }
-  Block block(int64_t count) { return Block(memory_, test_.dtype, count); }
+  Block block(int64_t count) { return Block(environment_.workers(), memory_, test_.dtype, count); }
   void await(const Ticket& ticket) { environment_.host().wait(ticket); }
 
   // Compares `count` received elements from `first` on with `want(i)` and hashes them.
   template <class Want>
   void expect(Block& got, int64_t first, int64_t count, const Want& want) {
     const bool guards_intact = got.fetch();
-    for (int64_t i = 0; i < count; ++i) {
+    for_elements(environment_.workers(), count, [&](int64_t i) {
       const double value = got.at(first + i);
       const auto wanted = static_cast<double>(want(i));
       if (value != wanted) {
         fail(ExitCode::verification_mismatch, "{}: rank {} element {}: got {}, expected {}",
              test_.name(), rank(), first + i, value, wanted);
       }
-    }
+    });
     if (!guards_intact) {
       fail(ExitCode::verification_mismatch, "{}: rank {} wrote outside its buffer", test_.name(),
            rank());
     }
-    const auto* bytes = got.elements();
-    for (int64_t i = 0; i < got.bytes(); ++i) hash_ = (hash_ ^ bytes[i]) * 0x100000001b3u;
+    const Digest128 digest = xxh3_128(got.elements(), static_cast<size_t>(got.bytes()));
+    hash_ = (hash_ ^ digest.low) * 0x100000001b3u;
   }
   int64_t sum_at(const std::vector<int>& members, int64_t index, int64_t salt) const {
     int64_t sum = 0;

@@ -243,10 +243,10 @@ TEST(JobMeeting, StrangersDoNotDisturb) {
 
 // Runs `body(job, communicator, rank)` on three ranks.
 template <class Body>
-std::vector<Ending> run_job(double watchdog_s, const Body& body, double limit_s = kLimitS) {
+std::vector<Ending> run_job(double watchdog_s, const Body& body) {
   Meeting meeting;
   const Shared<Counters> counters;
-  return run_processes(3, limit_s, [&](int rank) {
+  return run_processes(3, kLimitS, [&](int rank) {
     JobOptions options = meeting.options(rank, 3);
     options.watchdog_s = watchdog_s;
     options.exit_grace_s = 1;
@@ -291,14 +291,11 @@ TEST(JobWatch, AKilledRankIsLost) {
 
 TEST(JobWatch, AStoppedRankTripsTheWatchdog) {
   for (const int victim : {0, 1}) {
-    const auto endings = run_job(
-        1,
-        [&](Job&, FakeCommunicator& world, int rank) {
-          world.all_reduce();
-          if (rank == victim) kill(getpid(), SIGSTOP);
-          world.all_reduce();
-        },
-        15);
+    const auto endings = run_job(1, [&](Job&, FakeCommunicator& world, int rank) {
+      world.all_reduce();
+      if (rank == victim) kill(getpid(), SIGSTOP);
+      world.all_reduce();
+    });
     for (int rank = 0; rank < 3; ++rank) {
       const Ending& ending = endings[static_cast<size_t>(rank)];
       if (rank == victim) continue;
@@ -364,6 +361,7 @@ TEST(JobWatch, ARanksOwnErrorEndsTheOthers) {
 TEST(JobWatch, HostCodeThatDoesNotListenIsEnded) {
   const auto endings = run_job(30, [&](Job&, FakeCommunicator& world, int rank) {
     world.all_reduce();
+    sleep_ms(300);  // the others are past their last check
     if (rank == 2) kill(getpid(), SIGKILL);
     sleep_ms(40'000);
   });
@@ -371,6 +369,7 @@ TEST(JobWatch, HostCodeThatDoesNotListenIsEnded) {
     const Ending& ending = endings[static_cast<size_t>(rank)];
     EXPECT_EQ(ending.code, 20) << ending.message;
     expect_contains(ending.message, "rank 2 is lost");
+    EXPECT_GT(ending.seconds, 1.3);  // the time of grace
     EXPECT_LT(ending.seconds, 30);
   }
 }

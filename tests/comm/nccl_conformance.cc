@@ -7,8 +7,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -42,15 +44,13 @@ Memory device_memory() {
   return host_memory();
 }
 
-std::vector<Case> cases_of(int ranks) {
-  std::vector<Case> cases;
+// All cases of one number of ranks: small ones about meaning, then large ones about data paths.
+std::vector<std::vector<Case>> cases_of(int ranks) {
+  std::vector<Case> small;
   for (const Case& test : all_cases(ranks)) {
-    if (test.ranks == ranks) cases.push_back(test);
+    if (test.ranks == ranks) small.push_back(test);
   }
-  for (const Case& test : large_cases(ranks, number("CAMBIUM_COMM_BYTES", kLargestBytes))) {
-    cases.push_back(test);
-  }
-  return cases;
+  return {small, large_cases(ranks, number("CAMBIUM_COMM_BYTES", kLargestBytes))};
 }
 
 // Starts one process per rank and returns how many did not end with 0.
@@ -86,8 +86,6 @@ TEST(NcclConformance, OneProcessPerGpu) {
   const int64_t only = number("CAMBIUM_COMM_RANKS", 0);
   for (const int ranks : {1, 2, 4, 8}) {
     if (ranks > gpus() || (only != 0 && ranks != only)) continue;
-    std::printf("%d ranks: %zu cases\n", ranks, cases_of(ranks).size());
-    std::fflush(stdout);
     EXPECT_EQ(failed_processes(ranks), 0) << ranks << " ranks";
   }
 }
@@ -95,10 +93,14 @@ TEST(NcclConformance, OneProcessPerGpu) {
 // A rank's part: every case, with communicators made once.
 struct RankProgram {
   static void main(void*, RankEnvironment& environment) {
-    const std::vector<Case> cases = cases_of(environment.ranks());
-    const uint64_t hash = run_cases(environment, cases, device_memory());
-    std::printf("rank %d of %d: %zu cases, hash %016lx\n", environment.rank(), environment.ranks(),
-                cases.size(), hash);
+    for (const std::vector<Case>& cases : cases_of(environment.ranks())) {
+      const int64_t begin_ns = steady_now_ns();
+      const uint64_t hash = run_cases(environment, cases, device_memory());
+      std::printf("rank %d of %d: %zu cases up to %s in %.1f s, hash %016lx\n", environment.rank(),
+                  environment.ranks(), cases.size(), cases.back().name().c_str(),
+                  1e-9 * static_cast<double>(steady_now_ns() - begin_ns), hash);
+      std::fflush(stdout);
+    }
   }
 };
 
@@ -118,7 +120,9 @@ TEST(NcclRank, RunsItsPart) {
     options.library_version = cuda::nccl_version();
     cuda::select_device(options.rank);
     Job job(options);
-    run_nccl_rank({.job = &job}, &RankProgram::main, nullptr);
+    const auto cores = static_cast<int>(std::thread::hardware_concurrency());
+    run_nccl_rank({.job = &job, .worker_threads = std::max(1, cores / options.ranks)},
+                  &RankProgram::main, nullptr);
   }
 }
 

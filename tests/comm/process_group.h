@@ -28,8 +28,9 @@ inline void sleep_ms(int milliseconds) {
   std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
 }
 
-// Runs body(rank) in one process per rank and waits for all of them; what is still alive after
-// `limit_s` is killed, as a stopped process has to be. An Error ends a process with its code.
+// Runs body(rank) in one process per rank and waits for all of them. Killed is what is still alive
+// after `limit_s`, and what is stopped when the rest has ended. An Error ends a process with its
+// code.
 template <class Body>
 std::vector<Ending> run_processes(int ranks, double limit_s, const Body& body) {
   std::vector<pid_t> processes;
@@ -57,19 +58,26 @@ std::vector<Ending> run_processes(int ranks, double limit_s, const Body& body) {
     pipes.push_back(ends[0]);
   }
   std::vector<Ending> endings(static_cast<size_t>(ranks));
-  for (size_t open = endings.size(); open > 0;) {
+  std::vector<pid_t> stopped;
+  for (size_t open = endings.size(); open > 0; sleep_ms(5)) {
     const double seconds = static_cast<double>(steady_now_ns() - begin_ns) * 1e-9;
+    if (open == stopped.size()) {
+      for (const pid_t process : stopped) kill(process, SIGKILL);
+    }
     for (size_t rank = 0; rank < endings.size(); ++rank) {
       if (processes[rank] == 0) continue;
       if (seconds > limit_s) kill(processes[rank], SIGKILL);
       int status = 0;
-      if (waitpid(processes[rank], &status, seconds > limit_s ? 0 : WNOHANG) == 0) continue;
+      if (waitpid(processes[rank], &status, WNOHANG | WUNTRACED) == 0) continue;
+      if (WIFSTOPPED(status)) {
+        stopped.push_back(processes[rank]);
+        continue;
+      }
       endings[rank].code = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
       endings[rank].seconds = seconds;
       processes[rank] = 0;
       --open;
     }
-    sleep_ms(5);
   }
   for (size_t rank = 0; rank < endings.size(); ++rank) {
     char text[4096];
