@@ -234,8 +234,9 @@ void check_supported(const Config& config) {
            "parallel.sharding = zero1");
   }
   check_device(config);
-  if (config.run.transport == Transport::nccl)
-    refuse("run.transport = nccl", "run.transport = sim");
+  if (config.run.transport == Transport::nccl && config.run.device == DeviceKind::cpu) {
+    refuse("run.transport = nccl with run.device = cpu", "run.device = cuda, or transport = sim");
+  }
 }
 
 void count_model(const Config& config, Derived* derived) {

@@ -215,7 +215,7 @@ void record_step(const TrainRun& run, int64_t step, const StepResult& result, in
 
 }  // namespace
 
-void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome& outcome) {
+TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run) {
   const Config& config = *run.config;
   Rank rank(config, environment);
   TrainStep step(rank, config.model);
@@ -261,11 +261,10 @@ void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome&
     }
   }
   rank.finish_step();
-  if (!rank.is_first()) return;
   if (reason == StopReason::finished && done < config.train.steps) {
     reason = StopReason::stop_after_step;
   }
-  outcome = {done, reason, validation};
+  return {done, reason, validation};
 }
 
 }  // namespace cambium
