@@ -19,8 +19,11 @@ struct ParityBars {
   double loss, logits, gradient, adamw;
 };
 constexpr ParityBars kFp32Bars{1e-6, 2e-5, 1e-4, 1e-4};
-// bf16 rounds each stored activation by 2^-9 on average: about 2^-9 sqrt(roundings on the way).
-constexpr ParityBars kBf16Bars{2e-3, 2e-2, 6e-2, 5e-3};
+// In bf16 a token whose router scores lie within rounding of each other takes another expert than
+// in fp32, and whole rows of gradients move. Twice what the CPU reference with bf16 storage
+// measures on the goldens of three families (2.7e-3, 7.1e-2, 0.37, 4.8e-2): a gradient that is
+// absent or off by a factor of two fails, precision is the kernels' own tests' matter.
+constexpr ParityBars kBf16Bars{6e-3, 0.15, 0.75, 0.1};
 constexpr int64_t kMostGoldenBytes = 16 << 20;
 
 // The golden batch, the same at every step.
