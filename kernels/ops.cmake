@@ -2,7 +2,7 @@
 cambium_op(embedding CPU_ONLY)
 cambium_op(rms_norm CPU_ONLY)
 cambium_op(qk_norm_rope CPU_ONLY)
-cambium_op(attention CPU_ONLY)
+cambium_op(attention)
 cambium_op(router_topk)
 cambium_op(balance_loss CPU_ONLY)
 cambium_op(z_loss CPU_ONLY)

@@ -396,17 +396,25 @@ void key_gradients(const AttentionInputs& in, const QueryBlock& query, const Key
   });
 }
 
+// What of the arguments belongs to query rows.
+struct BackwardRows {
+  ReadF32 o, d_o;
+  In<float> lse;
+  Out<float> delta;
+};
+
 // Loads a query block's panels, lse and delta.
-void load_backward_query(const AttentionInputs& in, const QueryBlock& query, const ReadF32& o,
-                         const ReadF32& d_o, In<float> lse, const BackwardPanels& p) {
+void load_backward_query(const AttentionInputs& in, const QueryBlock& query,
+                         const BackwardRows& rows, const BackwardPanels& p) {
   load_queries(in, in.q, query, p.query);
-  load_queries(in, d_o, query, p.d_output);
+  load_queries(in, rows.d_o, query, p.d_output);
   for (int64_t lane = 0; lane < query.lanes; ++lane) {
     const int64_t h = query.group * in.heads + lane % in.heads;
     const int64_t row = query.sequence_row + query.first + lane / in.heads;
     const float* d_output = p.d_output.stacked + lane * in.head_dim;
-    p.lse[lane] = lse.pointer()[row * lse.row_stride + h];
-    p.delta[lane] = dot(o.row(row) + h * in.head_dim, d_output, in.head_dim);
+    p.lse[lane] = rows.lse.pointer()[row * rows.lse.row_stride + h];
+    p.delta[lane] = dot(rows.o.row(row) + h * in.head_dim, d_output, in.head_dim);
+    rows.delta.pointer()[row * rows.delta.row_stride + h] = p.delta[lane];
   }
   std::fill(p.lse + query.lanes, p.lse + query.padded, 0.0f);
   std::fill(p.delta + query.lanes, p.delta + query.padded, 0.0f);
@@ -478,7 +486,7 @@ void attention(const AttentionArgs& args, Workers& workers) {
 
 void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
   const AttentionInputs in(args);
-  const ReadF32 o(args.o_THQ), d_o(args.d_o_THQ);
+  const BackwardRows rows{ReadF32(args.o_THQ), ReadF32(args.d_o_THQ), args.lse_TH, args.delta_TH};
   const WriteF32 d_q(args.d_q_THQ), d_k(args.d_k_TGQ), d_v(args.d_v_TGQ);
   workers.parallel_for(in.sequences * in.groups, [&](int64_t chunk, Scratch& scratch) {
     LaneRange range;
@@ -487,7 +495,7 @@ void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
     load_keys(in, in.v, chunk, p.values);
     for (int64_t first = 0; first < in.sequence_length; first += in.block_tokens) {
       const QueryBlock query = query_block(in, chunk, first, range);
-      load_backward_query(in, query, o, d_o, args.lse_TH, p);
+      load_backward_query(in, query, rows, p);
       backward_query_block(in, query, range, p);
       store_d_query(in, query, p.d_query, d_q);
     }

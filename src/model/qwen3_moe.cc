@@ -705,6 +705,7 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
   const Buffer d_q = c.real(Shape(x.T, x.H, x.Q), "d q");
   const Buffer d_k = c.real(Shape(x.T, x.G, x.Q), "d k");
   Buffer d_qkv = c.real(Shape(x.T, x.C), "d qkv");
+  const Buffer delta = floats(c, x.T * x.H, "attention delta");
   attention_backward({.q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
                       .k_TGQ = c.in(s.k_TGQ, Shape(x.T, x.G, x.Q)),
                       .v_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G),
@@ -717,6 +718,7 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
                       .d_q_THQ = c.out(d_q, Shape(x.T, x.H, x.Q)),
                       .d_k_TGQ = c.out(d_k, Shape(x.T, x.G, x.Q)),
                       .d_v_TGQ = qkv_part<Out<Real>>(c, d_qkv, x, (x.H + x.G) * x.Q, x.G),
+                      .delta_TH = out_f32(delta, Shape(x.T, x.H)),
                       .sequence_length = batch.sequence_length,
                       .block_tokens = c.rank.config.numerics.block_tokens,
                       .scale = attention_scale(x.Q)},
