@@ -61,9 +61,9 @@ inline int multiprocessors() {
 template <Product kProduct>
 void launch_tiles(const char* op, const GroupedTileParams& p, Stream& stream) {
   constexpr auto kKernel = grouped_tile_kernel<kProduct, kGroupedCluster>;
-  const int shared_bytes = grouped_shared_bytes(p.extent.experts);
+  constexpr int kSharedBytes = GroupedShared::kBytes;
   check_cuda(
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), op);
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), op);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {kGroupedCluster, 1, 1};
@@ -71,7 +71,7 @@ void launch_tiles(const char* op, const GroupedTileParams& p, Stream& stream) {
   const int blocks = multiprocessors() / kGroupedCluster * kGroupedCluster;
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kGroupedThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.dynamicSmemBytes = static_cast<size_t>(kSharedBytes);
   config.stream = native_stream(stream);
   config.attrs = &cluster;
   config.numAttrs = 1;

@@ -1,15 +1,15 @@
 // The tensor cores' kernel of the grouped GEMM: persistent, warp-specialised, one CTA per SM.
 //
-// A CTA computes tiles of 256 rows and 192 columns, 64 of the contracted extent at a time, through
-// four stages of 56 KB. One warpgroup fetches, two multiply: group w owns the 64-row slices w and
-// w + 2 of a tile, 192 accumulators a thread. Group 1 starts a few stages behind group 0, so that
-// one multiplies while the other writes its results out. B is fetched by the copy engine, to both
-// CTAs of a cluster at once; A by the copy engine, or row by row through token indices.
+// A CTA computes tiles of 128 rows and 256 columns, 64 of the contracted extent at a time, through
+// four stages of 48 KB. One warpgroup fetches, two multiply 64 rows each, 128 accumulators a
+// thread. Group 1 starts a stage behind group 0, so that one multiplies while the other writes its
+// results out. B is fetched by the copy engine, half by each CTA of a cluster for both; A by the
+// copy engine, or row by row through token indices.
 //
 // D2: the sum of an element runs over 16-wide steps of the contracted extent in ascending order,
 // whatever the tile, the slice or the cut of the rows. Rows beyond a tile's end are not stored.
-// Napkin, up forward at 131072 x 2048 x 1536: 825 GFLOP; 36 bytes from the L2 a cycle and SM at the
-// full rate (4,096 FLOP), 28 in clusters of two.
+// Napkin, up forward at 131072 x 2048 x 1536: 825 GFLOP; a stage takes 1,024 cycles at the full
+// rate of 4,096 FLOP and 32 KB from the L2.
 #pragma once
 
 #include "kernels/cuda_hopper.cuh"
@@ -31,20 +31,18 @@ inline constexpr bool kGathersRows =
 template <Product kProduct>
 inline constexpr bool kIsBTransposed = kProduct != Product::up&& kProduct != Product::down;
 
-constexpr int kTileColumns = 192;
-constexpr int kNarrowColumns = 128;  // a last tile with at most so many columns multiplies no more
+constexpr int kTileColumns = 256;
 constexpr int kTileDepth = 64;
 constexpr int kStages = 4;
-constexpr int kConsumerGroups = 2;
-constexpr int kGroupSlices = kTileSlices / kConsumerGroups;
+constexpr int kConsumerGroups = kTileSlices;  // a slice of 64 rows each
 constexpr int kGroupedThreads = (1 + kConsumerGroups) * kWarpgroupThreads;
-constexpr int kSliceBytes = kSliceRows * kSwizzleBytes;  // of A: 64 x 64 bf16
+constexpr int kSliceBytes = kSliceRows * kSwizzleBytes;  // 64 x 64 bf16
 constexpr int kABytes = kTileSlices * kSliceBytes;
 constexpr int kBBytes = kTileColumns * kSwizzleBytes;
 constexpr int kStageBytes = kABytes + kBBytes;
-constexpr int kStartLag = 3;                  // stages by which group 1 follows group 0
-constexpr int kUpColumns = kTileColumns / 2;  // columns of h in a tile: 96 gate and 96 up columns
-static_assert(kUpColumns % 16 == 0, "results are stored 16 columns at a time");
+constexpr int kStartLag = 2;                  // group 1 starts when group 0 is at this stage
+constexpr int kUpColumns = kTileColumns / 2;  // columns of h in a tile: as many gate and up columns
+constexpr int kScratchBytes = 9216;           // of each consumer group, for its results
 
 struct GroupedTileParams {
   CUtensorMap a_map;  // where A comes by the copy engine
@@ -70,22 +68,25 @@ struct GroupedTileParams {
   int64_t d_w_stride = 0;
 };
 
-// Shared memory: the stages, then the barriers, then the schedule's table.
+// Shared memory: the stages, the consumers' scratch, the barriers, the schedule's table.
 struct GroupedShared {
+  static constexpr int kScratch = kStages * kStageBytes;
+  static constexpr int kBarriers = kScratch + kConsumerGroups * kScratchBytes;
+  static constexpr int kTable = kBarriers + 16 * kStages;
+  static constexpr int kBytes = kTable + static_cast<int>(sizeof(GroupedTable));
+  static_assert(kBytes <= 232448, "what a CTA may have");
+
   uint32_t stages, full, empty;
-  int* table;
+  GroupedTable& table;
   __device__ explicit GroupedShared(unsigned char* memory)
       : stages(shared_address(memory)),
-        full(stages + kStages * kStageBytes),
+        full(stages + kBarriers),
         empty(full + 8 * kStages),
-        table(reinterpret_cast<int*>(memory + kStages * kStageBytes + 16 * kStages)) {}
+        table(*reinterpret_cast<GroupedTable*>(memory + kTable)) {}
   __device__ uint32_t a(int stage) const { return stages + stage * kStageBytes; }
   __device__ uint32_t b(int stage) const { return a(stage) + kABytes; }
+  __device__ uint32_t scratch(int group) const { return stages + kScratch + group * kScratchBytes; }
 };
-constexpr int grouped_shared_bytes(int experts) {
-  return kStages * kStageBytes + 16 * kStages + 4 * (experts + 1);
-}
-static_assert(grouped_shared_bytes(kMaxExperts) <= 232448, "what a CTA may have");
 
 struct PipelineStage {
   int index = 0;
@@ -203,24 +204,30 @@ struct DepthRows {
 template <Product kProduct>
 __device__ __forceinline__ void prefetch_results(const GroupedTileParams& p,
                                                  const GroupedTile& tile) {
-  const int t = static_cast<int>(threadIdx.x);
+  constexpr int kLineBytes = 128;
+  const auto prefetch = [&](const void* first, int64_t stride_bytes, int lines, int bytes) {
+    const int per_line = bytes / kLineBytes;
+    for (int i = threadIdx.x; i < lines * per_line; i += kWarpgroupThreads) {
+      const int line = i / per_line;
+      prefetch_to_l2(static_cast<const char*>(first) + line * stride_bytes +
+                     (i - line * per_line) * kLineBytes);
+    }
+  };
   const int columns = min(kTileColumns, p.extent.columns - tile.column0);
   if constexpr (kIsWgrad<kProduct>) {
-    constexpr bool kIsTransposed = kProduct == Product::wgrad_transposed;
-    const int lines = kIsTransposed ? columns : tile.rows;
-    const uint32_t bytes = 4 * (kIsTransposed ? tile.rows : columns);
-    const float* from = p.d_w + tile.expert * p.d_w_expert_stride;
-    from += kIsTransposed ? tile.column0 * p.d_w_stride + tile.row0
-                          : tile.row0 * p.d_w_stride + tile.column0;
     if (tile.rows == 0) return;
-    for (int i = t; i < lines; i += kWarpgroupThreads)
-      prefetch_to_l2(from + i * p.d_w_stride, bytes);
-  } else if constexpr (kProduct == Product::down_dgrad) {
-    for (int i = t; i < tile.rows; i += kWarpgroupThreads) {
-      const __nv_bfloat16* from = p.gate_up + (tile.row0 + i) * p.gate_up_stride + tile.column0;
-      prefetch_to_l2(from, 2 * columns);
-      prefetch_to_l2(from + p.F, 2 * columns);
+    const float* matrix = p.d_w + tile.expert * p.d_w_expert_stride;
+    if constexpr (kProduct == Product::wgrad) {
+      prefetch(matrix + tile.row0 * p.d_w_stride + tile.column0, 4 * p.d_w_stride, tile.rows,
+               4 * columns);
+    } else {
+      prefetch(matrix + tile.column0 * p.d_w_stride + tile.row0, 4 * p.d_w_stride, columns,
+               4 * tile.rows);
     }
+  } else if constexpr (kProduct == Product::down_dgrad) {
+    const __nv_bfloat16* gate = p.gate_up + tile.row0 * p.gate_up_stride + tile.column0;
+    prefetch(gate, 2 * p.gate_up_stride, tile.rows, 2 * columns);
+    prefetch(gate + p.F, 2 * p.gate_up_stride, tile.rows, 2 * columns);
   }
 }
 
@@ -309,7 +316,7 @@ __device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
 
 // --- Multiplying ---
 
-using Accumulators = float[kGroupSlices][kMostColumns / 2];
+using Accumulators = float[kTileColumns / 2];
 
 // One consumer warpgroup's place.
 struct Consumer {
@@ -322,13 +329,7 @@ struct Consumer {
     warp = t % kWarpgroupThreads / kWarpLanes;
     lane = t % kWarpLanes;
   }
-  // Row of the tile: of the group's slice `slice`, upper or lower 8 rows of the warp's 16.
-  __device__ int row(int slice, int half) const {
-    return (slice * kConsumerGroups + group) * kSliceRows + warp * 16 + half * 8 + lane / 4;
-  }
-  __device__ int active_slices(int rows) const {
-    return rows > group * kSliceRows ? (rows > (kConsumerGroups + group) * kSliceRows ? 2 : 1) : 0;
-  }
+  __device__ int first_row() const { return group * kSliceRows + warp * 16; }  // of the tile
 };
 
 template <int kCluster>
@@ -341,7 +342,7 @@ __device__ __forceinline__ void release_stage(const GroupedShared& shared, int i
   }
 }
 
-// Group 1 waits at its first tile until group 0 is kStartLag stages ahead.
+// Group 1 waits at its first tile until group 0 is at stage kStartLag.
 __device__ __forceinline__ void keep_lag(Consumer& consumer, int index, int stages) {
   constexpr int kBarrier = 1, kThreads = kConsumerGroups * kWarpgroupThreads;
   if (consumer.has_started) return;
@@ -354,9 +355,8 @@ __device__ __forceinline__ void keep_lag(Consumer& consumer, int index, int stag
   }
 }
 
-// acc = A B of the group's first kSlices slices over all stages of a tile; kSlices = 0 only keeps
-// step with the pipeline.
-template <Product kProduct, int kCluster, int kSlices, int kColumns>
+// acc = A B of the group's slice over all stages of a tile.
+template <Product kProduct, int kCluster>
 __device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consumer& consumer,
                                               int stages, Accumulators& acc) {
   constexpr int kTransposeA = kIsWgrad<kProduct> ? 1 : 0;
@@ -368,57 +368,43 @@ __device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consu
   const uint64_t a_base =
       matrix_descriptor(shared.a(0) + consumer.group * kSliceBytes, kSliceBytes, kRowGroup);
   const uint64_t b_base = matrix_descriptor(shared.b(0), kSliceBytes, kRowGroup);
-#pragma unroll
-  for (int slice = 0; slice < kSlices; ++slice) pin_registers(acc[slice]);
+  pin_registers(acc);
   int previous = 0;
   for (int i = 0; i < stages; ++i) {
     keep_lag(consumer, i, stages);
     const PipelineStage& stage = consumer.stage;
     wait_barrier(shared.full + 8 * stage.index, stage.parity);
-    if constexpr (kSlices == 0) {
-      release_stage<kCluster>(shared, stage.index, consumer.lane);
-    } else {
-      if constexpr (kGathersRows<kProduct>) fence_async_proxy();
-      const uint64_t at = static_cast<uint64_t>(stage.index * kStageBytes) >> 4;
-      wgmma_fence();
+    if constexpr (kGathersRows<kProduct>) fence_async_proxy();
+    const uint64_t at = static_cast<uint64_t>(stage.index * kStageBytes) >> 4;
+    wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < kTileDepth / kStep; ++step) {
-#pragma unroll
-        for (int slice = 0; slice < kSlices; ++slice) {
-          const uint64_t a_at = at + ((slice * kConsumerGroups * kSliceBytes + step * kAStep) >> 4);
-          wgmma_step<kColumns, kTransposeA, kTransposeB>(
-              acc[slice], a_base + a_at, b_base + at + (step * kBStep >> 4), i + step);
-        }
-      }
-      wgmma_commit();
-      if (i > 0) {
-        wgmma_wait<1>();
-        release_stage<kCluster>(shared, previous, consumer.lane);
-      }
-      previous = stage.index;
+    for (int step = 0; step < kTileDepth / kStep; ++step) {
+      wgmma_64x256x16<kTransposeA, kTransposeB>(acc, a_base + at + (step * kAStep >> 4),
+                                                b_base + at + (step * kBStep >> 4), i + step);
     }
+    wgmma_commit();
+    if (i > 0) {
+      wgmma_wait<1>();
+      release_stage<kCluster>(shared, previous, consumer.lane);
+    }
+    previous = stage.index;
     consumer.stage.advance();
   }
-  if constexpr (kSlices > 0) {
-    wgmma_wait<0>();
-    release_stage<kCluster>(shared, previous, consumer.lane);
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) pin_registers(acc[slice]);
-  }
+  wgmma_wait<0>();
+  release_stage<kCluster>(shared, previous, consumer.lane);
+  pin_registers(acc);
 }
 
-template <Product kProduct, int kCluster, int kSlices>
-__device__ __forceinline__ void multiply_slices(const GroupedTileParams& p,
-                                                const GroupedShared& shared, Consumer& consumer,
-                                                const GroupedTile& tile, Accumulators& acc) {
-  if constexpr (kProduct != Product::up && kSlices > 0) {
-    if (p.extent.columns - tile.column0 <= kNarrowColumns) {
-      multiply_tile<kProduct, kCluster, kSlices, kNarrowColumns>(shared, consumer, stages_of(tile),
-                                                                 acc);
-      return;
-    }
+// A group without rows in a tile keeps step with the pipeline.
+template <int kCluster>
+__device__ __forceinline__ void skip_tile(const GroupedShared& shared, Consumer& consumer,
+                                          int stages) {
+  for (int i = 0; i < stages; ++i) {
+    keep_lag(consumer, i, stages);
+    wait_barrier(shared.full + 8 * consumer.stage.index, consumer.stage.parity);
+    release_stage<kCluster>(shared, consumer.stage.index, consumer.lane);
+    consumer.stage.advance();
   }
-  multiply_tile<kProduct, kCluster, kSlices, kTileColumns>(shared, consumer, stages_of(tile), acc);
 }
 
 }  // namespace cambium::cuda
