@@ -185,9 +185,11 @@ template <class... Views>
 bool rows_are_vectors(const Views&... views) {
   auto is_vectors = [](const RawView& view) {
     const int64_t width = dtype_bytes(view.dtype);
-    return view.empty() || (reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
-                            view.shape.row_elements() * width % 16 == 0 &&
-                            (view.shape[0] <= 1 || view.row_stride * width % 16 == 0));
+    const bool is_one_row = view.shape.rank <= 1;
+    const int64_t columns = is_one_row ? view.shape[0] : view.shape.row_elements();
+    return view.empty() ||
+           (reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && columns * width % 16 == 0 &&
+            (is_one_row || view.shape[0] <= 1 || view.row_stride * width % 16 == 0));
   };
   return (is_vectors(views) && ...);
 }

@@ -1,7 +1,8 @@
-// SwiGLU on the GPU: a thread a vector of h.
+// SwiGLU on the GPU: a thread a vector of h, by the formula of the grouped GEMM's epilogues.
 #include "kernels/swiglu.h"
 
 #include "kernels/cuda_launch.cuh"
+#include "kernels/swiglu_device.cuh"
 
 namespace cambium::cuda {
 
@@ -17,8 +18,6 @@ struct SwigluRows {
   int F, row_vectors;
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) swiglu_kernel(const SwigluRows<T> a) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -28,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(const SwigluRows<T> a)
   load_values<T, kVec>(a.gate_up_RN.row(row) + column, gate);
   load_values<T, kVec>(a.gate_up_RN.row(row) + a.F + column, up);
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) up[j] = gate[j] * sigmoid(gate[j]) * up[j];
+  for (int j = 0; j < kVec; ++j) up[j] = swiglu_value(gate[j], up[j]);
   store_values<T, kVec>(a.h_RF.row(row) + column, up);
 }
 
@@ -43,11 +42,9 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(const SwigluR
   load_values<T, kVec>(a.d_h_RF.row(row) + column, d_h);
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
-    const float s = sigmoid(gate[j]);
-    const float derivative = s * (1.0f + gate[j] * (1.0f - s));
-    const float silu = gate[j] * s;
-    gate[j] = d_h[j] * up[j] * derivative;
-    up[j] = d_h[j] * silu;
+    const DownDgradPoint point = down_dgrad_point(gate[j], up[j], 1.0f, d_h[j]);
+    gate[j] = point.d_gate;
+    up[j] = point.d_up;
   }
   store_values<T, kVec>(a.d_gate_up_RN.row(row) + column, gate);
   store_values<T, kVec>(a.d_gate_up_RN.row(row) + a.F + column, up);

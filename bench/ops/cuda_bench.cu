@@ -129,6 +129,12 @@ void DeviceTensor::upload(const void* host) {
   cuda::copy_bytes(host, data(), shape_.elements() * dtype_bytes(dtype_));
 }
 
+void device_copy(const void* from, void* to, int64_t bytes, Stream& stream) {
+  cuda::check_cuda(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice,
+                                   cuda::native_stream(stream)),
+                   "device_copy");
+}
+
 GpuTimings time_on_gpu(std::span<const GpuContender> contenders, const GpuBenchOptions& options) {
   Stream stream("bench GPU");
   cuda::NativeStream native(stream);

@@ -81,6 +81,9 @@ struct GpuTimings {
 
 GpuTimings time_on_gpu(std::span<const GpuContender> contenders, const GpuBenchOptions& options);
 
+// The ceiling of memory-bound work: a device-to-device copy by the driver, in stream order.
+void device_copy(const void* from, void* to, int64_t bytes, Stream& stream);
+
 // A Google Benchmark body: the counters are the first contender's, with `of_<name>` its rate over
 // each other contender's. Register with ->UseManualTime()->Iterations(1).
 inline void run_gpu_bench(benchmark::State& state, std::span<const GpuContender> contenders,

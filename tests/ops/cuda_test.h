@@ -183,9 +183,13 @@ void expect_cuda_rows_independent(void (*op)(const Args&, OpContext&),
       });
     }
     run_cuda_op(op, part);
+    std::vector<bool> is_cut;
+    visit_views(args, [&](const char*, const RawView& view) {
+      is_cut.push_back(!view.empty() && view.shape[0] == row_count);
+    });
+    size_t i = 0;
     for_each_pair(part, expected, [&](const char* name, const RawView& a, const RawView& b) {
-      if (a.empty() || a.access == Access::read || a.shape[0] == row_count) return;
-      if (a.shape[0] != count) return;
+      if (!is_cut[i++] || a.access == Access::read) return;
       EXPECT_TRUE(bits_equal(tensor_of(a).bits(), tensor_of(b).bits()))
           << name << ": rows " << first << " and " << count << " more";
     });

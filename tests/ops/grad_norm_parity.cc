@@ -120,7 +120,7 @@ TEST(GradNorm, CudaClipScaleGivesTheReferencesBits) {
       blocks += n == 1 ? 5003 : random.integer(0, 9);
     }
     offsets.set(tensors, static_cast<double>(blocks = std::max<int64_t>(blocks, 1)));
-    TestTensor partial_B(Shape(blocks));
+    TestTensor partial_B{Shape(blocks)};
     for (int64_t b = 0; b < blocks; ++b) partial_B.set(b, random.uniform());
     for (const double bad : {0.5, kInfinity, kNan}) {
       partial_B.set(blocks - 1, bad);

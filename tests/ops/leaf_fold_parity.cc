@@ -138,7 +138,7 @@ TEST(LeafFold, CudaGivesTheReferencesBits) {
     expect_cuda_agrees(leaf_fold, t.accumulate_args());
     t.present.set(3, 1);
     const int blocks = static_cast<int>(c.blocks);
-    expect_cuda_agrees(leaf_fold, t.fold_args({{64, 64 + blocks, 2, 2, 3, 1}}, 64));
+    expect_cuda_agrees(leaf_fold, t.fold_args({{1024, 1024 + blocks, 2, 2, 3, 1}}, 1024));
     if (blocks == 1) continue;
     const int middle = static_cast<int>(canonical_split(blocks));
     expect_cuda_agrees(leaf_fold, t.fold_args({{0, middle, 0, 0}, {middle, blocks, 1, 2, 0, 3}}));
