@@ -216,6 +216,7 @@ CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int 
 }
 
 void attention(const AttentionArgs& args, Stream& stream) {
+  CHECK_EQ(args.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
   const AttentionShape shape = attention_shape(args);
   if (args.q_THQ[0] == 0) return;
   if (fits_tensor_cores(args)) {
@@ -228,6 +229,7 @@ void attention(const AttentionArgs& args, Stream& stream) {
 }
 
 void attention_backward(const AttentionBackwardArgs& args, Stream& stream) {
+  CHECK_EQ(args.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
   const AttentionShape shape = attention_shape(args);
   if (args.q_THQ[0] == 0) return;
   if (fits_tensor_cores(args)) {
