@@ -303,10 +303,11 @@ TEST(Linear, CudaAgreesWithOracle) {
     LinearWgradArgs wgrad{d_y.in<Real>(), x.in<Real>(), d_w.inout<float>(), {}, {}, 0, 0};
     run_cuda_op(linear_wgrad, wgrad);
     const std::vector<double> product = linear_oracle(x, w);
-    EXPECT_TRUE(within(y_f32, product, tolerance(kChainFactor, c.K)));
-    EXPECT_TRUE(within(y, add(product, residual.values()), bf16_tolerance(kChainFactor, c.K)));
-    EXPECT_TRUE(within(d_x, linear_dgrad_oracle(d_y, w), bf16_tolerance(kChainFactor, c.N)));
-    EXPECT_TRUE(within(d_w, d_w_want, tolerance(kChainFactor, c.T + 1)));
+    EXPECT_TRUE(within(y_f32, product, tolerance(kLinearChainFactor, c.K)));
+    EXPECT_TRUE(
+        within(y, add(product, residual.values()), bf16_tolerance(kLinearChainFactor, c.K)));
+    EXPECT_TRUE(within(d_x, linear_dgrad_oracle(d_y, w), bf16_tolerance(kLinearChainFactor, c.N)));
+    EXPECT_TRUE(within(d_w, d_w_want, tolerance(kLinearChainFactor, c.T + 1)));
   }
 }
 
@@ -347,7 +348,7 @@ TEST(Linear, CudaNodesAreIndependentOfTheSplitIntoCalls) {
     const auto whole = forest.run(call_ranges(total_blocks, total_blocks, CallOrder::ascending), 1);
     TestTensor sum(Shape(N, K));
     std::memcpy(sum.data(), whole.data(), whole.size());
-    EXPECT_TRUE(within(sum, linear_wgrad_oracle(d_y, x), tolerance(kChainFactor, T)));
+    EXPECT_TRUE(within(sum, linear_wgrad_oracle(d_y, x), tolerance(kLinearChainFactor, T)));
     for (const int64_t width : {1, 2, 3}) {
       for (const auto order : {CallOrder::ascending, CallOrder::descending, CallOrder::odd_first}) {
         EXPECT_TRUE(bits_equal(forest.run(call_ranges(total_blocks, width, order), 1), whole))
