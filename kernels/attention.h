@@ -10,24 +10,57 @@
 // sum the partials of query blocks in position order, each computed alone, one chain over (head of
 // the group, position). No row depends on another sequence, nor on the number of threads.
 //   d_v = sum p d_o,  ds = p * (d_o . v - d_o . o) * scale,  d_q = sum ds k,  d_k = sum ds q
+// On the GPU (kernels/attention_*.cuh) blocks are the kernels' tiles of 128 positions, counted from
+// each sequence's start, whatever block_tokens is: the forward pass folds a query's tiles from its
+// own backwards, dQ sums them in position order, dK and dV sum (head of the group, position) over
+// each half of the group's heads. With bf16 storage P and dS are rounded to bf16 as operands of
+// the tensor cores; the reference keeps them in fp32.
 // Napkin: forward 2 T S H Q FLOPs (causal half of 4), backward 5 T S H Q.
+// Context parallelism: with `share` of several ranks, q holds this rank's part of every sequence
+// (zigzag: chunks `index` and 2 ranks - 1 - index of 2 ranks), k and v hold whole sequences. The
+// backward pass then leaves every query block's dK and dV apart, for the ranks that own the keys,
+// and `attention_key_fold` sums them there in the order in which one rank does.
 #pragma once
 
 #include "kernels/op.h"
 
 namespace cambium {
 
+// Which part of a sequence of S positions a rank holds.
+struct ContextShare {
+  int64_t ranks = 1;
+  int64_t index = 0;
+
+  // The place in its sequence of row t of this rank's part.
+  int64_t position(int64_t t, int64_t S) const {
+    if (ranks == 1) return t;
+    const int64_t chunk = S / (2 * ranks);
+    return t < chunk ? index * chunk + t : (2 * ranks - 1 - index) * chunk + (t - chunk);
+  }
+  // The rank that holds a position, and its row there.
+  int64_t owner(int64_t position, int64_t S) const {
+    if (ranks == 1) return 0;
+    const int64_t chunk = position / (S / (2 * ranks));
+    return chunk < ranks ? chunk : 2 * ranks - 1 - chunk;
+  }
+  int64_t row(int64_t position, int64_t S) const {
+    if (ranks == 1) return position;
+    const int64_t size = S / (2 * ranks);
+    return position % size + (position / size < ranks ? 0 : size);
+  }
+};
+
 struct AttentionArgs {
   In<Real> q_THQ;  // rows may be strided: parts of a fused projection
   In<Real> k_TGQ;
   In<Real> v_TGQ;
-  In<int32_t> document_start_T =
-      {};  // optional: micro-batch index of the first token of t's document
+  In<int32_t> document_start_T = {};  // optional: row of k that begins t's document
   Out<Real> o_THQ;
   Out<float> lse_TH;
-  int64_t sequence_length = 0;  // T is a multiple
+  int64_t sequence_length = 0;  // S; T is a multiple of S / share.ranks
   int64_t block_tokens = 0;
   float scale = 1.0f;
+  ContextShare share = {};
 };
 
 struct AttentionBackwardArgs {
@@ -39,28 +72,54 @@ struct AttentionBackwardArgs {
   In<float> lse_TH;
   In<int32_t> document_start_T = {};  // optional
   Out<Real> d_q_THQ;                  // rows may be strided; must not overlap the inputs
-  Out<Real> d_k_TGQ;
+  Out<Real> d_k_TGQ;  // empty with a share of several ranks, which fills the partials instead
   Out<Real> d_v_TGQ;
   Out<float> delta_TH;  // d_o . o of each row: an intermediate that the caller gives room for
   int64_t sequence_length = 0;
   int64_t block_tokens = 0;
   float scale = 1.0f;
+  ContextShare share = {};
+  // [rank that owns the key][sequence][query block of this rank][key row there][G Q], flattened to
+  // rows of G Q; rows of blocks that the query block does not see are not touched.
+  Out<float> d_k_partial_MC = {};
+  Out<float> d_v_partial_MC = {};
 };
+
+// One of dK and dV from the partials of all ranks' query blocks, in position order:
+//   d_x[t] = (... (partial of t's own block + that of the next) + ...)
+struct AttentionKeyFoldArgs {
+  In<float> partial_MC;  // [rank of the query][sequence][query block there][key row here], C = G Q
+  In<int32_t> document_start_S = {};  // optional: of whole sequences
+  Out<Real> d_x_TGQ;
+  int64_t sequence_length = 0;
+  int64_t block_tokens = 0;
+  ContextShare share;
+};
+
+// Rows of the partials: every key row for each query block of a sequence.
+inline int64_t attention_partial_rows(int64_t T, int64_t S, int64_t block_tokens,
+                                      const ContextShare& share) {
+  return T * (S / share.ranks / block_tokens) * share.ranks;
+}
 
 // What both passes require of q, k, v and the scalars.
 template <class Args>
 void check_attention_inputs(const char* op, const Args& a) {
   const int64_t T = a.q_THQ[0], H = a.q_THQ[1], Q = a.q_THQ[2], G = a.k_TGQ[1];
-  check_shape(op, "k_TGQ", a.k_TGQ, Shape(T, G, Q));
-  check_shape(op, "v_TGQ", a.v_TGQ, Shape(T, G, Q));
+  check_shape(op, "k_TGQ", a.k_TGQ, Shape(T * a.share.ranks, G, Q));
+  check_shape(op, "v_TGQ", a.v_TGQ, Shape(T * a.share.ranks, G, Q));
   if (!a.document_start_T.empty()) {
     check_shape(op, "document_start_T", a.document_start_T, Shape(T));
   }
   CHECK_GE(G, 1);
   CHECK_EQ(H % G, 0);
   CHECK_GE(a.sequence_length, 1);
-  CHECK_EQ(T % a.sequence_length, 0);
+  CHECK_EQ(T * a.share.ranks % a.sequence_length, 0);
   CHECK_GE(a.block_tokens, 1);
+  if (a.share.ranks > 1) {
+    CHECK_EQ(a.sequence_length % (2 * a.share.ranks * a.block_tokens), 0);
+    CHECK(a.share.index >= 0 && a.share.index < a.share.ranks);
+  }
 }
 
 inline void check_args(const AttentionArgs& a) {
@@ -77,9 +136,29 @@ inline void check_args(const AttentionBackwardArgs& a) {
   check_shape("attention_backward", "d_o_THQ", a.d_o_THQ, Shape(T, H, Q));
   check_shape("attention_backward", "lse_TH", a.lse_TH, Shape(T, H));
   check_shape("attention_backward", "d_q_THQ", a.d_q_THQ, Shape(T, H, Q));
+  check_shape("attention_backward", "delta_TH", a.delta_TH, Shape(T, H));
+  if (a.share.ranks > 1) {
+    const Shape rows(attention_partial_rows(T, a.sequence_length, a.block_tokens, a.share), G * Q);
+    CHECK(a.d_k_TGQ.empty() && a.d_v_TGQ.empty());
+    check_shape("attention_backward", "d_k_partial_MC", a.d_k_partial_MC, rows);
+    check_shape("attention_backward", "d_v_partial_MC", a.d_v_partial_MC, rows);
+    return;
+  }
   check_shape("attention_backward", "d_k_TGQ", a.d_k_TGQ, Shape(T, G, Q));
   check_shape("attention_backward", "d_v_TGQ", a.d_v_TGQ, Shape(T, G, Q));
-  check_shape("attention_backward", "delta_TH", a.delta_TH, Shape(T, H));
+}
+
+inline void check_args(const AttentionKeyFoldArgs& a) {
+  const int64_t T = a.d_x_TGQ[0], C = a.d_x_TGQ[1] * a.d_x_TGQ[2], S = a.sequence_length;
+  CHECK_GE(a.share.ranks, 2);
+  CHECK_EQ(S % (2 * a.share.ranks * a.block_tokens), 0);
+  CHECK_EQ(T * a.share.ranks % S, 0);
+  check_shape("attention_key_fold", "partial_MC", a.partial_MC,
+              Shape(attention_partial_rows(T, S, a.block_tokens, a.share), C));
+  if (!a.document_start_S.empty()) {
+    check_shape("attention_key_fold", "document_start_S", a.document_start_S,
+                Shape(T * a.share.ranks));
+  }
 }
 
 // FLOPs of the causal half with its diagonal; a document mask does not lower the declared cost.
@@ -95,6 +174,12 @@ inline Cost cost(const AttentionBackwardArgs& a) {
   const int64_t S = a.sequence_length, pairs = T * (S + 1) / 2 * H;
   const int64_t bytes = dtype_bytes(a.q_THQ.dtype) * T * 4 * (H + G) * Q + 8 * T * H;
   return {"attention_backward", {T, H, Q, G, S}, pairs * (10 * Q + 6), bytes, 0};
+}
+
+// The additions are those that attention_backward of one rank does on its way: none are counted.
+inline Cost cost(const AttentionKeyFoldArgs& a) {
+  const int64_t T = a.d_x_TGQ[0], C = a.d_x_TGQ[1] * a.d_x_TGQ[2];
+  return {"attention_key_fold", {T, C, a.sequence_length}, 0, 4 * a.partial_MC.elements() / 2, 0};
 }
 
 template <class Visitor>
@@ -120,11 +205,21 @@ void visit_views(const AttentionBackwardArgs& a, Visitor&& visit) {
   visit("d_k_TGQ", a.d_k_TGQ);
   visit("d_v_TGQ", a.d_v_TGQ);
   visit("delta_TH", a.delta_TH);
+  visit("d_k_partial_MC", a.d_k_partial_MC);
+  visit("d_v_partial_MC", a.d_v_partial_MC);
+}
+
+template <class Visitor>
+void visit_views(const AttentionKeyFoldArgs& a, Visitor&& visit) {
+  visit("partial_MC", a.partial_MC);
+  visit("document_start_S", a.document_start_S);
+  visit("d_x_TGQ", a.d_x_TGQ);
 }
 
 namespace reference {
 void attention(const AttentionArgs& args, Workers& workers);
 void attention_backward(const AttentionBackwardArgs& args, Workers& workers);
+void attention_key_fold(const AttentionKeyFoldArgs& args, Workers& workers);
 }  // namespace reference
 namespace cuda {
 void attention(const AttentionArgs& args, Stream& stream);
@@ -137,6 +232,9 @@ inline void attention(const AttentionArgs& args, OpContext& context) {
 inline void attention_backward(const AttentionBackwardArgs& args, OpContext& context) {
   execute(args, context, reference::attention_backward,
           kHasCuda ? cuda::attention_backward : nullptr);
+}
+inline void attention_key_fold(const AttentionKeyFoldArgs& args, OpContext& context) {
+  execute(args, context, reference::attention_key_fold, kCpuOnly);
 }
 
 }  // namespace cambium

@@ -6,7 +6,9 @@
 //   dQ: 128 queries of a head against its key tiles in position order.
 //   dK, dV: 128 keys of a group against (head of the group, query tile of 64), scores transposed:
 //     S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are register operands of dV += P^T dO and
-//     dK += dS^T Q.
+//     dK += dS^T Q. Where heads of a group are even in number, two blocks of a cluster take half
+//     of them each and add their sums through shared memory: twice as many blocks of half the
+//     length keep the GPU busy in small batches too.
 // P and dS are rounded to bf16 as operands; everything else is fp32. `delta` = d_o . o per row.
 // Napkin at Q = 128: a step of 128 x 128 takes 3,072 (dQ) and 4,096 (dK, dV) cycles of tensor
 // cores beside 1,024 of exp2 each.
@@ -89,86 +91,114 @@ __device__ __forceinline__ void store_rows(const CUtensorMap* map, const char* s
   tma_store_commit();
 }
 
+// lse and delta of this thread's two rows; a row past the end has probabilities zero.
+struct RowStatistics {
+  float lse_log2[2], delta[2];
+};
+__device__ __forceinline__ RowStatistics row_statistics(const BackwardArgs& args,
+                                                        const QueryTile& tile,
+                                                        const QueryRows& rows) {
+  RowStatistics statistics;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const bool exists = rows.position[r] < args.shape.S;
+    const int64_t row = int64_t{tile.sequence} * args.shape.S + rows.position[r];
+    statistics.lse_log2[r] =
+        exists ? args.lse[row * args.lse_stride + tile.head] * kLog2E : INFINITY;
+    statistics.delta[r] = exists ? args.delta[row * args.delta_stride + tile.head] : 0.0f;
+  }
+  return statistics;
+}
+
+template <int kColumns, int kElements>
+__device__ __forceinline__ void store_query_gradient(const BackwardMaps& maps,
+                                                     const AttentionShape& shape,
+                                                     QueryGradientShared<kColumns>& shared,
+                                                     TileAt at, const float (&d_q)[kElements]) {
+  const int warpgroup = consumer_index();
+  const bool is_leader = threadIdx.x % kWarpgroupThreads == 0;
+  char* staging = shared.d_q + warpgroup * kWarpgroupRows * kColumns * 2;
+  if (is_leader) tma_store_wait_read();  // of the tile before
+  warpgroup_sync(warpgroup);
+  store_accumulator<kWarpgroupRows>(d_q, shape.scale, staging, 0);
+  fence_async_proxy();
+  warpgroup_sync(warpgroup);
+  if (is_leader) {
+    store_rows<kColumns>(&maps.d_q, staging, kWarpgroupRows * kSwizzleRowBytes, at);
+  }
+}
+
 template <int kColumns>
 __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps,
                                                         const BackwardArgs& args,
                                                         QueryGradientShared<kColumns>& shared) {
   constexpr int kPanelBytes = kTileRows * kSwizzleRowBytes;
   const AttentionShape& shape = args.shape;
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads - 1;
-  const bool is_leader = threadIdx.x % kWarpgroupThreads == 0;
+  const int warpgroup = consumer_index();
   const int tiles = shape.query_tiles() * shape.sequences * shape.H;
   const float scale_log2 = shape.scale * kLog2E;
   const AccumulatorLane lane = accumulator_lane();
   const int my_rows = warpgroup * kWarpgroupRows * kSwizzleRowBytes;
-  const uint64_t q_operand = operand_k_major(shared_address(shared.q) + my_rows);
-  const uint64_t d_o_operand = operand_k_major(shared_address(shared.d_o) + my_rows);
+  const uint32_t q_operand = operand_k_major(shared_address(shared.q) + my_rows);
+  const uint32_t d_o_operand = operand_k_major(shared_address(shared.d_o) + my_rows);
   RingPosition<kBackwardStages> ring;
+  if (warpgroup == 1) give_turn(1);
   for (int round = 0, index = snake_index(0); index < tiles; index = snake_index(++round)) {
     const QueryTile tile = query_tile(shape, index);
-    const int first = tile.first + warpgroup * kWarpgroupRows;
-    const int position[2] = {first + lane.row, first + lane.row + 8};
-    int first_seen[2];
-    float lse_log2[2], delta[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const bool exists = position[r] < shape.S;
-      const int64_t row = int64_t{tile.sequence} * shape.S + position[r];
-      lse_log2[r] = exists ? args.lse[row * args.lse_stride + tile.head] * kLog2E : INFINITY;
-      delta[r] = exists ? args.delta[row * args.delta_stride + tile.head] : 0.0f;
-      first_seen[r] = shape.first_key(tile.sequence, position[r]);
-    }
-    const int latest_first =
-        shape.first_key(tile.sequence, min(first + kWarpgroupRows, shape.S) - 1);
+    const QueryRows rows = query_rows(shape, tile, warpgroup);
+    const RowStatistics statistics = row_statistics(args, tile, rows);
     float s[kTileRows / 2], d_p[kTileRows / 2], d_q[kColumns / 2] = {};
     uint32_t d_s[kTileRows / 4];
 
     barrier_wait(&shared.q_full, round % 2);
-    for (int key = tile.first_key_tile; key <= tile.last_key_tile; ++key) {
-      const uint32_t k_tile = shared_address(shared.k[ring.stage]);
+    const auto start_scores = [&] {
       barrier_wait(&shared.k_full[ring.stage], ring.parity);
       wgmma_fence();
-      tile_product_abt<kColumns, kTileRows>(s, q_operand, operand_k_major(k_tile));
+      tile_product_abt<kColumns, kTileRows>(s, q_operand,
+                                            operand_k_major(shared_address(shared.k[ring.stage])));
       wgmma_commit();
+    };
+    pin_accumulator(d_q);
+    take_turn(warpgroup);
+    start_scores();
+    for (int key = tile.first_key_tile, before = -1;; ++key) {
+      const int stage = ring.stage;
+      barrier_wait(&shared.v_full[stage], ring.parity);
       wgmma_wait<1>(d_q);  // of the key tile before
-      if (key != tile.first_key_tile) {
-        release(&shared.k_empty[(ring.stage + kBackwardStages - 1) % kBackwardStages]);
-      }
-      barrier_wait(&shared.v_full[ring.stage], ring.parity);
-      tile_product_abt<kColumns, kTileRows>(d_p, d_o_operand,
-                                            operand_k_major(shared_address(shared.v[ring.stage])));
-      wgmma_commit();
-      wgmma_wait<1>(s);
-      if (key == tile.last_key_tile || key * kTileRows < latest_first) {
-        mask_scores(s, key * kTileRows, position, first_seen);
-      }
-      scores_to_probs(s, scale_log2, lse_log2);
-      wgmma_wait<0>(d_p);
-      release(&shared.v_empty[ring.stage]);
-#pragma unroll
-      for (int i = 0; i < kTileRows / 2; ++i) s[i] *= d_p[i] - delta[i / 2 % 2];
-      pack_operand(s, d_s);
+      if (before >= 0) release(&shared.k_empty[before]);
+      before = stage;
       wgmma_fence();
-      tile_product_ab<kTileRows>(d_q, d_s, operand_mn_major(k_tile, kPanelBytes));
+      tile_product_abt<kColumns, kTileRows>(d_p, d_o_operand,
+                                            operand_k_major(shared_address(shared.v[stage])));
+      wgmma_commit();
+      give_turn(warpgroup);
+      wgmma_wait<1>(s);
+      if (key == tile.last_key_tile || key * kTileRows < rows.latest_first) {
+        mask_scores(s, key * kTileRows, rows);
+      }
+      scores_to_probs(s, scale_log2, statistics.lse_log2);
+      wgmma_wait<0>(d_p);
+      release(&shared.v_empty[stage]);
+#pragma unroll
+      for (int i = 0; i < kTileRows / 2; ++i) s[i] *= d_p[i] - statistics.delta[i / 2 % 2];
+      pack_operand(s, d_s);
+      take_turn(warpgroup);
+      wgmma_fence();
+      tile_product_ab<kTileRows>(d_q, d_s,
+                                 operand_mn_major(shared_address(shared.k[stage]), kPanelBytes));
       wgmma_commit();
       ring.advance();
+      if (key == tile.last_key_tile) break;
+      start_scores();
     }
+    give_turn(warpgroup);
     release(&shared.q_empty);
     wgmma_wait<0>(d_q);
     release(&shared.k_empty[(ring.stage + kBackwardStages - 1) % kBackwardStages]);
 
-    char* staging = shared.d_q + warpgroup * kWarpgroupRows * kColumns * 2;
-    if (is_leader) tma_store_wait_read();  // of the tile before
-    warpgroup_sync(warpgroup);
-    store_accumulator<kWarpgroupRows>(d_q, shape.scale, staging, 0);
-    fence_async_proxy();
-    warpgroup_sync(warpgroup);
-    if (is_leader) {
-      store_rows<kColumns>(&maps.d_q, staging, kWarpgroupRows * kSwizzleRowBytes,
-                           {0, tile.head, first, tile.sequence});
-    }
+    store_query_gradient(maps, shape, shared, {0, tile.head, rows.first, tile.sequence}, d_q);
   }
-  if (is_leader) tma_store_wait_read();
+  if (threadIdx.x % kWarpgroupThreads == 0) tma_store_wait_read();
 }
 
 template <int kColumns>
@@ -200,7 +230,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
 // ---- dK and dV -------------------------------------------------------------------------------
 
-constexpr int kKeyStages = 2;
+constexpr int kKeyStages = 3;
 
 template <int kColumns>
 struct KeyGradientShared {
@@ -210,25 +240,35 @@ struct KeyGradientShared {
   char v[kTileBytes];  // later dV
   char q[kKeyStages][kStepBytes];
   char d_o[kKeyStages][kStepBytes];
-  float lse_log2[kKeyStages][kStepRows];
+  float lse[kKeyStages][kStepRows];
   float delta[kKeyStages][kStepRows];
-  int first_seen[kKeyStages][kStepRows];
+  int document_start[kKeyStages][kStepRows];
   uint64_t keys_full;
   uint64_t full[kKeyStages], empty[kKeyStages];
+
+  // What the other block of the cluster sends, over q and d_o when no product reads them any more:
+  // four floats of each computing thread after four.
+  __device__ char* received() { return q[0]; }
+  static constexpr int kFourBytes = 16 * kConsumers * kWarpgroupThreads;
+  static_assert(kColumns / 8 * kFourBytes <= 2 * kKeyStages * kStepBytes);
 };
 
-// 128 keys of one group and the query steps that see one of them, first_step .. end_step - 1.
+// 128 keys of one group, the heads of it that this block takes, and the query steps that see one of
+// the keys, first_step .. end_step - 1.
 struct KeyTile {
-  int sequence, group, first, first_step, end_step;
+  int sequence, group, first, first_head, heads, first_step, end_step;
 };
 
 // Longest first. Document starts never decrease, so the queries that see the tile are a range.
+template <int kSplit>
 __device__ __forceinline__ KeyTile key_tile(const AttentionShape& shape) {
-  const int columns = shape.sequences * shape.G, column = blockIdx.x % columns;
+  const int index = static_cast<int>(blockIdx.x) / kSplit, columns = shape.sequences * shape.G;
   KeyTile tile;
-  tile.sequence = column / shape.G;
-  tile.group = column % shape.G;
-  tile.first = static_cast<int>(blockIdx.x) / columns * kTileRows;
+  tile.sequence = index % columns / shape.G;
+  tile.group = index % columns % shape.G;
+  tile.first = index / columns * kTileRows;
+  tile.heads = shape.heads() / kSplit;
+  tile.first_head = tile.group * shape.heads() + static_cast<int>(blockIdx.x) % kSplit * tile.heads;
   tile.first_step = tile.first / kStepRows;
   tile.end_step = (shape.S + kStepRows - 1) / kStepRows;
   int seen = tile.first_step + 1;  // the first step always sees the tile
@@ -258,7 +298,7 @@ __device__ __forceinline__ void key_gradient_producer(const BackwardMaps& maps,
     load_tile<kColumns>(&maps.v, &shared.keys_full, shared.v, keys);
   }
   RingPosition<kKeyStages> ring;
-  for (int head = tile.group * shape.heads(); head < (tile.group + 1) * shape.heads(); ++head) {
+  for (int head = tile.first_head; head < tile.first_head + tile.heads; ++head) {
     for (int step = tile.first_step; step < tile.end_step; ++step, ring.advance()) {
       const int stage = ring.stage;
       barrier_wait(&shared.empty[stage], ring.parity ^ 1);
@@ -271,129 +311,214 @@ __device__ __forceinline__ void key_gradient_producer(const BackwardMaps& maps,
           tma_load(&maps.d_o, &shared.full[stage], shared.d_o[stage] + offset, at);
         }
       }
+      // NOTE: rows past the end get zeros: their probability is then 1, times a d_o of zeros.
       for (int i = lane; i < kStepRows; i += kWarpLanes) {
         const int position = step * kStepRows + i;
-        const bool exists = position < shape.S;
-        const int64_t row = int64_t{tile.sequence} * shape.S + position;
-        shared.lse_log2[stage][i] =
-            exists ? args.lse[row * args.lse_stride + head] * kLog2E : INFINITY;
-        shared.delta[stage][i] = exists ? args.delta[row * args.delta_stride + head] : 0.0f;
-        shared.first_seen[stage][i] = shape.first_key(tile.sequence, position);
+        const int bytes = position < shape.S ? 4 : 0;
+        const int64_t row = int64_t{tile.sequence} * shape.S + min(position, shape.S - 1);
+        copy_4(&shared.lse[stage][i], args.lse + row * args.lse_stride + head, bytes);
+        copy_4(&shared.delta[stage][i], args.delta + row * args.delta_stride + head, bytes);
+        if (shape.document_start != nullptr) {
+          copy_4(&shared.document_start[stage][i], shape.document_start + row, bytes);
+        }
       }
-      barrier_arrive(&shared.full[stage]);
+      arrive_after_copies(&shared.full[stage]);
     }
   }
 }
 
-// s = P^T: this thread's rows are keys, its columns queries.
+// d = factor * value of this thread's columns in every row: what a product then adds to.
 template <int kElements>
-__device__ __forceinline__ void transposed_probs(float (&s)[kElements], float scale_log2,
-                                                 const float* lse_log2) {
+__device__ __forceinline__ void start_from_columns(float (&d)[kElements], const float* value,
+                                                   float factor) {
 #pragma unroll
   for (int i = 0; i < kElements; i += 4) {
-    const float2 lse = *reinterpret_cast<const float2*>(lse_log2 + i * 2);
-    s[i] = exp2_fast(fmaf(s[i], scale_log2, -lse.x));
-    s[i + 1] = exp2_fast(fmaf(s[i + 1], scale_log2, -lse.y));
-    s[i + 2] = exp2_fast(fmaf(s[i + 2], scale_log2, -lse.x));
-    s[i + 3] = exp2_fast(fmaf(s[i + 3], scale_log2, -lse.y));
+    const float2 pair = *reinterpret_cast<const float2*>(value + i * 2);
+    d[i] = d[i + 2] = pair.x * factor;
+    d[i + 1] = d[i + 3] = pair.y * factor;
   }
 }
 
-// Zero where query `first_query + column` comes before the key or its document begins after it.
+// Minus infinity where the query comes before the key: `lead` = key - query at this thread's first
+// element.
 template <int kElements>
-__device__ __forceinline__ void mask_transposed(float (&s)[kElements], int first_key,
-                                                int first_query, const int* first_seen) {
+__device__ __forceinline__ void mask_earlier_queries(float (&s)[kElements], int lead) {
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    const int column = i / 4 * 8 + i % 2, key = first_key + i / 2 % 2 * 8;
-    if ((first_query + column < key) | (first_seen[column] > key)) s[i] = 0.0f;
+    if (i / 4 * 8 + i % 2 - i / 2 % 2 * 8 < lead) s[i] = -INFINITY;
   }
 }
 
-// s = dS^T = P^T * (dP^T - delta)
+// Minus infinity where the query's document begins after the key; both are rows of the micro-batch.
 template <int kElements>
-__device__ __forceinline__ void transposed_score_gradient(float (&s)[kElements],
-                                                          const float (&d_p)[kElements],
-                                                          const float* delta) {
+__device__ __forceinline__ void mask_later_documents(float (&s)[kElements], int key_row,
+                                                     const int* document_start) {
 #pragma unroll
   for (int i = 0; i < kElements; i += 4) {
-    const float2 d = *reinterpret_cast<const float2*>(delta + i * 2);
-    s[i] *= d_p[i] - d.x;
-    s[i + 1] *= d_p[i + 1] - d.y;
-    s[i + 2] *= d_p[i + 2] - d.x;
-    s[i + 3] *= d_p[i + 3] - d.y;
+    const int2 start = *reinterpret_cast<const int2*>(document_start + i * 2);
+    if (start.x > key_row) s[i] = -INFINITY;
+    if (start.y > key_row) s[i + 1] = -INFINITY;
+    if (start.x > key_row + 8) s[i + 2] = -INFINITY;
+    if (start.y > key_row + 8) s[i + 3] = -INFINITY;
   }
 }
 
-template <int kColumns>
+// This warpgroup's 64 rows into `tile` in shared memory, where K or V lay, and from there to `map`.
+// No other warpgroup reads those rows of K and V, and this one is done with them.
+template <int kColumns, int kElements>
+__device__ __forceinline__ void store_key_gradient(const CUtensorMap* map, const KeyTile& at,
+                                                   char* tile, const float (&d)[kElements],
+                                                   float factor) {
+  const int warpgroup = consumer_index(), first_row = warpgroup * kWarpgroupRows;
+  store_accumulator<kTileRows>(d, factor, tile, first_row);
+  fence_async_proxy();
+  warpgroup_sync(warpgroup);
+  if (threadIdx.x % kWarpgroupThreads != 0) return;
+  store_rows<kColumns>(map, tile + first_row * kSwizzleRowBytes, kTileRows * kSwizzleRowBytes,
+                       {0, at.group, at.first + first_row, at.sequence});
+  tma_store_wait_read();
+}
+
+template <int kColumns, int kElements>
+__device__ __forceinline__ void send_sums(KeyGradientShared<kColumns>& shared, uint32_t to_rank,
+                                          const float (&d)[kElements]) {
+  const uint32_t mine = (threadIdx.x - kWarpgroupThreads) * 16;
+  const uint32_t to = address_in_block(shared_address(shared.received()), to_rank) + mine;
+#pragma unroll
+  for (int i = 0; i < kElements / 4; ++i) {
+    store_in_cluster(to + i * KeyGradientShared<kColumns>::kFourBytes, d + 4 * i);
+  }
+}
+
+template <int kColumns, int kElements>
+__device__ __forceinline__ void add_received(KeyGradientShared<kColumns>& shared,
+                                             float (&d)[kElements]) {
+  const char* from = shared.received() + (threadIdx.x - kWarpgroupThreads) * 16;
+#pragma unroll
+  for (int i = 0; i < kElements / 4; ++i) {
+    const auto four =
+        *reinterpret_cast<const float4*>(from + i * KeyGradientShared<kColumns>::kFourBytes);
+    d[4 * i] += four.x;
+    d[4 * i + 1] += four.y;
+    d[4 * i + 2] += four.z;
+    d[4 * i + 3] += four.w;
+  }
+}
+
+// Stores dK and dV; of a cluster, block 0 adds and stores dK, block 1 dV.
+template <int kColumns, int kSplit, int kElements>
+__device__ __forceinline__ void finish_key_gradients(const BackwardMaps& maps, float scale,
+                                                     KeyGradientShared<kColumns>& shared,
+                                                     const KeyTile& tile, float (&d_k)[kElements],
+                                                     float (&d_v)[kElements]) {
+  if constexpr (kSplit == 1) {
+    store_key_gradient<kColumns>(&maps.d_k, tile, shared.k, d_k, scale);
+    store_key_gradient<kColumns>(&maps.d_v, tile, shared.v, d_v, 1.0f);
+  } else {
+    cluster_sync();  // neither block reads its q and d_o any more
+    const bool takes_d_k = cluster_rank() == 0;
+    if (takes_d_k) {
+      send_sums(shared, 1, d_v);
+    } else {
+      send_sums(shared, 0, d_k);
+    }
+    cluster_sync();
+    if (takes_d_k) {
+      add_received(shared, d_k);
+      store_key_gradient<kColumns>(&maps.d_k, tile, shared.k, d_k, scale);
+    } else {
+      add_received(shared, d_v);
+      store_key_gradient<kColumns>(&maps.d_v, tile, shared.v, d_v, 1.0f);
+    }
+  }
+}
+
+template <int kColumns, int kSplit>
 __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
                                                       const BackwardArgs& args, const KeyTile& tile,
                                                       KeyGradientShared<kColumns>& shared) {
   constexpr int kStepPanelBytes = kStepRows * kSwizzleRowBytes;
-  constexpr int kPanelBytes = kTileRows * kSwizzleRowBytes;
   const AttentionShape& shape = args.shape;
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads - 1;
+  const int warpgroup = consumer_index();
   const float scale_log2 = shape.scale * kLog2E;
   const AccumulatorLane lane = accumulator_lane();
   const int my_rows = warpgroup * kWarpgroupRows * kSwizzleRowBytes;
-  const uint64_t k_operand = operand_k_major(shared_address(shared.k) + my_rows);
-  const uint64_t v_operand = operand_k_major(shared_address(shared.v) + my_rows);
+  const uint32_t k_operand = operand_k_major(shared_address(shared.k) + my_rows);
+  const uint32_t v_operand = operand_k_major(shared_address(shared.v) + my_rows);
   const int first_key = tile.first + warpgroup * kWarpgroupRows + lane.row;
   // The second warpgroup's keys come after every query of the first step.
-  const int skipped = warpgroup;
-  const int steps = tile.end_step - tile.first_step;
+  const int skipped = warpgroup, steps = tile.end_step - tile.first_step;
   float s[kStepRows / 2], d_p[kStepRows / 2], d_k[kColumns / 2] = {}, d_v[kColumns / 2] = {};
   uint32_t p[kStepRows / 4], d_s[kStepRows / 4];
   RingPosition<kKeyStages> ring;
-  barrier_wait(&shared.keys_full, 0);
-  for (int head = 0; head < shape.heads(); ++head) {
-    for (int step = 0; step < steps; ++step, ring.advance()) {
-      const int stage = ring.stage;
-      barrier_wait(&shared.full[stage], ring.parity);
-      if (step < skipped) {
-        release(&shared.empty[stage]);
-        continue;
-      }
-      const uint32_t q_step = shared_address(shared.q[stage]);
-      const uint32_t d_o_step = shared_address(shared.d_o[stage]);
-      wgmma_fence();
-      tile_product_abt<kColumns, kTileRows>(s, k_operand, operand_k_major(q_step));
-      wgmma_commit();
-      tile_product_abt<kColumns, kTileRows>(d_p, v_operand, operand_k_major(d_o_step));
-      wgmma_commit();
-      wgmma_wait<1>(s);
-      transposed_probs(s, scale_log2, shared.lse_log2[stage] + lane.column);
-      if (step == skipped || shape.document_start != nullptr) {
-        mask_transposed(s, first_key, (tile.first_step + step) * kStepRows + lane.column,
-                        shared.first_seen[stage] + lane.column);
-      }
-      pack_operand(s, p);
-      wgmma_fence();
-      tile_product_ab<kStepRows>(d_v, p, operand_mn_major(d_o_step, kStepPanelBytes));
-      wgmma_commit();
-      wgmma_wait<1>(d_p);
-      transposed_score_gradient(s, d_p, shared.delta[stage] + lane.column);
-      pack_operand(s, d_s);
-      wgmma_fence();
-      tile_product_ab<kStepRows>(d_k, d_s, operand_mn_major(q_step, kStepPanelBytes));
-      wgmma_commit();
-      wgmma_wait<0>(d_k, d_v);
-      release(&shared.empty[stage]);
+  int step = 0, head = 0;
+  const auto skip = [&] {
+    for (; head < tile.heads && step < skipped; ring.advance()) {
+      barrier_wait(&shared.full[ring.stage], ring.parity);
+      release(&shared.empty[ring.stage]);
+      if (++step == steps) step = 0, ++head;
     }
+  };
+  const auto start_scores = [&] {
+    barrier_wait(&shared.full[ring.stage], ring.parity);
+    start_from_columns(s, shared.lse[ring.stage] + lane.column, -1.0f / shape.scale);
+    if (step == skipped) {
+      mask_earlier_queries(s, first_key - (tile.first_step + step) * kStepRows - lane.column);
+    }
+    if (shape.document_start != nullptr) {
+      mask_later_documents(s, tile.sequence * shape.S + first_key,
+                           shared.document_start[ring.stage] + lane.column);
+    }
+    wgmma_fence();
+    tile_product_abt<kColumns, kTileRows, Start::accumulate>(
+        s, k_operand, operand_k_major(shared_address(shared.q[ring.stage])));
+    wgmma_commit();
+  };
+  barrier_wait(&shared.keys_full, 0);
+  skip();
+  const bool has_steps = head < tile.heads;
+  pin_accumulator(d_k);
+  pin_accumulator(d_v);
+  if (has_steps) start_scores();
+  for (int before = -1; has_steps;) {
+    const int stage = ring.stage;
+    const uint32_t d_o_step = shared_address(shared.d_o[stage]);
+    wgmma_wait<1>(d_k, d_v);  // of the step before
+    if (before >= 0) release(&shared.empty[before]);
+    before = stage;
+    start_from_columns(d_p, shared.delta[stage] + lane.column, -1.0f);
+    wgmma_fence();
+    tile_product_abt<kColumns, kTileRows, Start::accumulate>(d_p, v_operand,
+                                                             operand_k_major(d_o_step));
+    wgmma_commit();
+    wgmma_wait<1>(s);
+#pragma unroll
+    for (float& score : s) score = exp2_fast(score * scale_log2);
+    pack_operand(s, p);
+    wgmma_fence();
+    tile_product_ab<kStepRows>(d_v, p, operand_mn_major(d_o_step, kStepPanelBytes));
+    wgmma_commit();
+    wgmma_wait<1>(d_p);
+#pragma unroll
+    for (int i = 0; i < kStepRows / 2; ++i) s[i] *= d_p[i];
+    pack_operand(s, d_s);
+    wgmma_fence();
+    tile_product_ab<kStepRows>(d_k, d_s,
+                               operand_mn_major(shared_address(shared.q[stage]), kStepPanelBytes));
+    wgmma_commit();
+    ring.advance();
+    if (++step == steps) step = 0, ++head;
+    skip();
+    if (head == tile.heads) {
+      wgmma_wait<0>(d_k, d_v);
+      break;
+    }
+    start_scores();
   }
-  // This warpgroup's rows of K and V are read by it alone, and no more.
-  store_accumulator<kTileRows>(d_k, shape.scale, shared.k, warpgroup * kWarpgroupRows);
-  store_accumulator<kTileRows>(d_v, 1.0f, shared.v, warpgroup * kWarpgroupRows);
-  fence_async_proxy();
-  warpgroup_sync(warpgroup);
-  if (threadIdx.x % kWarpgroupThreads != 0) return;
-  const TileAt at{0, tile.group, tile.first + warpgroup * kWarpgroupRows, tile.sequence};
-  store_rows<kColumns>(&maps.d_k, shared.k + my_rows, kPanelBytes, at);
-  store_rows<kColumns>(&maps.d_v, shared.v + my_rows, kPanelBytes, at);
-  tma_store_wait_read();
+  finish_key_gradients<kColumns, kSplit>(maps, shape.scale, shared, tile, d_k, d_v);
 }
 
-template <int kColumns>
+template <int kColumns, int kSplit>
 __global__ void __launch_bounds__(kTileThreads, 1)
     attention_key_gradient_kernel(const __grid_constant__ BackwardMaps maps,
                                   const BackwardArgs args) {
@@ -407,14 +532,14 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     }
     barrier_init_fence();
   }
-  const KeyTile tile = key_tile(args.shape);
+  const KeyTile tile = key_tile<kSplit>(args.shape);
   __syncthreads();
   if (threadIdx.x < kWarpgroupThreads) {
     lower_registers<kProducerRegisters>();
     if (threadIdx.x < kWarpLanes) key_gradient_producer<kColumns>(maps, args, tile, shared);
   } else {
     raise_registers<kConsumerRegisters>();
-    key_gradient_consumer<kColumns>(maps, args, tile, shared);
+    key_gradient_consumer<kColumns, kSplit>(maps, args, tile, shared);
   }
 }
 

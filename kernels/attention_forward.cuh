@@ -76,15 +76,15 @@ __device__ __forceinline__ void fold_scores(float (&s)[kElements], float scale_l
 }
 
 // Minus infinity where a key is later than the row's query or before its document.
-// `first_key`: the tile's; `position`, `first_seen`: of this thread's two rows.
+// `first_key` is the tile's.
 template <int kElements>
 __device__ __forceinline__ void mask_scores(float (&s)[kElements], int first_key,
-                                            const int (&position)[2], const int (&first_seen)[2]) {
+                                            const QueryRows& rows) {
   const int key = first_key + accumulator_lane().column;
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     const int at = key + i / 4 * 8 + i % 2, r = i / 2 % 2;
-    if ((at > position[r]) | (at < first_seen[r])) s[i] = -INFINITY;
+    if ((at > rows.position[r]) | (at < rows.first_seen[r])) s[i] = -INFINITY;
   }
 }
 
@@ -189,22 +189,16 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
                                                  ForwardShared<kColumns>& shared) {
   using Shared = ForwardShared<kColumns>;
   const AttentionShape& shape = args.shape;
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroupThreads - 1;
+  const int warpgroup = consumer_index();
   const int tiles = shape.query_tiles() * shape.sequences * shape.H;
   const float scale_log2 = shape.scale * kLog2E;
-  const AccumulatorLane lane = accumulator_lane();
-  const uint64_t q_operand =
+  const uint32_t q_operand =
       operand_k_major(shared_address(shared.q) + warpgroup * kWarpgroupRows * kSwizzleRowBytes);
   RingPosition<kForwardStages> k_ring, v_ring;
   if (warpgroup == 1) give_turn(1);
   for (int round = 0, index = snake_index(0); index < tiles; index = snake_index(++round)) {
     const QueryTile tile = query_tile(shape, index);
-    const int first = tile.first + warpgroup * kWarpgroupRows;
-    const int position[2] = {first + lane.row, first + lane.row + 8};
-    const int first_seen[2] = {shape.first_key(tile.sequence, position[0]),
-                               shape.first_key(tile.sequence, position[1])};
-    const int latest_first =
-        shape.first_key(tile.sequence, min(first + kWarpgroupRows, shape.S) - 1);
+    const QueryRows rows = query_rows(shape, tile, warpgroup);
     RowSoftmax state;
     float rescale[2];
     float s[kTileRows / 2], o[kColumns / 2] = {};
@@ -228,7 +222,7 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
     wgmma_wait<0>(s);
     release(&shared.k_empty[k_ring.stage]);
     k_ring.advance();
-    mask_scores(s, tile.last_key_tile * kTileRows, position, first_seen);
+    mask_scores(s, tile.last_key_tile * kTileRows, rows);
     fold_scores(s, scale_log2, state, rescale);
     pack_operand(s, p);
     for (int key = tile.last_key_tile - 1; key >= tile.first_key_tile; --key) {
@@ -242,9 +236,7 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
       wgmma_wait<1>(s);
       release(&shared.k_empty[k_ring.stage]);
       k_ring.advance();
-      if (key * kTileRows < latest_first) {
-        mask_scores(s, key * kTileRows, position, first_seen);
-      }
+      if (key * kTileRows < rows.latest_first) mask_scores(s, key * kTileRows, rows);
       fold_scores(s, scale_log2, state, rescale);
       wgmma_wait<0>(o);
       release(&shared.v_empty[v_ring.stage]);

@@ -77,6 +77,31 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Index of this block in its cluster.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of the cluster that have not exited; shared memory written before is seen after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+// The address in the cluster of what lies at `address` in block `rank`.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ void store_in_cluster(uint32_t address, const float* four) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four[0]),
+               "f"(four[1]), "f"(four[2]), "f"(four[3])
+               : "memory");
+}
+
 // Registers per thread from here on, for the whole warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
@@ -121,6 +146,18 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
+// 4 bytes, or zeros where `bytes` is 0; asynchronous.
+__device__ __forceinline__ void copy_4(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+// This thread's arrival at `barrier` once all its copies so far have landed.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
 // Ordinary writes to shared memory become visible to TMA and wgmma.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -128,18 +165,25 @@ __device__ __forceinline__ void fence_async_proxy() {
 
 // ---- wgmma -----------------------------------------------------------------------------------
 
-// Shared-memory operand of a tile whose rows are summed along (K-major): groups of 8 rows follow
-// each other; a step of 16 columns is 32 bytes.
-__device__ __forceinline__ uint64_t operand_k_major(uint32_t address) {
-  constexpr uint64_t kFixed = uint64_t{1} << 62 | uint64_t{8 * kSwizzleRowBytes >> 4} << 32;
-  return kFixed | uint64_t{1} << 16 | (address >> 4);
+// A shared-memory operand is a descriptor of 64 bits; here it is its low half, and the high half is
+// the same for all: 128-byte swizzle, groups of 8 rows follow each other.
+constexpr uint32_t kDescriptorHigh = 1u << 30 | 8 * kSwizzleRowBytes >> 4;
+
+// The value of lane 0, which the compiler then knows to be the same in all lanes: descriptors live
+// in uniform registers, and moving them there for every wgmma would cost more than short ones take.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) {
+  return __shfl_sync(kAllLanes, value, 0);
+}
+
+// A tile whose columns are summed over (K-major): a step of 16 columns is 32 bytes.
+__device__ __forceinline__ uint32_t operand_k_major(uint32_t address) {
+  return uniform(1u << 16 | address >> 4);
 }
 
 // The same tile with its columns as N and its rows summed over: panels of 64 columns lie
 // `panel_bytes` apart; a step of 16 rows is 16 * 128 bytes.
-__device__ __forceinline__ uint64_t operand_mn_major(uint32_t address, uint32_t panel_bytes) {
-  constexpr uint64_t kFixed = uint64_t{1} << 62 | uint64_t{8 * kSwizzleRowBytes >> 4} << 32;
-  return kFixed | uint64_t{panel_bytes >> 4} << 16 | (address >> 4);
+__device__ __forceinline__ uint32_t operand_mn_major(uint32_t address, uint32_t panel_bytes) {
+  return uniform((panel_bytes >> 4) << 16 | address >> 4);
 }
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -148,60 +192,64 @@ __device__ __forceinline__ void wgmma_fence() {
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// At most kPending groups of this warp still run. The results named are not read before.
+// The compiler may not move reads or writes of this accumulator across this point.
+template <int kElements>
+__device__ __forceinline__ void pin_accumulator(float (&d)[kElements]) {
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) asm volatile("" : "+f"(d[i]));
+}
+// At most kPending groups of this warp still run; the accumulators named are complete.
 template <int kPending, int... kElements>
 __device__ __forceinline__ void wgmma_wait(float (&... results)[kElements]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-  const auto pin = [](float& value) { asm volatile("" : "+f"(value)); };
-  const auto pin_all = [&](auto& values) {
-#pragma unroll
-    for (auto& value : values) pin(value);
-  };
-  (pin_all(results), ...);
+  (pin_accumulator(results), ...);
 }
 
 // d = A B^T: A [64][16] and B [64][16] in shared memory, both K-major.
-__device__ __forceinline__ void wgmma_64x64_first(float (&d)[32], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma_64x64_first(float (&d)[32], uint32_t a, uint32_t b) {
   asm volatile(
+      "{\n.reg .b64 da, db;\nmov.b64 da, {%32, %34};\nmov.b64 db, {%33, %34};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
       "%30, %31 "
-      "}, %32, %33, 0, 1, 1, 0, 0;\n"
+      "}, da, db, 0, 1, 1, 0, 0;\n}\n"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]),
         "=f"(d[7]), "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]),
         "=f"(d[14]), "=f"(d[15]), "=f"(d[16]), "=f"(d[17]), "=f"(d[18]), "=f"(d[19]), "=f"(d[20]),
         "=f"(d[21]), "=f"(d[22]), "=f"(d[23]), "=f"(d[24]), "=f"(d[25]), "=f"(d[26]), "=f"(d[27]),
         "=f"(d[28]), "=f"(d[29]), "=f"(d[30]), "=f"(d[31])
-      : "l"(a), "l"(b));
+      : "r"(a), "r"(b), "r"(kDescriptorHigh));
 }
 
 // d += A B^T
-__device__ __forceinline__ void wgmma_64x64(float (&d)[32], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma_64x64(float (&d)[32], uint32_t a, uint32_t b) {
   asm volatile(
+      "{\n.reg .b64 da, db;\nmov.b64 da, {%32, %34};\nmov.b64 db, {%33, %34};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
       "%30, %31 "
-      "}, %32, %33, 1, 1, 1, 0, 0;\n"
+      "}, da, db, 1, 1, 1, 0, 0;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(a), "l"(b));
+      : "r"(a), "r"(b), "r"(kDescriptorHigh));
 }
 
 // The same with B [128][16].
-__device__ __forceinline__ void wgmma_64x128_first(float (&d)[64], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma_64x128_first(float (&d)[64], uint32_t a, uint32_t b) {
   asm volatile(
+      "{\n.reg .b64 da, db;\nmov.b64 da, {%64, %66};\nmov.b64 db, {%65, %66};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
       "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
       "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, "
       "%58, %59, %60, %61, %62, %63 "
-      "}, %64, %65, 0, 1, 1, 0, 0;\n"
+      "}, da, db, 0, 1, 1, 0, 0;\n}\n"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]),
         "=f"(d[7]), "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]),
         "=f"(d[14]), "=f"(d[15]), "=f"(d[16]), "=f"(d[17]), "=f"(d[18]), "=f"(d[19]), "=f"(d[20]),
@@ -212,18 +260,19 @@ __device__ __forceinline__ void wgmma_64x128_first(float (&d)[64], uint64_t a, u
         "=f"(d[49]), "=f"(d[50]), "=f"(d[51]), "=f"(d[52]), "=f"(d[53]), "=f"(d[54]), "=f"(d[55]),
         "=f"(d[56]), "=f"(d[57]), "=f"(d[58]), "=f"(d[59]), "=f"(d[60]), "=f"(d[61]), "=f"(d[62]),
         "=f"(d[63])
-      : "l"(a), "l"(b));
+      : "r"(a), "r"(b), "r"(kDescriptorHigh));
 }
 
-__device__ __forceinline__ void wgmma_64x128(float (&d)[64], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma_64x128(float (&d)[64], uint32_t a, uint32_t b) {
   asm volatile(
+      "{\n.reg .b64 da, db;\nmov.b64 da, {%64, %66};\nmov.b64 db, {%65, %66};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
       "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
       "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, "
       "%58, %59, %60, %61, %62, %63 "
-      "}, %64, %65, 1, 1, 1, 0, 0;\n"
+      "}, da, db, 1, 1, 1, 0, 0;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
@@ -234,36 +283,38 @@ __device__ __forceinline__ void wgmma_64x128(float (&d)[64], uint64_t a, uint64_
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "l"(a), "l"(b));
+      : "r"(a), "r"(b), "r"(kDescriptorHigh));
 }
 
 // d += A B: A [64][16] in registers, two bf16 each as the accumulator's layout packs; B [16][64]
 // in shared memory, MN-major.
-__device__ __forceinline__ void wgmma_64x64(float (&d)[32], const uint32_t* a, uint64_t b) {
+__device__ __forceinline__ void wgmma_64x64(float (&d)[32], const uint32_t* a, uint32_t b) {
   asm volatile(
+      "{\n.reg .b64 db;\nmov.b64 db, {%36, %37};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
       "%30, %31 "
-      "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
+      "}, {%32, %33, %34, %35}, db, 1, 1, 1, 1;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kDescriptorHigh));
 }
 
 // The same with B [16][128].
-__device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t* a, uint64_t b) {
+__device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t* a, uint32_t b) {
   asm volatile(
+      "{\n.reg .b64 db;\nmov.b64 db, {%68, %69};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
       "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
       "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, "
       "%58, %59, %60, %61, %62, %63 "
-      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+      "}, {%64, %65, %66, %67}, db, 1, 1, 1, 1;\n}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
@@ -274,7 +325,7 @@ __device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t* a, 
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kDescriptorHigh));
 }
 
 // Two accumulator elements as one register of an A operand.
@@ -285,19 +336,22 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 // d = A B^T over kDepth columns: A [64][kDepth] is part of a tile of kRowsA rows, B is a whole tile
 // of 2 kElements rows. Descriptors of the first panels.
-template <int kDepth, int kRowsA, int kElements>
-__device__ __forceinline__ void tile_product_abt(float (&d)[kElements], uint64_t a, uint64_t b) {
+enum class Start { zero, accumulate };
+template <int kDepth, int kRowsA, Start kStart = Start::zero, int kElements>
+__device__ __forceinline__ void tile_product_abt(float (&d)[kElements], uint32_t a, uint32_t b) {
   constexpr int kStepsPerPanel = kPanelColumns / 16, kRowsB = 2 * kElements;
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
     const int panel = step / kStepsPerPanel, offset = step % kStepsPerPanel * 32;
-    const uint64_t a_at = a + ((panel * kRowsA * kSwizzleRowBytes + offset) >> 4);
-    const uint64_t b_at = b + ((panel * kRowsB * kSwizzleRowBytes + offset) >> 4);
+    const uint32_t a_at = a + ((panel * kRowsA * kSwizzleRowBytes + offset) >> 4);
+    const uint32_t b_at = b + ((panel * kRowsB * kSwizzleRowBytes + offset) >> 4);
     if constexpr (kElements == 64) {
-      step == 0 ? wgmma_64x128_first(d, a_at, b_at) : wgmma_64x128(d, a_at, b_at);
+      step == 0 && kStart == Start::zero ? wgmma_64x128_first(d, a_at, b_at)
+                                         : wgmma_64x128(d, a_at, b_at);
     } else {
       static_assert(kElements == 32);
-      step == 0 ? wgmma_64x64_first(d, a_at, b_at) : wgmma_64x64(d, a_at, b_at);
+      step == 0 && kStart == Start::zero ? wgmma_64x64_first(d, a_at, b_at)
+                                         : wgmma_64x64(d, a_at, b_at);
     }
   }
 }
@@ -305,10 +359,10 @@ __device__ __forceinline__ void tile_product_abt(float (&d)[kElements], uint64_t
 // d += A B over kDepth rows of B: A in registers, B a tile of 2 kElements columns, MN-major.
 template <int kDepth, int kElements>
 __device__ __forceinline__ void tile_product_ab(float (&d)[kElements],
-                                                const uint32_t (&a)[kDepth / 4], uint64_t b) {
+                                                const uint32_t (&a)[kDepth / 4], uint32_t b) {
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
-    const uint64_t b_at = b + ((step * 16 * kSwizzleRowBytes) >> 4);
+    const uint32_t b_at = b + ((step * 16 * kSwizzleRowBytes) >> 4);
     if constexpr (kElements == 64) {
       wgmma_64x128(d, a + 4 * step, b_at);
     } else {

@@ -23,6 +23,11 @@ constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarpLanes;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// Which of the computing warpgroups this thread belongs to.
+__device__ __forceinline__ int consumer_index() {
+  return static_cast<int>(uniform(threadIdx.x / kWarpgroupThreads)) - 1;
+}
+
 struct AttentionShape {
   int sequences, S, H, G, Q;
   float scale;
@@ -88,6 +93,26 @@ struct AccumulatorLane {
 __device__ __forceinline__ AccumulatorLane accumulator_lane() {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   return {thread / kWarpLanes * 16 + thread % kWarpLanes / 4, thread % 4 * 2};
+}
+
+// The two rows of a warpgroup's 64 queries that are this thread's, and the keys they see.
+struct QueryRows {
+  int first;  // position of the warpgroup's first row
+  int position[2];
+  int first_seen[2];
+  int latest_first;  // the largest first_seen of the warpgroup
+};
+__device__ __forceinline__ QueryRows query_rows(const AttentionShape& shape, const QueryTile& tile,
+                                                int warpgroup) {
+  QueryRows rows;
+  rows.first = tile.first + warpgroup * kWarpgroupRows;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    rows.position[r] = rows.first + accumulator_lane().row + 8 * r;
+    rows.first_seen[r] = shape.first_key(tile.sequence, rows.position[r]);
+  }
+  rows.latest_first = shape.first_key(tile.sequence, min(rows.first + kWarpgroupRows, shape.S) - 1);
+  return rows;
 }
 
 // Rows of an accumulator, times a factor for each of the two rows, as bf16 into a swizzled tile of

@@ -1,7 +1,7 @@
-// Load-balance loss on the GPU. A sequence is cut into chunks of kChunkTokens positions from its
-// own start; a block a chunk sums probabilities and counts choices, then a block a chunk adds up
-// its sequence's chunks in order and writes its rows of the gradient. Bits depend on the sequence
-// alone (with its own counts), not on the batch. Napkin: 4 T E bytes read and written.
+// Load-balance loss on the GPU. A chunk is a block of `block_tokens` positions: one thread block
+// sums its probabilities and counts its choices, then one a chunk makes its leaf and its rows of
+// the gradient. Bits depend on the sequence alone (with its own counts), not on the batch.
+// Napkin: 4 T E bytes read and written.
 #include "kernels/balance_loss.h"
 
 #include "kernels/cuda_launch.cuh"
@@ -11,18 +11,19 @@ namespace cambium::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunkTokens = 64;
 
 struct BalanceLoss {
   Rows<const float> probs_TE;
   Rows<const int32_t> expert_index_TK;
-  const float* fraction_E;  // CountSource::given
+  Rows<const float> fraction_NE;  // CountSource::given
+  int64_t fractions;
   float* loss_leaf_B;
   Rows<float> d_probs_TE;
   float* prob_sum_CE;  // of every chunk of the call
   int32_t* count_CE;
   int64_t chunks;
-  int S, E, K, chunks_per_sequence, leaves_per_sequence;
+  int S, E, K, block_tokens, chunks_per_sequence;
+  float positions;  // of a whole sequence
   CountSource source;
   float loss_scale, gradient_scale;
 };
@@ -31,9 +32,8 @@ struct BalanceLoss {
 struct ChunkTokens {
   int64_t begin, end;
   __device__ __forceinline__ ChunkTokens(const BalanceLoss& a, int64_t chunk) {
-    const int64_t sequence = chunk / a.chunks_per_sequence, own = chunk % a.chunks_per_sequence;
-    begin = sequence * a.S + own * kChunkTokens;
-    end = min(begin + kChunkTokens, (sequence + 1) * a.S);
+    begin = chunk * a.block_tokens;
+    end = begin + a.block_tokens;
   }
 };
 
@@ -61,7 +61,9 @@ __global__ void __launch_bounds__(kThreads) balance_sum_kernel(const BalanceLoss
 
 // f of expert e for the sequence whose chunks are [first, first + chunks_per_sequence).
 __device__ __forceinline__ float fraction_of(const BalanceLoss& a, int64_t first, int e) {
-  if (a.source == CountSource::given) return a.fraction_E[e];
+  if (a.source == CountSource::given) {
+    return a.fraction_NE.row(a.fractions == 1 ? 0 : first / a.chunks_per_sequence)[e];
+  }
   const bool is_own = a.source == CountSource::own_sequence;
   const int64_t begin = is_own ? first : 0;
   const int64_t end = is_own ? first + a.chunks_per_sequence : a.chunks;
@@ -79,40 +81,36 @@ __global__ void __launch_bounds__(kThreads) balance_loss_kernel(const BalanceLos
   for (int e = threadIdx.x; e < a.E; e += kThreads) fraction_E[e] = fraction_of(a, first, e);
   __syncthreads();
   const ChunkTokens tokens(a, blockIdx.x);
-  const float coefficient = a.gradient_scale * static_cast<float>(a.E) / static_cast<float>(a.S);
+  const float coefficient = a.gradient_scale * static_cast<float>(a.E) / a.positions;
   for (int64_t i = threadIdx.x; i < (tokens.end - tokens.begin) * a.E; i += kThreads) {
     a.d_probs_TE.row(tokens.begin + i / a.E)[i % a.E] = coefficient * fraction_E[i % a.E];
   }
-  if (blockIdx.x != first) return;
   double sum = 0;
   for (int e = threadIdx.x; e < a.E; e += kThreads) {
-    float probs = 0;
-    for (int c = 0; c < a.chunks_per_sequence; ++c) probs += a.prob_sum_CE[(first + c) * a.E + e];
-    sum +=
-        static_cast<double>(fraction_E[e]) * static_cast<double>(probs / static_cast<float>(a.S));
+    const float mean = a.prob_sum_CE[int64_t{blockIdx.x} * a.E + e] / a.positions;
+    sum += static_cast<double>(fraction_E[e]) * static_cast<double>(mean);
   }
   weighted[threadIdx.x] = sum;
   __syncthreads();
-  float* leaf = a.loss_leaf_B + sequence * a.leaves_per_sequence;
-  for (int b = 1 + threadIdx.x; b < a.leaves_per_sequence; b += kThreads) leaf[b] = 0.0f;
   if (threadIdx.x != 0) return;
   sum = 0;
   for (int i = 0; i < kThreads; ++i) sum += weighted[i];
-  leaf[0] = static_cast<float>(a.loss_scale * static_cast<double>(a.E) * sum);
+  a.loss_leaf_B[blockIdx.x] = static_cast<float>(a.loss_scale * static_cast<double>(a.E) * sum);
 }
 
 }  // namespace
 
 void balance_loss(const BalanceLossArgs& args, Stream& stream) {
   const int64_t T_count = args.probs_TE[0], E = args.probs_TE[1], S = args.sequence_length;
-  const int64_t per_sequence = blocks_for(S, kChunkTokens), chunks = T_count / S * per_sequence;
+  const int64_t chunks = T_count / args.block_tokens;
   if (args.source == CountSource::micro_batch) {
     CHECK_LE(T_count * args.expert_index_TK[1], int64_t{1} << 24);  // exact in fp32
   }
   const StreamScratch scratch(8 * chunks * E, stream);
   const BalanceLoss a{.probs_TE = rows_of<const float>(args.probs_TE),
                       .expert_index_TK = rows_of<const int32_t>(args.expert_index_TK),
-                      .fraction_E = args.fraction_E.pointer(),
+                      .fraction_NE = rows_of<const float>(args.fraction_NE),
+                      .fractions = args.fraction_NE.empty() ? 0 : args.fraction_NE[0],
                       .loss_leaf_B = args.loss_leaf_B.pointer(),
                       .d_probs_TE = rows_of<float>(args.d_probs_TE),
                       .prob_sum_CE = scratch.as<float>(),
@@ -121,8 +119,9 @@ void balance_loss(const BalanceLossArgs& args, Stream& stream) {
                       .S = static_cast<int>(S),
                       .E = static_cast<int>(E),
                       .K = static_cast<int>(args.expert_index_TK[1]),
-                      .chunks_per_sequence = static_cast<int>(per_sequence),
-                      .leaves_per_sequence = static_cast<int>(S / args.block_tokens),
+                      .block_tokens = static_cast<int>(args.block_tokens),
+                      .chunks_per_sequence = static_cast<int>(S / args.block_tokens),
+                      .positions = static_cast<float>(args.positions),
                       .source = args.source,
                       .loss_scale = args.loss_scale,
                       .gradient_scale = args.gradient_scale};

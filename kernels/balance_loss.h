@@ -1,15 +1,17 @@
 // Load-balance loss of the router (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961).
 //
-//   loss of a sequence = loss_scale * E * sum_e f_e P_e
-//   P_e = mean over the sequence's S positions of probs_TE
+//   loss of a sequence = loss_scale * E * sum_e f_e P_e, block by block: a block's leaf is its
+//   positions' part of P_e
+//   P_e = mean over the sequence's `positions` positions of probs_TE
 //   f_e = count_e / (K * tokens counted), where `source` says which tokens are counted:
 //     own_sequence   the sequence itself        (bits depend on the sequence alone: exact mode)
 //     micro_batch    all T tokens of this call
-//     given          fraction_E is f itself     (global_batch, global_batch_lagged)
-//   d_probs_TE = gradient_scale * E * f_e / S   (f is a count: no gradient flows through it)
+//     given          fraction_NE is f itself, of every sequence or of all (global_batch,
+//                    global_batch_lagged, and sequences that ranks share)
+//   d_probs_TE = gradient_scale * E * f_e / positions (f is a count: no gradient flows through it)
 //
-// With micro_batch and given, f is shared and P is still the sequence's, so the mean over sequences
-// is the loss of the whole. Sums run over positions in order.
+// With a shared f, P is still the sequence's, so the mean over sequences is the loss of the whole.
+// Sums run over a block's positions in order.
 // Napkin: 4 T E bytes read and written each, 2 T E FLOPs; memory bound.
 #pragma once
 
@@ -22,13 +24,14 @@ enum class CountSource : uint8_t { own_sequence, micro_batch, given };
 struct BalanceLossArgs {
   In<float> probs_TE;           // T = sequences * sequence_length, sequence-major
   In<int32_t> expert_index_TK;  // global numbers, each in [0, E)
-  In<float> fraction_E;         // optional: required by CountSource::given
-  int64_t sequence_length = 0;  // S
+  In<float> fraction_NE;        // CountSource::given: N = 1 or the number of sequences
+  int64_t sequence_length = 0;  // S: this rank's rows of a sequence
+  int64_t positions = 0;        // of a whole sequence
   int64_t block_tokens = 0;     // divides S
   CountSource source = CountSource::own_sequence;
   float loss_scale = 0;
   float gradient_scale = 0;
-  Out<float> loss_leaf_B;  // B = T / block_tokens; a sequence's loss is in its first block
+  Out<float> loss_leaf_B;  // B = T / block_tokens
   Out<float> d_probs_TE;
 };
 
@@ -41,8 +44,12 @@ inline void check_args(const BalanceLossArgs& a) {
   check_shape("balance_loss", "expert_index_TK", a.expert_index_TK, Shape(T, K));
   check_shape("balance_loss", "d_probs_TE", a.d_probs_TE, Shape(T, E));
   check_shape("balance_loss", "loss_leaf_B", a.loss_leaf_B, Shape(T / a.block_tokens));
-  CHECK_EQ(a.source == CountSource::given, !a.fraction_E.empty());
-  if (!a.fraction_E.empty()) check_shape("balance_loss", "fraction_E", a.fraction_E, Shape(E));
+  CHECK_GE(a.positions, a.sequence_length);
+  CHECK_EQ(a.source == CountSource::given, !a.fraction_NE.empty());
+  if (a.fraction_NE.empty()) return;
+  const int64_t N = a.fraction_NE[0];
+  CHECK(N == 1 || N == T / a.sequence_length);
+  check_shape("balance_loss", "fraction_NE", a.fraction_NE, Shape(N, E));
 }
 
 inline Cost cost(const BalanceLossArgs& a) {
@@ -54,7 +61,7 @@ template <class Visitor>
 void visit_views(const BalanceLossArgs& a, Visitor&& visit) {
   visit("probs_TE", a.probs_TE);
   visit("expert_index_TK", a.expert_index_TK);
-  visit("fraction_E", a.fraction_E);
+  visit("fraction_NE", a.fraction_NE);
   visit("loss_leaf_B", a.loss_leaf_B);
   visit("d_probs_TE", a.d_probs_TE);
 }

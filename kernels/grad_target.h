@@ -2,7 +2,9 @@
 //
 // Fast: `accumulate` adds to slot 0. Exact: `nodes` fills slots of a forest. Blocks of tokens are
 // numbered canonically 0..total_blocks-1; a range of count c splits at the largest power of two
-// below c, which makes one fixed binary tree. A node is a range [first, end) of that tree. Its
+// below c, which makes one fixed binary tree. A node is a range [first, end) of that tree; the
+// shape below it depends on its count alone, so a call may number its blocks as their rows arrive
+// (context parallelism, other ranks' tokens) and give nodes in those numbers. A node's
 // value for a parameter group (a tensor, an expert's matrix) is the tree sum of its blocks'
 // contributions, each computed alone from zero with tokens in order; an absent contribution (an
 // expert without tokens in the block) is skipped, never added as zero.

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
+#include "reference/lane_group.h"
 #include "reference/panel_product.h"
 #include "reference/rounding.h"
 
@@ -27,15 +29,21 @@ struct AttentionInputs {
         heads(a.q_THQ[1] / a.k_TGQ[1]),
         groups(a.k_TGQ[1]),
         head_dim(a.q_THQ[2]),
-        sequences(a.q_THQ[0] / a.sequence_length),
+        sequences(a.k_TGQ[0] / a.sequence_length),
         sequence_length(a.sequence_length),
+        query_length(a.sequence_length / a.share.ranks),
         block_tokens(a.block_tokens),
-        scale(a.scale) {}
+        scale(a.scale),
+        share(a.share) {}
   ReadF32 q, k, v;
   const int32_t* document_start;
   int64_t heads;  // query heads per group
-  int64_t groups, head_dim, sequences, sequence_length, block_tokens;
+  int64_t groups, head_dim, sequences;
+  int64_t sequence_length;  // of keys
+  int64_t query_length;     // this rank's part of a sequence
+  int64_t block_tokens;
   float scale;
+  ContextShare share;
 
   int64_t block_rows() const { return std::min(block_tokens, sequence_length); }
   int64_t padded_lanes(int64_t tokens) const {
@@ -66,7 +74,7 @@ class PanelCutter {
 
 // One (sequence, group) and one of its query blocks.
 struct QueryBlock {
-  int64_t sequence_row = 0;  // micro-batch row of the sequence's first token
+  int64_t row = 0;  // of the block's first token in q
   int64_t group = 0;
   int64_t first = 0;  // position in the sequence
   int64_t tokens = 0;
@@ -82,12 +90,15 @@ struct LaneRange {
   float latest_first = 0.0f;  // the largest first_key
 };
 
-QueryBlock query_block(const AttentionInputs& in, int64_t chunk, int64_t first, LaneRange& range) {
+// `local`: the block's first row in this rank's part of the sequence.
+QueryBlock query_block(const AttentionInputs& in, int64_t chunk, int64_t local, LaneRange& range) {
+  const int64_t key_row = chunk / in.groups * in.sequence_length;
+  const int64_t first = in.share.position(local, in.sequence_length);
   QueryBlock block;
-  block.sequence_row = chunk / in.groups * in.sequence_length;
+  block.row = chunk / in.groups * in.query_length + local;
   block.group = chunk % in.groups;
   block.first = first;
-  block.tokens = std::min(in.block_tokens, in.sequence_length - first);
+  block.tokens = std::min(in.block_tokens, in.query_length - local);
   block.lanes = in.heads * block.tokens;
   block.padded = in.padded_lanes(block.tokens);
   int64_t earliest = first;
@@ -95,8 +106,7 @@ QueryBlock query_block(const AttentionInputs& in, int64_t chunk, int64_t first, 
   for (int64_t token = 0; token < block.tokens; ++token) {
     int64_t start = 0;
     if (in.document_start != nullptr) {
-      const int64_t row = block.sequence_row + first + token;
-      start = std::max<int64_t>(0, in.document_start[row] - block.sequence_row);
+      start = std::max<int64_t>(0, in.document_start[block.row + token] - key_row);
       CHECK_LE(start, first + token);
     }
     earliest = std::min(earliest, start);
@@ -125,7 +135,7 @@ void load_queries(const AttentionInputs& in, const ReadF32& tensor, const QueryB
                   QueryPanels to) {
   const int64_t width = in.heads * in.head_dim;
   for (int64_t token = 0; token < block.tokens; ++token) {
-    const float* from = tensor.row(block.sequence_row + block.first + token) + block.group * width;
+    const float* from = tensor.row(block.row + token) + block.group * width;
     copy_row(from, to.stacked + token * width, width);
   }
   panel_transpose({.from = to.stacked,
@@ -270,7 +280,13 @@ void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBl
     const Lanes rescale = exp_lanes(before - shift);
     Lanes block_sum = {};
     at = scores + lane;
-    for (int64_t key = 0; key < count; ++key, at += query.padded) {
+    int64_t key = 0;
+    for (; key + kGroupParts <= count; key += kGroupParts, at += kGroupParts * query.padded) {
+      const LaneFloats probs = exp_lanes(load_group(at, query.padded) - shift);
+      store_group(at, probs, query.padded);
+      for (const Lanes prob : probs.part) block_sum += prob;
+    }
+    for (; key < count; ++key, at += query.padded) {
       const Lanes prob = exp_lanes(load_lanes(at) - shift);
       store_lanes(at, prob);
       block_sum += prob;
@@ -291,7 +307,7 @@ void store_output(const AttentionInputs& in, const QueryBlock& query, const Onli
                   const float* output, const AttentionOutputs& out) {
   for (int64_t lane = 0; lane < query.lanes; ++lane, output += in.head_dim) {
     const int64_t h = query.group * in.heads + lane % in.heads;
-    const int64_t row = query.sequence_row + query.first + lane / in.heads;
+    const int64_t row = query.row + lane / in.heads;
     const float sum = state.sum[lane];
     float* to = out.o.row(row) + h * in.head_dim;
     for (int64_t d = 0; d < in.head_dim; ++d) to[d] = output[d] / sum;
@@ -314,12 +330,12 @@ void forward_group(const AttentionInputs& in, int64_t chunk, const AttentionOutp
   const OnlineSoftmax state{cut.take(most_lanes), cut.take(most_lanes), cut.take(most_lanes)};
   load_keys(in, in.k, chunk, key_panel);
   load_keys(in, in.v, chunk, value_panel);
-  for (int64_t first = 0; first < S; first += in.block_tokens) {
-    const QueryBlock query = query_block(in, chunk, first, range);
+  for (int64_t local = 0; local < in.query_length; local += in.block_tokens) {
+    const QueryBlock query = query_block(in, chunk, local, range);
     load_queries(in, in.q, query, {.stacked = output, .transposed = query_transposed});
     std::fill_n(state.largest, query.padded, -kInfinity);
     std::fill_n(state.sum, query.padded, 0.0f);
-    for (int64_t index = query.first_key_block; index <= first / in.block_tokens; ++index) {
+    for (int64_t index = query.first_key_block; index <= query.first / in.block_tokens; ++index) {
       const KeyBlock keys = key_block(in, query, range, index);
       score_product(in, query, keys, key_panel, query_transposed, scores);
       fold_scores(in, query, keys, range, state, scores);
@@ -358,11 +374,21 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
     const Lanes last_key = load_lanes(range.last_key + lane);
     const Lanes lse = load_lanes(p.lse + lane), delta = load_lanes(p.delta + lane);
     const int64_t count = key_count(in, keys, lane);
-    for (int64_t key = 0; key < count; ++key) {
+    const auto score = [&](int64_t key) {
+      const Lanes product = load_lanes(p.probs + key * query.padded + lane);
+      return masked_score(product, in.scale, keys, key, first_key, last_key) - lse;
+    };
+    int64_t key = 0;
+    for (; key + kGroupParts <= count; key += kGroupParts) {
       const int64_t at = key * query.padded + lane;
-      const Lanes score =
-          masked_score(load_lanes(p.probs + at), in.scale, keys, key, first_key, last_key);
-      const Lanes prob = exp_lanes(score - lse);
+      const LaneFloats probs = exp_lanes(LaneFloats::of([&](int i) { return score(key + i); }));
+      store_group(p.probs + at, probs, query.padded);
+      const LaneFloats d_probs = load_group(p.d_scores + at, query.padded);
+      store_group(p.d_scores + at, probs * (d_probs - delta) * in.scale, query.padded);
+    }
+    for (; key < count; ++key) {
+      const int64_t at = key * query.padded + lane;
+      const Lanes prob = exp_lanes(score(key));
       store_lanes(p.probs + at, prob);
       store_lanes(p.d_scores + at, prob * (load_lanes(p.d_scores + at) - delta) * in.scale);
     }
@@ -370,7 +396,7 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
 }
 
 // d_keys += d_scores q and d_values += probs d_o for one key block; the diagonal block is the first
-// to reach its keys, so it stores.
+// to reach its keys, so it stores. Partials of query blocks that stay apart are stored too.
 void key_gradients(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
                    const BackwardPanels& p) {
   const int64_t Q = in.head_dim;
@@ -387,7 +413,8 @@ void key_gradients(const AttentionInputs& in, const QueryBlock& query, const Key
                          .rows = count,
                          .columns = Q,
                          .depth = query.lanes - first_lane};
-    product.combine = keys.is_diagonal ? PanelCombine::store : PanelCombine::add;
+    const bool stores = keys.is_diagonal || in.share.ranks > 1;
+    product.combine = stores ? PanelCombine::store : PanelCombine::add;
     panel_product(product);
     product.a = p.d_scores + corner;
     product.b = p.query.stacked + first_lane * Q;
@@ -410,7 +437,7 @@ void load_backward_query(const AttentionInputs& in, const QueryBlock& query,
   load_queries(in, rows.d_o, query, p.d_output);
   for (int64_t lane = 0; lane < query.lanes; ++lane) {
     const int64_t h = query.group * in.heads + lane % in.heads;
-    const int64_t row = query.sequence_row + query.first + lane / in.heads;
+    const int64_t row = query.row + lane / in.heads;
     const float* d_output = p.d_output.stacked + lane * in.head_dim;
     p.lse[lane] = rows.lse.pointer()[row * rows.lse.row_stride + h];
     p.delta[lane] = dot(rows.o.row(row) + h * in.head_dim, d_output, in.head_dim);
@@ -442,7 +469,7 @@ void store_d_query(const AttentionInputs& in, const QueryBlock& query, const flo
                    const WriteF32& d_q) {
   const int64_t width = in.heads * in.head_dim;
   for (int64_t token = 0; token < query.tokens; ++token, d_query += width) {
-    float* to = d_q.row(query.sequence_row + query.first + token) + query.group * width;
+    float* to = d_q.row(query.row + token) + query.group * width;
     copy_row(d_query, to, width);
   }
 }
@@ -453,6 +480,21 @@ void store_d_keys(const AttentionInputs& in, int64_t chunk, const float* panel,
   const int64_t column = chunk % in.groups * in.head_dim;
   for (int64_t position = 0; position < in.sequence_length; ++position, panel += in.head_dim) {
     copy_row(panel, tensor.row(row + position) + column, in.head_dim);
+  }
+}
+
+// A query block's partials of the keys that it sees, to the parts of the ranks that own the keys.
+void store_partials(const AttentionInputs& in, int64_t chunk, int64_t local,
+                    const QueryBlock& query, const float* panel, Out<float> partial) {
+  const int64_t S = in.sequence_length, blocks = in.query_length / in.block_tokens;
+  const int64_t sequence = chunk / in.groups, column = query.group * in.head_dim;
+  const int64_t end = query.first + query.tokens;
+  for (int64_t key = query.first_key_block * in.block_tokens; key < end; ++key) {
+    const int64_t part = in.share.owner(key, S) * in.sequences + sequence;
+    const int64_t row =
+        (part * blocks + local / in.block_tokens) * in.query_length + in.share.row(key, S);
+    copy_row(panel + key * in.head_dim, partial.pointer() + row * partial.row_stride + column,
+             in.head_dim);
   }
 }
 
@@ -493,14 +535,49 @@ void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
     const BackwardPanels p = cut_backward_panels(in, scratch, range);
     load_keys(in, in.k, chunk, p.keys);
     load_keys(in, in.v, chunk, p.values);
-    for (int64_t first = 0; first < in.sequence_length; first += in.block_tokens) {
-      const QueryBlock query = query_block(in, chunk, first, range);
+    for (int64_t local = 0; local < in.query_length; local += in.block_tokens) {
+      const QueryBlock query = query_block(in, chunk, local, range);
       load_backward_query(in, query, rows, p);
       backward_query_block(in, query, range, p);
       store_d_query(in, query, p.d_query, d_q);
+      if (in.share.ranks == 1) continue;
+      store_partials(in, chunk, local, query, p.d_keys, args.d_k_partial_MC);
+      store_partials(in, chunk, local, query, p.d_values, args.d_v_partial_MC);
     }
+    if (in.share.ranks > 1) return;
     store_d_keys(in, chunk, p.d_keys, d_k);
     store_d_keys(in, chunk, p.d_values, d_v);
+  });
+}
+
+void attention_key_fold(const AttentionKeyFoldArgs& a, Workers& workers) {
+  const int64_t S = a.sequence_length, block = a.block_tokens, local_S = S / a.share.ranks;
+  const int64_t sequences = a.d_x_TGQ[0] / local_S, C = a.partial_MC[1], blocks = local_S / block;
+  const WriteF32 d_x(a.d_x_TGQ);
+  // The key block at which a query block begins: earlier ones belong to earlier documents.
+  std::vector<int64_t> first_key_block(static_cast<size_t>(sequences * (S / block)), 0);
+  for (int64_t i = 0; i < std::ssize(first_key_block) && !a.document_start_S.empty(); ++i) {
+    const int64_t sequence_row = i / (S / block) * S;
+    int64_t earliest = S;
+    for (int64_t t = i * block; t < (i + 1) * block; ++t) {
+      earliest = std::min(earliest, a.document_start_S.pointer()[t] - sequence_row);
+    }
+    first_key_block[i] = std::max<int64_t>(0, earliest) / block;
+  }
+  workers.parallel_for(sequences * blocks, [&](int64_t chunk, Scratch&) {
+    const int64_t sequence = chunk / blocks, first_row = chunk % blocks * block;
+    const int64_t key_block = a.share.position(first_row, S) / block;
+    for (int64_t index = key_block; index < S / block; ++index) {
+      if (first_key_block[sequence * (S / block) + index] > key_block) continue;
+      const int64_t part = a.share.owner(index * block, S) * sequences + sequence;
+      const int64_t query_block = a.share.row(index * block, S) / block;
+      const int64_t from_row = (part * blocks + query_block) * local_S + first_row;
+      for (int64_t t = 0; t < block; ++t) {
+        const float* from = a.partial_MC.pointer() + (from_row + t) * a.partial_MC.row_stride;
+        float* to = d_x.row(sequence * local_S + first_row + t);
+        for (int64_t i = 0; i < C; ++i) to[i] = index == key_block ? from[i] : to[i] + from[i];
+      }
+    }
   });
 }
 

@@ -23,7 +23,7 @@ void count_fractions(const BalanceLossArgs& a, int64_t first, int64_t last, floa
   for (int64_t e = 0; e < E; ++e) fraction_E[e] /= choices;
 }
 
-// sum_e f_e P_e of the tokens [first, last), positions in order.
+// The part of sum_e f_e P_e that the tokens [first, last) make, positions in order.
 double weighted_mean(const BalanceLossArgs& a, int64_t first, int64_t last, const float* fraction_E,
                      float* mean_E) {
   const int64_t E = a.probs_TE[1];
@@ -32,7 +32,7 @@ double weighted_mean(const BalanceLossArgs& a, int64_t first, int64_t last, cons
     const float* probs = a.probs_TE.pointer() + t * a.probs_TE.row_stride;
     for (int64_t e = 0; e < E; ++e) mean_E[e] += probs[e];
   }
-  const float positions = static_cast<float>(last - first);
+  const float positions = static_cast<float>(a.positions);
   double sum = 0;
   for (int64_t e = 0; e < E; ++e) {
     sum += static_cast<double>(fraction_E[e]) * static_cast<double>(mean_E[e] / positions);
@@ -54,18 +54,25 @@ void balance_loss(const BalanceLossArgs& a, Workers& workers) {
   workers.parallel_for(T / S, [&](int64_t sequence, Scratch& scratch) {
     const int64_t first = sequence * S, last = first + S;
     const float* fraction_E = shared_E.data();
-    if (a.source == CountSource::given) fraction_E = a.fraction_E.pointer();
+    if (a.source == CountSource::given) {
+      const int64_t row = a.fraction_NE[0] == 1 ? 0 : sequence;
+      fraction_E = a.fraction_NE.pointer() + row * a.fraction_NE.row_stride;
+    }
     if (a.source == CountSource::own_sequence) {
       float* own_E = scratch.floats(0, E);
       count_fractions(a, first, last, own_E);
       fraction_E = own_E;
     }
-    const double sum = weighted_mean(a, first, last, fraction_E, scratch.floats(1, E));
-    float* loss_leaf = a.loss_leaf_B.pointer() + sequence * blocks;
-    for (int64_t block = 1; block < blocks; ++block) loss_leaf[block] = 0;
-    loss_leaf[0] = static_cast<float>(a.loss_scale * static_cast<double>(E) * sum);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = first + block * a.block_tokens;
+      const double sum =
+          weighted_mean(a, begin, begin + a.block_tokens, fraction_E, scratch.floats(1, E));
+      a.loss_leaf_B.pointer()[sequence * blocks + block] =
+          static_cast<float>(a.loss_scale * static_cast<double>(E) * sum);
+    }
     float* gradient_E = scratch.floats(2, E);
-    const float coefficient = a.gradient_scale * static_cast<float>(E) / static_cast<float>(S);
+    const float coefficient =
+        a.gradient_scale * static_cast<float>(E) / static_cast<float>(a.positions);
     for (int64_t e = 0; e < E; ++e) gradient_E[e] = coefficient * fraction_E[e];
     for (int64_t t = first; t < last; ++t) {
       float* d_probs = a.d_probs_TE.pointer() + t * a.d_probs_TE.row_stride;

@@ -15,7 +15,7 @@ namespace cambium::reference {
 namespace {
 
 // Down dgrad needs whole rows of g for its dot product, so it cuts rows only.
-constexpr int64_t kDgradRows = 64;
+constexpr int64_t kDgradRows = 128;
 
 std::span<const int32_t> checked_offsets(const In<int32_t>& expert_offset_e1, int64_t R) {
   const std::span offsets(expert_offset_e1.pointer(), static_cast<size_t>(expert_offset_e1[0]));

@@ -50,24 +50,14 @@ struct NodeRow {
   std::span<const int32_t> folds;
 };
 
-// Whether [first, end) is a node of the canonical tree over `total_blocks` leaves.
-inline bool is_canonical_node(int64_t first, int64_t end, int64_t total_blocks) {
-  int64_t low = 0, high = total_blocks;
-  while (low <= first && end <= high && first < end) {
-    if (low == first && high == end) return true;
-    const int64_t middle = low + canonical_split(high - low);
-    (first < middle ? high : low) = middle;
-  }
-  return false;
-}
-
 inline NodeRow node_row(const GradTarget& target, int64_t node, int64_t slot_count) {
   const RawView& table = target.node_table_NC;
   const int32_t* row = static_cast<const int32_t*>(table.data) + node * table.row_stride;
   CHECK(row[kNodeFoldCount] >= 0 && row[kNodeFoldCount] <= kMaxFold);
   const NodeRow result{row[kNodeFirstBlock], row[kNodeEndBlock], row[kNodeDestination],
                        std::span(row + kNodeFirstFold, static_cast<size_t>(row[kNodeFoldCount]))};
-  CHECK(is_canonical_node(result.first_block, result.end_block, target.total_blocks));
+  CHECK(0 <= result.first_block && result.first_block < result.end_block);
+  CHECK_LE(result.end_block, target.total_blocks);
   CHECK(result.destination >= 0 && result.destination < slot_count);
   for (const int32_t slot : result.folds) CHECK(slot >= 0 && slot < slot_count);
   return result;

@@ -12,6 +12,7 @@
 #include "sim/deadlock.h"
 #include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
+#include "src/comm/call_check.h"
 
 namespace cambium::sim {
 
@@ -103,7 +104,7 @@ class SimEnvironment final : public RankEnvironment {
 
   std::unique_ptr<Communicator> make_communicator(const std::string& name,
                                                   const std::vector<int>& members) override {
-    check_members(name, members);
+    check_members(name, members, {rank_, ranks()});
     Group& group = groups_.nth(name, members, made_[{name, members}]++);
     const auto member =
         static_cast<int>(std::find(members.begin(), members.end(), rank_) - members.begin());
@@ -158,18 +159,6 @@ class SimEnvironment final : public RankEnvironment {
       if (fault.rank == rank) faults.push_back(fault);
     }
     return faults.empty() ? nullptr : std::make_unique<FaultInjector>(std::move(faults));
-  }
-
-  void check_members(const std::string& name, const std::vector<int>& members) const {
-    std::vector<int> sorted = members;
-    std::sort(sorted.begin(), sorted.end());
-    const bool valid = !sorted.empty() && sorted.front() >= 0 && sorted.back() < ranks() &&
-                       std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end() &&
-                       std::binary_search(sorted.begin(), sorted.end(), rank_);
-    if (valid) return;
-    fail(ExitCode::internal,
-         "communicator '{}' {}: members must be distinct ranks below {} and include rank {}", name,
-         describe_ranks(members), ranks(), rank_);
   }
 
   int rank_;

@@ -63,7 +63,7 @@ void gpu_layer(benchmark::State& state) {
       Model& model = step.model();
       model.initialize(1);
       step.begin(0, source);
-      for (ParamGroup* group : {&model.dense(), &model.expert()}) group->begin_step();
+      for (const auto& group : model.groups()) group->begin_step();
       {
         const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
         int64_t start = 0;
@@ -73,9 +73,12 @@ void gpu_layer(benchmark::State& state) {
             start = rank.host.now_ns();
           }
           LayerState layer;
-          Buffer out_TD =
+          LayerGradients gradients;
+          gradients.d_out_TD =
               model.layer_forward(batch, 0, model.embed(batch), layer, Keep::for_backward);
-          model.layer_backward(batch, 0, std::move(out_TD), layer);
+          model.begin_layer(0, batch);
+          model.layer_backward(batch, 0, layer, gradients);
+          model.end_layer(0);
         }
         rank.host.wait(rank.compute.record());
         report(state, 1e-9 * static_cast<double>(rank.host.now_ns() - start) / kCounted, flops,

@@ -37,8 +37,8 @@ class AddressSpace {
   virtual void fill(std::byte* data, int64_t bytes, uint32_t word) = 0;
 };
 
-// Pages of this process, which come on first touch.
-std::unique_ptr<AddressSpace> host_address_space();
+// Pages of this process, which come on first touch; `sharers` arenas divide its addresses.
+std::unique_ptr<AddressSpace> host_address_space(int64_t sharers = 1);
 
 class Arena;
 

@@ -151,7 +151,10 @@ std::string first_difference(const Trace& one, const Trace& other) {
 Config small_twin(const Config& config) {
   Config twin = config;
   ModelConfig& model = twin.model;
-  model.layers = std::min<int64_t>(model.layers, 2 * config.parallel.pp);
+  const ParallelConfig& parallel = config.parallel;
+  const int64_t stages =
+      parallel.pp * schedule_chunks(parallel.schedule, parallel.pp, parallel.virtual_stages);
+  model.layers = std::min(model.layers, std::max<int64_t>(2, stages));
   const int64_t groups = model.heads / model.kv_heads;
   model.kv_heads = std::min<int64_t>(model.kv_heads, 2);
   model.heads = model.kv_heads * std::min<int64_t>(groups, 2);
@@ -166,7 +169,10 @@ Config small_twin(const Config& config) {
   const int64_t per_rank =
       config.train.global_batch_sequences / config.parallel.dp / config.train.micro_batch_sequences;
   twin.train.micro_batch_sequences = 1;
-  twin.train.global_batch_sequences = config.parallel.dp * std::clamp<int64_t>(per_rank, 1, 3);
+  const MicroBatchNeed need = schedule_need(parallel.schedule, parallel.pp);
+  const int64_t enough = std::max<int64_t>(3, need.least) / need.multiple * need.multiple;
+  twin.train.global_batch_sequences =
+      parallel.dp * std::min(per_rank, std::max(enough, need.least));
   twin.model.max_positions = std::max(model.max_positions, twin.train.sequence_length);
   return twin;
 }

@@ -67,7 +67,7 @@ nlohmann::ordered_json examine() {
   found["disk_available_bytes"] = status ? 0 : static_cast<int64_t>(space.available);
   found["sentencepiece"] = kHasSentencePiece;
   found["cuda_kernels"] = kHasCuda;
-  found["nccl"] = false;
+  found["nccl"] = kHasCuda;
   found["gpus"] = gpu_names();
   if constexpr (kHasCuda) {
     if (cuda::device_count() > 0) {

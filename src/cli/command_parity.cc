@@ -7,6 +7,7 @@
 #include "src/checkpoint/safetensors.h"
 #include "src/cli/commands.h"
 #include "src/cli/launch.h"
+#include "src/model/context.h"
 #include "src/train/train_run.h"
 
 namespace cambium {
@@ -141,17 +142,37 @@ struct Measured {
   std::vector<double> losses, grad_norms;
 };
 
+// The logits of this rank's tokens to their places in [B, S, V], where the head is.
+void measure_logits(TrainStep& step, const GoldenSequences& source, std::vector<float>& logits) {
+  Rank& rank = step.rank();
+  const BatchLayout& layout = step.layout();
+  const int64_t V = rank.config.model.vocab, S = rank.config.train.sequence_length;
+  const int64_t share = S / rank.mesh.cp;
+  Buffer local_TV;
+  if (step.model().has_head()) {
+    local_TV = rank.workspace(4 * layout.sequences_per_rank * share * V, "logits");
+  }
+  step.evaluate(source, 0, local_TV.f32());
+  if (!step.model().has_head()) return;
+  const std::vector<float> values = rank.read<float>(local_TV.data(), local_TV.size_bytes() / 4);
+  const float* from = values.data();
+  for (int64_t n = 0; n < layout.sequences_per_rank; ++n) {
+    const int64_t micro = n / layout.micro_batch_sequences;
+    const int64_t sequence =
+        layout.first_sequence(rank.at.dp_index, micro) + n % layout.micro_batch_sequences;
+    for (int64_t t = 0; t < share; ++t, from += V) {
+      const int64_t position = context_share(rank).position(t, S);
+      std::copy(from, from + V, logits.begin() + (sequence * S + position) * V);
+    }
+  }
+}
+
 void measure_rank(RankEnvironment& environment, const Config& config, TensorSource& weights,
                   const GoldenSequences& source, Measured& measured) {
   Rank rank(config, environment);
   TrainStep step(rank, config.model);
   load_weights(step, weights, LoadState::weights);
-  const int64_t tokens = step.layout().sequences_per_rank * config.train.sequence_length;
-  const Buffer logits = rank.workspace(4 * tokens * config.model.vocab, "logits");
-  step.evaluate(source, 0, logits.f32());
-  const std::vector<float> values = rank.read<float>(logits.data(), tokens * config.model.vocab);
-  std::copy(values.begin(), values.end(),
-            measured.logits.begin() + rank.at.dp_index * std::ssize(values));
+  measure_logits(step, source, measured.logits);
   for (int64_t now = 1; now <= config.train.steps; ++now) {
     rank.step = now;
     environment.set_step(now);

@@ -2,18 +2,22 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "src/base/arena.h"
+#include "src/cli/environment.h"
+#include "src/comm/job.h"
 #include "src/comm/rank_environment.h"
 #include "src/config/config.h"
 
 namespace cambium {
 
 struct LaunchOptions {
+  Job* job = nullptr;  // this process is one of its ranks; null = all ranks are simulated here
   int64_t ranks = 1;
-  DeviceKind device = DeviceKind::cpu;  // cuda: all ranks share this process's GPU
+  DeviceKind device = DeviceKind::cpu;  // cuda: all simulated ranks share this process's GPU
   int64_t workers = 0;                  // worker threads; 0 = the machine's cores
   uint64_t schedule_seed = 0;           // 0 = rank order; else a seeded random schedule
   Poison poison = Poison::off;
@@ -25,7 +29,7 @@ void launch(const LaunchOptions& options, void (*main)(void* body, RankEnvironme
             void* body);
 }
 
-// Runs body(environment) once per rank, all ranks simulated in this process.
+// Runs body(environment) for each rank that lives in this process.
 template <class Body>
 void launch_ranks(const LaunchOptions& options, Body&& body) {
   using Stored = std::remove_reference_t<Body>;
@@ -38,6 +42,10 @@ void launch_ranks(const LaunchOptions& options, Body&& body) {
 }
 
 int64_t worker_threads(int64_t configured);
+
+// Makes this process a rank of the job that the launcher's variables describe, on the GPU of its
+// local rank, and waits for the others. For run.transport = nccl in a build with CUDA.
+std::unique_ptr<Job> join_job(const Environment& environment, const Config& config, int ranks);
 
 // Refuses a device that this machine does not have, before anything is made: no GPU or another
 // generation's (2), or one with less memory than `state_bytes` (40).

@@ -7,6 +7,7 @@
 #include "kernels/op.h"
 #include "src/base/check.h"
 #include "src/config/schema.h"
+#include "src/parallel/schedule.h"
 
 namespace cambium {
 
@@ -149,6 +150,51 @@ void check_layout(const Config& config) {
   }
 }
 
+void check_pipeline(const Config& config) {
+  const ParallelConfig& parallel = config.parallel;
+  if (parallel.pp == 1) return;
+  const char* schedule = choice_name(parallel.schedule);
+  if (parallel.schedule == PipelineSchedule::interleaved_1f1b && parallel.virtual_stages < 2) {
+    fail(ExitCode::usage,
+         "parallel.schedule = {} needs parallel.virtual_stages of at least 2, not {}; with 1 it is "
+         "parallel.schedule = 1f1b",
+         schedule, parallel.virtual_stages);
+  }
+  const int64_t chunks = schedule_chunks(parallel.schedule, parallel.pp, parallel.virtual_stages);
+  const int64_t stages = parallel.pp * chunks;
+  if (config.model.layers < stages - 2) {
+    fail(
+        ExitCode::usage,
+        "model.layers = {} is too few for the {} stages of parallel.pp = {} with parallel.schedule "
+        "= {} ({} on each rank): at least {}, as all but the first and the last stage hold a layer",
+        config.model.layers, stages, parallel.pp, schedule, chunks, stages - 2);
+  }
+  const bool ends_meet =
+      schedule_stage(parallel.schedule, parallel.pp, 0, chunks - 1) == stages - 1;
+  if (config.model.tie_embeddings && !ends_meet) {
+    fail(
+        ExitCode::usage,
+        "model.tie_embeddings with parallel.pp = {} and parallel.schedule = {}: embedding and head "
+        "lie on different ranks; nearest supported: parallel.schedule = zb_v or dualpipev, or "
+        "parallel.pp = 1",
+        parallel.pp, schedule);
+  }
+  const MicroBatchNeed need = schedule_need(parallel.schedule, parallel.pp);
+  const int64_t micro_batches =
+      config.train.global_batch_sequences / parallel.dp / config.train.micro_batch_sequences;
+  if (micro_batches < need.least || micro_batches % need.multiple != 0) {
+    fail(
+        ExitCode::usage,
+        "parallel.schedule = {} with parallel.pp = {} needs {} micro-batches of each data rank, {} "
+        "{}; there are {} (train.global_batch_sequences = {} / parallel.dp = {} / "
+        "train.micro_batch_sequences = {})",
+        schedule, parallel.pp, need.multiple > 1 ? "a multiple of" : "at least",
+        need.multiple > 1 ? need.multiple : need.least,
+        need.multiple > 1 ? fmt::format("at least {}", need.least) : "or more", micro_batches,
+        config.train.global_batch_sequences, parallel.dp, config.train.micro_batch_sequences);
+  }
+}
+
 void check_faults(const Config& config) {
   const int64_t ranks = config.parallel.pp * config.parallel.dp * config.parallel.cp;
   for (const FaultConfig& fault : config.faults) {
@@ -176,24 +222,21 @@ void check_supported(const Config& config) {
   const auto refuse = [](const std::string& what, const std::string& nearest) {
     fail(ExitCode::usage, "{} is not supported yet; nearest supported: {}", what, nearest);
   };
-  if (parallel.pp > 1) {
-    refuse(fmt::format("parallel.pp = {}", parallel.pp),
-           fmt::format("parallel.pp = 1, parallel.dp = {}", parallel.dp * parallel.pp));
-  }
-  if (parallel.cp > 1) {
-    refuse(fmt::format("parallel.cp = {}", parallel.cp),
+  if (config.run.device == DeviceKind::cuda && parallel.cp > 1) {
+    refuse(fmt::format("parallel.cp = {} with run.device = cuda", parallel.cp),
            fmt::format("parallel.cp = 1, parallel.dp = {}", parallel.dp * parallel.cp));
   }
   const bool shards_more =
       parallel.sharding == Sharding::zero2 || parallel.sharding == Sharding::full;
-  if (shards_more && parallel.dp * parallel.cp > 1) {
-    refuse(fmt::format("parallel.sharding = {} at parallel.dp = {}", choice_name(parallel.sharding),
-                       parallel.dp),
+  if (config.run.device == DeviceKind::cuda && shards_more && parallel.dp * parallel.cp > 1) {
+    refuse(fmt::format("parallel.sharding = {} with run.device = cuda",
+                       choice_name(parallel.sharding)),
            "parallel.sharding = zero1");
   }
   check_device(config);
-  if (config.run.transport == Transport::nccl)
-    refuse("run.transport = nccl", "run.transport = sim");
+  if (config.run.transport == Transport::nccl && config.run.device == DeviceKind::cpu) {
+    refuse("run.transport = nccl with run.device = cpu", "run.device = cuda, or transport = sim");
+  }
 }
 
 void count_model(const Config& config, Derived* derived) {
@@ -266,6 +309,7 @@ void check_device(const Config& config) {
 Derived derive(const Config& config) {
   check_model(config);
   check_layout(config);
+  check_pipeline(config);
   check_balance(config);
   check_faults(config);
   check_data(config);

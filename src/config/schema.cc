@@ -415,6 +415,14 @@ const KeySpec kKeys[] = {
      nullptr,
      "sim: every rank in this process; nccl: one process per rank; auto: by the launcher's "
      "variables"},
+    {"run",
+     "watchdog_s",
+     in_section<kRun, &Run::watchdog_s>,
+     {1, 86400},
+     kNoChoices,
+     kMay,
+     nullptr,
+     "seconds that ranks wait for a missing process, and that a collective may run (exit 20, 21)"},
     {"run", "allow_faults", in_section<kRun, &Run::allow_faults>, kNoRange, kNoChoices, kMay,
      nullptr, "let `train` run with [[faults]]"},
 

@@ -7,6 +7,16 @@
 
 namespace cambium {
 
+int64_t metric_columns(const Config& config) {
+  const bool exact = config.numerics.reduction == ReductionMode::exact;
+  return exact ? 1 + kLayerMetrics * config.model.layers : int64_t{kMetricColumns};
+}
+
+int64_t metric_column(const Config& config, MetricColumn column, int64_t layer) {
+  const bool exact = config.numerics.reduction == ReductionMode::exact;
+  return column + (exact && column != kMetricLoss ? kLayerMetrics * layer : 0);
+}
+
 DType LayerContext::dtype() const {
   return rank.config.numerics.compute == ComputeType::bf16 ? DType::bf16 : DType::f32;
 }
@@ -28,25 +38,31 @@ In<Real> gain(const LayerContext& c, const ParamTensor* tensor) {
   return c.dense.weight(*tensor, Shape(tensor->elements));
 }
 
-void dense_wgrad(const LayerContext& c, const MicroBatch& batch, const ParamTensor& tensor,
+void dense_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor,
                  In<Real> d_y_TN, In<Real> x_TK) {
+  if (g.weights == WeightGradients::later) {
+    g.dense_wgrads.push_back({&tensor, d_y_TN, x_TK});
+    return;
+  }
   linear_wgrad({.d_y_TN = d_y_TN,
                 .x_TK = x_TK,
                 .d_w_SNK = c.dense.grad_slots(tensor, Shape(d_y_TN[1], x_TK[1])),
                 .present_S = c.dense.grad_present(tensor, 0),
                 .target = c.dense.target(),
-                .first_block = batch.first_block,
                 .block_tokens = c.rank.config.numerics.block_tokens},
                c.rank.ops);
 }
 
-void gain_wgrad(const LayerContext& c, const MicroBatch& batch, const ParamTensor& tensor,
-                const Buffer& leaf, int64_t rows) {
+void gain_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor, Buffer leaf,
+                int64_t rows) {
+  if (g.weights == WeightGradients::later) {
+    g.gain_wgrads.push_back({&tensor, std::move(leaf), rows});
+    return;
+  }
   leaf_fold({.leaf_BN = in_f32(leaf, Shape(rows, tensor.elements)),
              .d_w_SN = c.dense.grad_slots(tensor, Shape(tensor.elements)),
              .present_S = c.dense.grad_present(tensor, 0),
-             .target = c.dense.target(),
-             .first_block = batch.first_block},
+             .target = c.dense.target()},
             c.rank.ops);
 }
 

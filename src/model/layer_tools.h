@@ -45,13 +45,18 @@ inline bool is_exact(const LayerContext& c) {
 // A norm's gain; empty without one.
 In<Real> gain(const LayerContext& c, const ParamTensor* tensor);
 
-// dW of a dense linear layer: y = x w^T.
-void dense_wgrad(const LayerContext& c, const MicroBatch& batch, const ParamTensor& tensor,
+// dW of a dense linear layer: y = x w^T; now, or noted in `g` for later.
+void dense_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor,
                  In<Real> d_y_TN, In<Real> x_TK);
 
-// A norm gain's gradient from its per-block leaves.
-void gain_wgrad(const LayerContext& c, const MicroBatch& batch, const ParamTensor& tensor,
-                const Buffer& leaf, int64_t rows);
+// A norm gain's gradient from its per-block leaves; now, or noted in `g` for later.
+void gain_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor, Buffer leaf,
+                int64_t rows);
+
+// A buffer that waiting weight gradients read.
+inline void keep_for_weights(LayerGradients& g, Buffer& buffer) {
+  if (g.weights == WeightGradients::later) g.kept.push_back(std::move(buffer));
+}
 
 // Sums what came home (or the local rows) per token and adds the residual. Stage 5, and the
 // gradient of the experts' input.

@@ -1,6 +1,8 @@
 #include "src/model/model.h"
 
 #include <algorithm>
+#include <map>
+#include <numeric>
 
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
@@ -11,6 +13,7 @@
 #include "kernels/rms_norm.h"
 #include "src/base/digest.h"
 #include "src/base/philox.h"
+#include "src/model/context.h"
 #include "src/parallel/batch_layout.h"
 
 namespace cambium {
@@ -27,20 +30,25 @@ int64_t head_chunk_rows(const Rank& rank) {
   return rank.config.run.device == DeviceKind::cuda ? kHeadChunkRowsCuda : kHeadChunkRows;
 }
 
-LayerTensors layer_tensors(const ModelConfig& model, const ParamGroup& dense,
-                           const ParamGroup& expert, int64_t layer) {
-  LayerTensors t;
-  t.attn_norm = &dense.tensor(TensorRole::attn_norm, layer);
-  t.qkv = &dense.tensor(TensorRole::qkv, layer);
-  if (model.qk_norm != QkNorm::none) {
-    t.q_norm = &dense.tensor(TensorRole::q_norm, layer);
-    t.k_norm = &dense.tensor(TensorRole::k_norm, layer);
+ParamGroup::ReplicaRanges dense_ranges(const Rank& rank, const BatchLayout& layout) {
+  ParamGroup::ReplicaRanges ranges;
+  for (const int member : data_group(rank.mesh, rank.at)) {
+    ranges.push_back(layout.dense_ranges(member));
   }
-  t.attn_out = &dense.tensor(TensorRole::attn_out, layer);
-  t.mlp_norm = &dense.tensor(TensorRole::mlp_norm, layer);
-  t.router = &dense.tensor(TensorRole::router, layer);
-  t.gate_up = &expert.tensor(TensorRole::expert_gate_up, layer);
-  t.down = &expert.tensor(TensorRole::expert_down, layer);
+  return ranges;
+}
+
+LayerTensors layer_tensors(const ParamGroup& dense, const ParamGroup& expert, int64_t layer) {
+  LayerTensors t;
+  t.attn_norm = dense.find(TensorRole::attn_norm, layer);
+  t.qkv = dense.find(TensorRole::qkv, layer);
+  t.q_norm = dense.find(TensorRole::q_norm, layer);
+  t.k_norm = dense.find(TensorRole::k_norm, layer);
+  t.attn_out = dense.find(TensorRole::attn_out, layer);
+  t.mlp_norm = dense.find(TensorRole::mlp_norm, layer);
+  t.router = dense.find(TensorRole::router, layer);
+  t.gate_up = expert.find(TensorRole::expert_gate_up, layer);
+  t.down = expert.find(TensorRole::expert_down, layer);
   return t;
 }
 
@@ -52,37 +60,28 @@ int64_t Model::first_expert() const { return rank_.at.ep_index * local_experts()
 Model::Model(Rank& rank, const ModelConfig& config)
     : rank_(rank), config_(config), tensors_(canonical_tensors(config)) {
   first_norm_block_.push_back(0);
-  std::vector<ParamTensor> dense, gate_up, down;
+  place_chunks();
+  std::vector<ParamTensor> mine;
   for (const CanonicalTensor& canonical : tensors_) {
     ParamTensor tensor;
     tensor.canonical = canonical;
     tensor.first_norm_block = first_norm_block_.back();
     const int64_t blocks = (canonical.elements() + kDigestBlockElements - 1) / kDigestBlockElements;
     first_norm_block_.push_back(static_cast<int32_t>(first_norm_block_.back() + blocks));
-    const bool mine =
-        canonical.expert >= first_expert() && canonical.expert < first_expert() + local_experts();
-    if (!canonical.is_expert()) dense.push_back(tensor);
-    if (canonical.role == TensorRole::expert_gate_up && mine) gate_up.push_back(tensor);
-    if (canonical.role == TensorRole::expert_down && mine) down.push_back(tensor);
+    if (is_here(canonical)) mine.push_back(tensor);
   }
-  // A layer's experts lie next to each other, equally strided: all gate_up, then all down.
-  std::vector<ParamTensor> experts(std::move(gate_up));
-  experts.insert(experts.end(), down.begin(), down.end());
-  const BatchLayout layout(rank.config);
-  ParamGroup::ReplicaRanges dense_ranges, expert_ranges;
-  for (const int member : data_group(rank.mesh, rank.at)) {
-    dense_ranges.push_back(layout.dense_ranges(member));
-  }
-  for (const int member : expert_data_group(rank.mesh, rank.at)) {
-    expert_ranges.push_back(layout.expert_ranges(member));
-  }
-  dense_ = std::make_unique<ParamGroup>(rank, "dense", std::move(dense), *rank.data,
-                                        std::move(dense_ranges));
-  if (config_.tie_embeddings) dense_->tie_head(tied_head_tensor(config_));
-  expert_ = std::make_unique<ParamGroup>(rank, "expert", std::move(experts), *rank.expert_data,
-                                         std::move(expert_ranges));
-  for (int64_t layer = 0; layer < config_.layers; ++layer) {
-    layers_.push_back(layer_tensors(config_, *dense_, *expert_, layer));
+  make_groups(std::move(mine));
+  embed_ = group_with(TensorRole::embed, -1);
+  head_ = group_with(TensorRole::final_norm, -1);
+  if (head_ != nullptr) place_head();
+  layers_.resize(static_cast<size_t>(config_.layers));
+  for (const Chunk& chunk : chunks_) {
+    for (int64_t layer = chunk.layers.first; layer < chunk.layers.end; ++layer) {
+      LayerPlace& place = layers_[layer];
+      place.dense = group_with(TensorRole::qkv, layer);
+      place.expert = group_with(TensorRole::expert_gate_up, layer);
+      place.tensors = layer_tensors(*place.dense, *place.expert, layer);
+    }
   }
   positions_ = rank.config.train.sequence_length;
   std::vector<float> cos_SC, sin_SC;
@@ -116,21 +115,126 @@ void Model::draw_normal(std::vector<float>& values, int64_t first, const TensorS
   });
 }
 
+void Model::place_chunks() {
+  const ParallelConfig& parallel = rank_.config.parallel;
+  const int64_t chunks = schedule_chunks(parallel.schedule, parallel.pp, parallel.virtual_stages);
+  const std::vector<LayerRange> stages = split_layers(config_.layers, parallel.pp * chunks);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t stage = schedule_stage(parallel.schedule, parallel.pp, rank_.at.pp_index, chunk);
+    chunks_.push_back(
+        {.layers = stages[stage], .embeds = stage == 0, .ends = stage + 1 == std::ssize(stages)});
+  }
+}
+
+bool Model::is_here(const CanonicalTensor& tensor) const {
+  if (tensor.is_expert() &&
+      (tensor.expert < first_expert() || tensor.expert >= first_expert() + local_experts())) {
+    return false;
+  }
+  return std::ranges::any_of(chunks_, [&](const Chunk& chunk) {
+    if (tensor.role == TensorRole::embed) return chunk.embeds;
+    if (tensor.layer < 0) return chunk.ends;
+    return chunk.layers.first <= tensor.layer && tensor.layer < chunk.layers.end;
+  });
+}
+
+// One group of each kind for all, or for each layer, the embedding and the head.
+void Model::make_groups(std::vector<ParamTensor> tensors) {
+  const bool by_layer = reduces_each_micro_batch(rank_.config);
+  struct Unit {
+    std::vector<ParamTensor> dense, gate_up, down;
+  };
+  std::map<int64_t, Unit> units;
+  for (ParamTensor& tensor : tensors) {
+    const CanonicalTensor& canonical = tensor.canonical;
+    int64_t at = 0;
+    if (by_layer && canonical.role != TensorRole::embed) {
+      at = canonical.layer < 0 ? config_.layers + 1 : canonical.layer + 1;
+    }
+    Unit& unit = units[at];
+    if (canonical.role == TensorRole::expert_gate_up) {
+      unit.gate_up.push_back(std::move(tensor));
+    } else if (canonical.role == TensorRole::expert_down) {
+      unit.down.push_back(std::move(tensor));
+    } else {
+      unit.dense.push_back(std::move(tensor));
+    }
+  }
+  const BatchLayout layout(rank_.config);
+  ParamGroup::ReplicaRanges expert_ranges;
+  for (const int member : expert_data_group(rank_.mesh, rank_.at)) {
+    expert_ranges.push_back(layout.expert_ranges(member));
+  }
+  for (auto& [at, unit] : units) {
+    groups_.push_back(std::make_unique<ParamGroup>(rank_, GroupKind::dense, std::move(unit.dense),
+                                                   *rank_.data, dense_ranges(rank_, layout)));
+    // A layer's experts lie next to each other, equally strided: all gate_up, then all down.
+    std::vector<ParamTensor> experts(std::move(unit.gate_up));
+    experts.insert(experts.end(), unit.down.begin(), unit.down.end());
+    if (experts.empty()) continue;
+    groups_.push_back(std::make_unique<ParamGroup>(rank_, GroupKind::expert, std::move(experts),
+                                                   *rank_.expert_data, expert_ranges));
+  }
+}
+
+void Model::place_head() {
+  if (!config_.tie_embeddings) {
+    head_weights_ = head_gradient_ = {head_, head_->find(TensorRole::lm_head, -1)};
+    return;
+  }
+  head_weights_ = head_gradient_ = {embed_, embed_->find(TensorRole::embed, -1)};
+  const bool exact = rank_.config.numerics.reduction == ReductionMode::exact;
+  // In fast mode both uses add to one slot, unless each sends it away when it is done.
+  if (!exact && !reduces_each_micro_batch(rank_.config)) return;
+  ParamTensor tensor;
+  tensor.canonical = tied_head_tensor(config_);
+  tied_head_ = std::make_unique<ParamGroup>(
+      rank_, GroupKind::dense, std::vector{tensor}, *rank_.data,
+      dense_ranges(rank_, BatchLayout(rank_.config)), GroupUse::gradients_only);
+  embed_->tie_head(*tied_head_);
+  head_gradient_ = {tied_head_.get(), tied_head_->find(TensorRole::lm_head, -1)};
+}
+
+ParamGroup* Model::group_with(TensorRole role, int64_t layer) const {
+  for (const auto& group : groups_) {
+    if (group->find(role, layer) != nullptr) return group.get();
+  }
+  return nullptr;
+}
+
+void Model::prefetch_layer(int64_t layer) {
+  if (layer < 0 || layer >= config_.layers || layers_[layer].dense == nullptr) return;
+  layers_[layer].dense->prefetch_weights();
+  layers_[layer].expert->prefetch_weights();
+}
+
+void Model::hold_layer(int64_t layer) {
+  layers_[layer].dense->hold_weights();
+  layers_[layer].expert->hold_weights();
+}
+
+void Model::drop_layer(int64_t layer) {
+  layers_[layer].dense->drop_weights();
+  layers_[layer].expert->drop_weights();
+}
+
 void Model::initialize(uint64_t seed) {
   int64_t staged = 0;  // elements on their way to the device
-  for (ParamGroup* group : {dense_.get(), expert_.get()}) {
+  for (const auto& group : groups_) {
     // The fault `rng_rank`: this rank draws its experts from another seed.
-    const bool wrong_seed = group == expert_.get() && rank_.has_init_fault("rng_rank");
-    for (const ParamTensor& tensor : group->tensors()) {
-      const uint64_t tensor_seed = wrong_seed ? seed + 1 : seed;
-      for (int64_t first = 0; first < tensor.elements; first += kInitChunk) {
-        std::vector<float> values(
-            static_cast<size_t>(std::min(kInitChunk, tensor.elements - first)), 1.0f);
-        if (tensor.canonical.shape.rank > 1) {
-          draw_normal(values, first, {tensor_seed, tensor_id(tensor.canonical.name)});
+    const bool wrong_seed = group->kind() == GroupKind::expert && rank_.has_init_fault("rng_rank");
+    for (const ParamPiece& piece : group->stored_pieces()) {
+      const CanonicalTensor& canonical = piece.tensor->canonical;
+      for (int64_t done = 0; done < piece.elements; done += kInitChunk) {
+        const ParamPiece part{piece.tensor, piece.first_element + done,
+                              std::min(kInitChunk, piece.elements - done)};
+        std::vector<float> values(static_cast<size_t>(part.elements), 1.0f);
+        if (canonical.shape.rank > 1) {
+          draw_normal(values, part.first_element,
+                      {wrong_seed ? seed + 1 : seed, tensor_id(canonical.name)});
         }
-        group->set_weights(tensor, first, values);
-        staged += std::ssize(values);
+        group->set_weights(part, values);
+        staged += part.elements;
         if (staged < kInitChunk) continue;
         rank_.finish_step();
         staged = 0;
@@ -144,7 +248,7 @@ MicroBatch Model::upload(const HostTokens& tokens, InOut<float> metric_leaf_BM) 
   MicroBatch batch;
   batch.tokens = std::ssize(*tokens.token_T);
   batch.sequence_length = tokens.sequence_length;
-  batch.first_block = tokens.first_block;
+  batch.index = tokens.index;
   batch.balance_gradient_scale = tokens.balance_gradient_scale;
   batch.z_gradient_scale = tokens.z_gradient_scale;
   batch.metric_leaf_BM = metric_leaf_BM;
@@ -155,38 +259,82 @@ MicroBatch Model::upload(const HostTokens& tokens, InOut<float> metric_leaf_BM) 
   if (tokens.document_start_T != nullptr) {
     batch.document_start_T = rank_.upload(*tokens.document_start_T, "document starts");
   }
+  if (rank_.mesh.cp > 1) upload_context(tokens, batch);
   std::vector<int32_t> block_T(static_cast<size_t>(batch.tokens));
   const int64_t block_tokens = rank_.config.numerics.block_tokens;
+  // Experts see the tokens of their whole group, rank by rank: blocks count on from rank to rank.
+  const int64_t first_block = rank_.at.ep_index * BatchLayout(rank_.config).local_blocks();
   for (int64_t t = 0; t < batch.tokens; ++t) {
-    block_T[t] = static_cast<int32_t>(tokens.first_block + t / block_tokens);
+    block_T[t] = static_cast<int32_t>(first_block + t / block_tokens);
   }
   batch.token_block_T = rank_.upload(block_T, "token blocks");
   return batch;
+}
+
+void Model::upload_context(const HostTokens& tokens, MicroBatch& batch) {
+  const ContextShare share = context_share(rank_);
+  const int64_t S = batch.sequence_length, local_S = S / share.ranks;
+  std::vector<int32_t> own_row_T(static_cast<size_t>(batch.tokens));
+  std::iota(own_row_T.begin(), own_row_T.end(), 0);
+  std::vector<int32_t> context_row_S(static_cast<size_t>(batch.tokens * share.ranks));
+  for (int64_t row = 0; row < std::ssize(context_row_S); ++row) {
+    const int64_t sequence = row / S, position = row % S;
+    context_row_S[row] = static_cast<int32_t>(share.owner(position, S) * batch.tokens +
+                                              sequence * local_S + share.row(position, S));
+  }
+  batch.own_row_T = rank_.upload(own_row_T, "own rows");
+  batch.context_row_S = rank_.upload(context_row_S, "context rows");
+  if (tokens.document_start_S != nullptr) {
+    batch.document_start_S = rank_.upload(*tokens.document_start_S, "document starts of sequences");
+  }
 }
 
 LayerContext Model::layer_context(int64_t layer, Keep keep) {
   const Shape table(positions_, config_.head_dim / 2);
   return {.rank = rank_,
           .model = config_,
-          .dense = *dense_,
-          .expert = *expert_,
+          .dense = *layers_[layer].dense,
+          .expert = *layers_[layer].expert,
           .router = router_,
           .cos_SC = {cos_SC_.f32(), table},
           .sin_SC = {sin_SC_.f32(), table},
-          .tensors = layers_[layer],
+          .tensors = layers_[layer].tensors,
           .layer = layer,
           .keep = keep};
 }
 
+DType Model::dtype() const {
+  return rank_.config.numerics.compute == ComputeType::bf16 ? DType::bf16 : DType::f32;
+}
+
+Buffer Model::real(Shape shape, const char* what) const {
+  return rank_.arena.tensor(shape, dtype(), MemoryClass::activations, what);
+}
+
 Buffer Model::embed(const MicroBatch& batch) {
-  const LayerContext c = layer_context(0);
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
-  Buffer x_TD = c.real(Shape(T, D), "embedding");
-  embedding({.w_VD = dense_->weight(dense_->tensor(TensorRole::embed), Shape(V, D)),
+  Buffer x_TD = real(Shape(T, D), "embedding");
+  embed_->hold_weights();
+  embedding({.w_VD = embed_->weight(*embed_->find(TensorRole::embed, -1), Shape(V, D)),
              .token_T = {batch.token_T.as<int32_t>(), Shape(T)},
-             .x_TD = c.out(x_TD, Shape(T, D))},
+             .x_TD = {x_TD.data(), dtype(), Shape(T, D)}},
             rank_.ops);
+  embed_->drop_weights();
   return x_TD;
+}
+
+void Model::embed_backward(const MicroBatch& batch, const Buffer& d_x_TD) {
+  const ParamTensor& tensor = *embed_->find(TensorRole::embed, -1);
+  const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
+  embed_->begin_micro_batch(batch.index);
+  embedding_wgrad({.d_x_TD = {d_x_TD.data(), dtype(), Shape(T, D)},
+                   .token_T = {batch.token_T.as<int32_t>(), Shape(T)},
+                   .d_w_SVD = embed_->grad_slots(tensor, Shape(V, D)),
+                   .present_SV = embed_->grad_present(tensor, V),
+                   .target = embed_->target(),
+                   .block_tokens = rank_.config.numerics.block_tokens},
+                  rank_.ops);
+  embed_->end_micro_batch();
 }
 
 Buffer Model::layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD, LayerState& state,
@@ -200,109 +348,163 @@ Buffer Model::layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD,
   return aggregate_forward(c, batch, state);
 }
 
-Buffer Model::layer_backward(const MicroBatch& batch, int64_t layer, Buffer d_out_TD,
-                             LayerState& state) {
+Buffer Model::layer_backward(const MicroBatch& batch, int64_t layer, LayerState& state,
+                             LayerGradients& gradients) {
   const LayerContext c = layer_context(layer);
-  LayerGradients gradients;
-  gradients.d_out_TD = std::move(d_out_TD);
   aggregate_backward(c, batch, state, gradients);
   expert_backward_input(c, state, gradients);
   dispatch_backward(c, state, gradients);
-  expert_backward_weight(c, state, gradients);
+  if (gradients.weights == WeightGradients::now) expert_backward_weight(c, state, gradients);
   return attend_backward(c, batch, state, gradients);
 }
 
-void Model::train_micro_batch(const MicroBatch& batch) {
-  std::vector<LayerState> states(static_cast<size_t>(config_.layers));
-  Buffer x_TD = embed(batch);
-  const bool recompute = rank_.config.recompute.mode == RecomputeMode::full_layer;
-  const auto drop_all_but_input = [&](LayerState& state) {
-    Buffer input_TD = std::move(state.x_TD);
-    state = LayerState{};
-    return input_TD;
-  };
-  for (int64_t layer = 0; layer < config_.layers; ++layer) {
-    LayerState& state = states[layer];
-    x_TD = layer_forward(batch, layer, std::move(x_TD), state,
-                         recompute ? Keep::nothing : Keep::for_backward);
-    if (recompute) state.x_TD = drop_all_but_input(state);
-  }
-  Buffer d_x_TD = head_forward_backward(batch, x_TD);
-  for (int64_t layer = config_.layers - 1; layer >= 0; --layer) {
-    if (recompute) {
-      Buffer input_TD = drop_all_but_input(states[layer]);
-      layer_forward(batch, layer, std::move(input_TD), states[layer], Keep::recomputing);
-    }
-    d_x_TD = layer_backward(batch, layer, std::move(d_x_TD), states[layer]);
-    states[layer] = LayerState{};
-  }
-  const LayerContext c = layer_context(0);
-  const ParamTensor& embed_tensor = dense_->tensor(TensorRole::embed);
-  const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
-  embedding_wgrad({.d_x_TD = c.in(d_x_TD, Shape(T, D)),
-                   .token_T = {batch.token_T.as<int32_t>(), Shape(T)},
-                   .d_w_SVD = dense_->grad_slots(embed_tensor, Shape(V, D)),
-                   .present_SV = dense_->grad_present(embed_tensor, V),
-                   .target = dense_->target(),
-                   .first_block = batch.first_block,
-                   .block_tokens = rank_.config.numerics.block_tokens},
-                  rank_.ops);
+bool Model::recomputes() const { return rank_.config.recompute.mode == RecomputeMode::full_layer; }
+
+namespace {
+
+void keep_input_alone(LayerState& state) {
+  Buffer input_TD = std::move(state.x_TD);
+  state = LayerState{};
+  state.x_TD = std::move(input_TD);
 }
 
-void Model::evaluate_micro_batch(const MicroBatch& batch, float* logits_TV) {
-  Buffer x_TD = embed(batch);
-  for (int64_t layer = 0; layer < config_.layers; ++layer) {
-    LayerState state;
-    x_TD = layer_forward(batch, layer, std::move(x_TD), state, Keep::nothing);
+}  // namespace
+
+Buffer Model::forward(const MicroBatch& batch, int64_t chunk, Buffer x_TD, ChunkState* state,
+                      float* logits_TV) {
+  const Chunk& here = chunks_[chunk];
+  if (here.embeds) x_TD = embed(batch);
+  if (state != nullptr) state->layers.resize(static_cast<size_t>(here.layers.count()));
+  for (int64_t layer = here.layers.first; layer < here.layers.end; ++layer) {
+    hold_layer(layer);
+    if (layer + 1 < here.layers.end) prefetch_layer(layer + 1);
+    LayerState passing;
+    LayerState& saved = state == nullptr ? passing : state->layers[layer - here.layers.first];
+    const bool keeps = state != nullptr && !recomputes();
+    x_TD = layer_forward(batch, layer, std::move(x_TD), saved,
+                         keeps ? Keep::for_backward : Keep::nothing);
+    if (state != nullptr && !keeps) keep_input_alone(saved);
+    drop_layer(layer);
   }
-  head_evaluate(batch, x_TD, logits_TV);
+  if (!here.ends) return x_TD;
+  head_->hold_weights();
+  head_weights_.group->hold_weights();
+  if (state == nullptr) {
+    head_evaluate(batch, x_TD, logits_TV);
+  } else {
+    head_->begin_micro_batch(batch.index);
+    if (tied_head_ != nullptr) tied_head_->begin_micro_batch(batch.index);
+    state->d_output_TD = head_forward_backward(batch, x_TD);
+    head_->end_micro_batch();
+    if (tied_head_ != nullptr) tied_head_->end_micro_batch();
+  }
+  head_weights_.group->drop_weights();
+  head_->drop_weights();
+  return {};
+}
+
+Buffer Model::backward(const MicroBatch& batch, int64_t chunk, Buffer d_out_TD, ChunkState& state,
+                       WeightGradients weights) {
+  const Chunk& here = chunks_[chunk];
+  if (here.ends) d_out_TD = std::move(state.d_output_TD);
+  state.gradients.resize(state.layers.size());
+  for (int64_t layer = here.layers.end - 1; layer >= here.layers.first; --layer) {
+    LayerState& saved = state.layers[layer - here.layers.first];
+    LayerGradients& gradients = state.gradients[layer - here.layers.first];
+    gradients.weights = weights;
+    gradients.d_out_TD = std::move(d_out_TD);
+    hold_layer(layer);
+    if (layer > here.layers.first) prefetch_layer(layer - 1);
+    if (recomputes()) {
+      Buffer input_TD = std::move(saved.x_TD);
+      layer_forward(batch, layer, std::move(input_TD), saved, Keep::recomputing);
+    }
+    if (weights == WeightGradients::now) begin_layer(layer, batch);
+    d_out_TD = layer_backward(batch, layer, saved, gradients);
+    if (weights == WeightGradients::now) {
+      end_layer(layer);
+      saved = LayerState{};
+      gradients = LayerGradients{};
+    } else {
+      release_for_weights(saved, gradients);
+    }
+    drop_layer(layer);
+  }
+  if (!here.embeds) return d_out_TD;
+  if (weights == WeightGradients::now) {
+    embed_backward(batch, d_out_TD);
+  } else {
+    state.d_embedding_TD = std::move(d_out_TD);
+  }
+  return {};
+}
+
+void Model::backward_weight(const MicroBatch& batch, int64_t chunk, ChunkState& state) {
+  const Chunk& here = chunks_[chunk];
+  for (int64_t layer = here.layers.end - 1; layer >= here.layers.first; --layer) {
+    const int64_t index = layer - here.layers.first;
+    begin_layer(layer, batch);
+    layer_backward_weight(layer_context(layer), state.layers[index], state.gradients[index]);
+    end_layer(layer);
+    state.layers[index] = LayerState{};
+    state.gradients[index] = LayerGradients{};
+  }
+  if (here.embeds) embed_backward(batch, state.d_embedding_TD);
+}
+
+void Model::begin_layer(int64_t layer, const MicroBatch& batch) {
+  layers_[layer].dense->begin_micro_batch(batch.index);
+  layers_[layer].expert->begin_micro_batch(batch.index);
+}
+
+void Model::end_layer(int64_t layer) {
+  layers_[layer].dense->end_micro_batch();
+  layers_[layer].expert->end_micro_batch();
 }
 
 // In fast mode the logits exist chunk by chunk; in exact mode the weight gradient is one call, so
 // that its blocks meet in one tree, and the gradients of all logits are kept.
 Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD) {
-  const LayerContext c = layer_context(0);
   OpContext& ops = rank_.ops;
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
   const int64_t block = rank_.config.numerics.block_tokens;
-  const ParamTensor& norm = dense_->tensor(TensorRole::final_norm);
-  const ParamGroup::HeadGradient head = dense_->head_gradient();
-  const In<Real> w_VD = dense_->weight(dense_->head_weights(), Shape(V, D));
-  const In<Real> gain_D = dense_->weight(norm, Shape(D));
-  const Buffer normed = c.real(Shape(T, D), "final normed");
+  const ParamTensor& norm = *head_->find(TensorRole::final_norm, -1);
+  const HeadWeights& head = head_gradient_;
+  const In<Real> w_VD = head_weights_.group->weight(*head_weights_.tensor, Shape(V, D));
+  const In<Real> gain_D = head_->weight(norm, Shape(D));
+  const Buffer normed = real(Shape(T, D), "final normed");
   const Buffer rstd = rank_.activation(4 * T, "final norm rstd");
-  rms_norm({.x_TD = c.in(x_TD, Shape(T, D)),
+  rms_norm({.x_TD = {x_TD.data(), dtype(), Shape(T, D)},
             .gain_D = gain_D,
-            .y_TD = c.out(normed, Shape(T, D)),
+            .y_TD = {normed.data(), dtype(), Shape(T, D)},
             .rstd_T = {rstd.f32(), Shape(T)},
             .epsilon = static_cast<float>(config_.norm_epsilon)},
            ops);
   const bool exact = rank_.config.numerics.reduction == ReductionMode::exact;
   const int64_t chunk = exact ? T : std::min(T, head_chunk_rows(rank_));
-  const Buffer logits = c.real(Shape(chunk, V), "logits");
+  const Buffer logits = real(Shape(chunk, V), "logits");
   const Buffer loss = rank_.activation(4 * T, "token losses");
-  const Buffer d_normed = c.real(Shape(T, D), "d final normed");
-  const int64_t row_bytes = D * dtype_bytes(c.dtype());
+  const Buffer d_normed = real(Shape(T, D), "d final normed");
+  const int64_t row_bytes = D * dtype_bytes(dtype());
   for (int64_t first = 0; first < T; first += chunk) {
     const int64_t rows = std::min(chunk, T - first);
-    const In<Real> x(normed.as<std::byte>() + first * row_bytes, c.dtype(), Shape(rows, D));
-    linear({.x_TK = x, .w_NK = w_VD, .y_TN = c.out(logits, Shape(rows, V))}, ops);
-    cross_entropy({.logits_TV = c.in(logits, Shape(rows, V)),
+    const In<Real> x(normed.as<std::byte>() + first * row_bytes, dtype(), Shape(rows, D));
+    linear({.x_TK = x, .w_NK = w_VD, .y_TN = {logits.data(), dtype(), Shape(rows, V)}}, ops);
+    cross_entropy({.logits_TV = {logits.data(), dtype(), Shape(rows, V)},
                    .target_T = {batch.target_T.as<int32_t>() + first, Shape(rows)},
                    .loss_T = {loss.f32() + first, Shape(rows)},
-                   .d_logits_TV = c.out(logits, Shape(rows, V))},
+                   .d_logits_TV = {logits.data(), dtype(), Shape(rows, V)}},
                   ops);
     linear_dgrad(
-        {.d_y_TN = c.in(logits, Shape(rows, V)),
+        {.d_y_TN = {logits.data(), dtype(), Shape(rows, V)},
          .w_NK = w_VD,
-         .d_x_TK = {d_normed.as<std::byte>() + first * row_bytes, c.dtype(), Shape(rows, D)}},
+         .d_x_TK = {d_normed.as<std::byte>() + first * row_bytes, dtype(), Shape(rows, D)}},
         ops);
-    linear_wgrad({.d_y_TN = c.in(logits, Shape(rows, V)),
+    linear_wgrad({.d_y_TN = {logits.data(), dtype(), Shape(rows, V)},
                   .x_TK = x,
-                  .d_w_SNK = head.group.grad_slots(head.tensor, Shape(V, D)),
-                  .present_S = head.group.grad_present(head.tensor, 0),
-                  .target = head.group.target(),
-                  .first_block = batch.first_block,
+                  .d_w_SNK = head.group->grad_slots(*head.tensor, Shape(V, D)),
+                  .present_S = head.group->grad_present(*head.tensor, 0),
+                  .target = head.group->target(),
                   .block_tokens = block},
                  ops);
   }
@@ -310,34 +512,32 @@ Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD)
       {.value_N = {loss.f32(), Shape(T)}, .leaf_BM = batch.metric_leaf_BM, .column = kMetricLoss},
       ops);
   const Buffer leaf = rank_.activation(4 * (T / block) * D, "d gain leaves");
-  Buffer d_x_TD = c.real(Shape(T, D), "d last layer output");
-  rms_norm_backward({.d_y_TD = c.in(d_normed, Shape(T, D)),
-                     .x_TD = c.in(x_TD, Shape(T, D)),
+  Buffer d_x_TD = real(Shape(T, D), "d last layer output");
+  rms_norm_backward({.d_y_TD = {d_normed.data(), dtype(), Shape(T, D)},
+                     .x_TD = {x_TD.data(), dtype(), Shape(T, D)},
                      .gain_D = gain_D,
                      .rstd_T = {rstd.f32(), Shape(T)},
-                     .d_x_TD = c.out(d_x_TD, Shape(T, D)),
+                     .d_x_TD = {d_x_TD.data(), dtype(), Shape(T, D)},
                      .d_gain_leaf_BD = {leaf.f32(), Shape(T / block, D)},
                      .block_tokens = block},
                     ops);
   leaf_fold({.leaf_BN = {leaf.f32(), Shape(T / block, D)},
-             .d_w_SN = dense_->grad_slots(norm, Shape(D)),
-             .present_S = dense_->grad_present(norm, 0),
-             .target = dense_->target(),
-             .first_block = batch.first_block},
+             .d_w_SN = head_->grad_slots(norm, Shape(D)),
+             .present_S = head_->grad_present(norm, 0),
+             .target = head_->target()},
             ops);
   return d_x_TD;
 }
 
 void Model::head_evaluate(const MicroBatch& batch, const Buffer& x_TD, float* logits_TV) {
-  const LayerContext c = layer_context(0);
   OpContext& ops = rank_.ops;
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
-  const In<Real> w_VD = dense_->weight(dense_->head_weights(), Shape(V, D));
-  const Buffer normed = c.real(Shape(T, D), "final normed");
+  const In<Real> w_VD = head_weights_.group->weight(*head_weights_.tensor, Shape(V, D));
+  const Buffer normed = real(Shape(T, D), "final normed");
   const Buffer rstd = rank_.activation(4 * T, "final norm rstd");
-  rms_norm({.x_TD = c.in(x_TD, Shape(T, D)),
-            .gain_D = dense_->weight(dense_->tensor(TensorRole::final_norm), Shape(D)),
-            .y_TD = c.out(normed, Shape(T, D)),
+  rms_norm({.x_TD = {x_TD.data(), dtype(), Shape(T, D)},
+            .gain_D = head_->weight(*head_->find(TensorRole::final_norm, -1), Shape(D)),
+            .y_TD = {normed.data(), dtype(), Shape(T, D)},
             .rstd_T = {rstd.f32(), Shape(T)},
             .epsilon = static_cast<float>(config_.norm_epsilon)},
            ops);
@@ -347,7 +547,7 @@ void Model::head_evaluate(const MicroBatch& batch, const Buffer& x_TD, float* lo
   for (int64_t first = 0; first < T; first += chunk) {
     const int64_t rows = std::min(chunk, T - first);
     const Out<float> chunk_logits(logits_TV != nullptr ? logits_TV : logits.f32(), Shape(rows, V));
-    linear({.x_TK = {normed.as<std::byte>() + first * D * dtype_bytes(c.dtype()), c.dtype(),
+    linear({.x_TK = {normed.as<std::byte>() + first * D * dtype_bytes(dtype()), dtype(),
                      Shape(rows, D)},
             .w_NK = w_VD,
             .y_TN = chunk_logits},

@@ -312,4 +312,35 @@ void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) 
   g.d_weight_R.reset();
 }
 
+void release_for_weights(LayerState& s, LayerGradients& g) {
+  LayerState kept;
+  kept.normed_TD = std::move(s.normed_TD);
+  kept.o_TC = std::move(s.o_TC);
+  kept.mlp_normed_TD = std::move(s.mlp_normed_TD);
+  kept.dispatch.rows = s.dispatch.rows;
+  kept.dispatch.received = s.dispatch.received;
+  kept.dispatch.recv_x_MD = std::move(s.dispatch.recv_x_MD);
+  kept.expert.expert_offset_e1 = std::move(s.expert.expert_offset_e1);
+  kept.expert.row_token_R = std::move(s.expert.row_token_R);
+  kept.expert.row_block_R = std::move(s.expert.row_block_R);
+  const bool gathers_received = !kept.dispatch.recv_x_MD.empty();  // else from d_out_TD
+  s = std::move(kept);
+  if (gathers_received) g.d_out_TD.reset();
+  for (Buffer* done : {&g.d_x_RD, &g.d_weight_R, &g.d_returned, &g.d_returned_weight}) {
+    done->reset();
+  }
+}
+
+void layer_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g) {
+  CHECK(g.weights == WeightGradients::later);
+  g.weights = WeightGradients::now;
+  expert_backward_weight(c, s, g);
+  for (const DenseWgrad& wait : g.dense_wgrads) {
+    dense_wgrad(c, g, *wait.tensor, wait.d_y_TN, wait.x_TK);
+  }
+  for (GainWgrad& wait : g.gain_wgrads) {
+    gain_wgrad(c, g, *wait.tensor, std::move(wait.leaf), wait.rows);
+  }
+}
+
 }  // namespace cambium

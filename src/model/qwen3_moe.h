@@ -20,17 +20,25 @@ namespace cambium {
 
 // Tensors of one micro-batch that every layer reads.
 struct MicroBatch {
-  int64_t tokens = 0;  // T on this rank
-  int64_t sequence_length = 0;
-  int64_t first_block = 0;  // canonical number of token 0's block
+  int64_t index = 0;            // within the step, of this data rank
+  int64_t tokens = 0;           // T on this rank
+  int64_t sequence_length = 0;  // of whole sequences
+  // token_block_T: which block of its call a token's rows are of where experts sum them.
   Buffer token_T, target_T, position_T, document_start_T, token_block_T;
+  // With cp > 1, for whole sequences: 0 .. T-1, where a row stands among the ranks' gathered ones,
+  // and where its document starts.
+  Buffer own_row_T, context_row_S, document_start_S;
   double balance_gradient_scale = 0;  // per sequence, times N (design.md section 3)
   double z_gradient_scale = 0;        // per token, times N
   InOut<float> metric_leaf_BM;        // this micro-batch's rows of the metrics table
 };
 
-// Columns of the metrics table.
+// Columns of the metrics table. In exact mode every layer has its own balance and z columns, so
+// that an entry has one contributor whatever rank holds the layer.
 enum MetricColumn : int { kMetricLoss, kMetricBalance, kMetricZ, kMetricColumns };
+constexpr int64_t kLayerMetrics = 2;
+int64_t metric_columns(const Config& config);
+int64_t metric_column(const Config& config, MetricColumn column, int64_t layer);
 
 // Weights of one layer: where its tensors lie in the two groups.
 struct LayerTensors {
@@ -94,6 +102,7 @@ struct ExpertState {
 // Saved by forward, consumed by backward. Freed piece by piece in program order.
 struct LayerState {
   Buffer x_TD, attn_rstd_T, normed_TD, qkv_TC, q_THQ, k_TGQ, q_rstd, k_rstd, o_TC, lse_TH;
+  Buffer k_SC, v_SC;  // with cp > 1: of whole sequences
   Buffer sum_TD, mlp_rstd_T, mlp_normed_TD;
   Buffer probs_TE, expert_index_TK, weight_TK, d_probs_TE, d_logits_TE;
   DispatchState dispatch;
@@ -108,6 +117,20 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
 void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 
+// When weight gradients are computed: with the input gradients, or by a later call.
+enum class WeightGradients { now, later };
+
+// Operands of weight gradients that wait.
+struct DenseWgrad {
+  const ParamTensor* tensor = nullptr;
+  In<Real> d_y_TN, x_TK;
+};
+struct GainWgrad {
+  const ParamTensor* tensor = nullptr;
+  Buffer leaf;
+  int64_t rows = 0;
+};
+
 // Gradients between backward stages.
 struct LayerGradients {
   Buffer d_out_TD;  // of the layer's output; the residual's part of d_sum_TD
@@ -115,6 +138,11 @@ struct LayerGradients {
   Buffer d_x_RD, d_weight_R, d_gate_up_RN, weighted_h_RF;
   Buffer d_returned;  // rows or parts of d_x on the token side
   Buffer d_returned_weight;
+
+  WeightGradients weights = WeightGradients::now;
+  std::vector<DenseWgrad> dense_wgrads;
+  std::vector<GainWgrad> gain_wgrads;
+  std::vector<Buffer> kept;  // what dense_wgrads point at
 };
 
 void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
@@ -125,5 +153,9 @@ void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g);
 // Stage 1, input and weight gradients; returns the gradient of the layer's input.
 Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                        LayerGradients& g);
+// The weight gradients of stages 1 and 3 that `WeightGradients::later` left, and before it the
+// release of what they do not read.
+void release_for_weights(LayerState& s, LayerGradients& g);
+void layer_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g);
 
 }  // namespace cambium

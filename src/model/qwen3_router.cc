@@ -9,6 +9,7 @@
 #include "kernels/rms_norm.h"
 #include "kernels/router_topk.h"
 #include "kernels/z_loss.h"
+#include "src/model/context.h"
 #include "src/model/layer_tools.h"
 
 namespace cambium {
@@ -30,11 +31,20 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
     if (balance.loss == BalanceLoss::micro_batch) source = CountSource::micro_batch;
     if (balance.loss == BalanceLoss::global_batch_lagged) {
       source = CountSource::given;
-      fraction = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(x.E)};
+      fraction = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(1, x.E)};
+    }
+    if (balance.loss == BalanceLoss::global_batch) source = CountSource::given;
+    Buffer shared_fraction;
+    if (c.rank.mesh.cp > 1 && source != CountSource::given) {
+      const bool each = source == CountSource::own_sequence;
+      source = CountSource::given;
+      shared_fraction = context_fractions(c, batch, expert_index,
+                                          each ? FractionOf::each_sequence : FractionOf::all);
+      fraction = in_f32(shared_fraction,
+                        Shape(each ? x.T * c.rank.mesh.cp / batch.sequence_length : 1, x.E));
     }
     Buffer global_count;
     if (balance.loss == BalanceLoss::global_batch) {
-      source = CountSource::given;
       global_count = ints(c, x.E, "global counts");
       c.rank.comm_waits_for_compute();
       c.rank.compute_waits(all_reduce({.communicator = *c.rank.data,
@@ -46,15 +56,16 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
       count_fraction({.count_E = in_i32(global_count, Shape(x.E)),
                       .fraction_E = out_f32(c.router.global_fraction_E, Shape(x.E))},
                      c.rank.ops);
-      fraction = in_f32(c.router.global_fraction_E, Shape(x.E));
+      fraction = in_f32(c.router.global_fraction_E, Shape(1, x.E));
     }
     const int64_t blocks = x.T / c.rank.config.numerics.block_tokens;
     const Buffer leaf = floats(c, blocks, "balance loss");
     s.d_probs_TE = floats(c, x.T * x.E, "d probs");
     balance_loss({.probs_TE = in_f32(s.probs_TE, Shape(x.T, x.E)),
                   .expert_index_TK = expert_index,
-                  .fraction_E = fraction,
-                  .sequence_length = batch.sequence_length,
+                  .fraction_NE = fraction,
+                  .sequence_length = batch.sequence_length / c.rank.mesh.cp,
+                  .positions = batch.sequence_length,
                   .block_tokens = c.rank.config.numerics.block_tokens,
                   .source = source,
                   .loss_scale = static_cast<float>(balance.loss_weight),
@@ -65,7 +76,7 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
     if (counts) {
       metric_sum({.value_N = in_f32(leaf, Shape(blocks)),
                   .leaf_BM = batch.metric_leaf_BM,
-                  .column = kMetricBalance},
+                  .column = metric_column(c.rank.config, kMetricBalance, c.layer)},
                  c.rank.ops);
     }
   }
@@ -79,9 +90,10 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
             .d_logits_TE = out_f32(s.d_logits_TE, Shape(x.T, x.E))},
            c.rank.ops);
     if (!counts) return;
-    metric_sum(
-        {.value_N = in_f32(loss, Shape(x.T)), .leaf_BM = batch.metric_leaf_BM, .column = kMetricZ},
-        c.rank.ops);
+    metric_sum({.value_N = in_f32(loss, Shape(x.T)),
+                .leaf_BM = batch.metric_leaf_BM,
+                .column = metric_column(c.rank.config, kMetricZ, c.layer)},
+               c.rank.ops);
   }
 }
 
@@ -166,7 +178,7 @@ Buffer router_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
        .index_M = in_i32(local ? s.expert.slot_row_MK : s.dispatch.return_row_TK, Shape(x.T * x.K)),
        .y_M = out_f32(d_weight_TK, Shape(x.T * x.K))},
       ops);
-  const Buffer d_logits_TE = floats(c, x.T * x.E, "d router logits");
+  Buffer d_logits_TE = floats(c, x.T * x.E, "d router logits");
   auto optional_TE = [&](const Buffer& buffer) {
     return buffer.empty() ? In<float>() : in_f32(buffer, Shape(x.T, x.E));
   };
@@ -196,7 +208,8 @@ Buffer router_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
                 .residual_TK = c.in(d_normed_TD, Shape(x.T, x.D)),
                 .d_x_TK = c.out(d_normed_TD, Shape(x.T, x.D))},
                ops);
-  dense_wgrad(c, batch, *c.tensors.router, d_logits, c.in(s.mlp_normed_TD, Shape(x.T, x.D)));
+  dense_wgrad(c, g, *c.tensors.router, d_logits, c.in(s.mlp_normed_TD, Shape(x.T, x.D)));
+  keep_for_weights(g, d_logits_real.empty() ? d_logits_TE : d_logits_real);
   return d_normed_TD;
 }
 }  // namespace cambium

@@ -1,6 +1,7 @@
 #include "src/parallel/batch_layout.h"
 
 #include "src/base/check.h"
+#include "src/parallel/param_group.h"
 
 namespace cambium {
 
@@ -8,6 +9,7 @@ BatchLayout::BatchLayout(const Config& config) : mesh(make_mesh(config.parallel)
   sequences_per_rank = config.train.global_batch_sequences / mesh.dp;
   micro_batch_sequences = config.train.micro_batch_sequences;
   micro_batches = sequences_per_rank / micro_batch_sequences;
+  is_micro_batch_major = reduces_each_micro_batch(config);
   // Forward-only uses need no blocks, so a sequence shorter than a block counts as one.
   blocks_per_sequence = (config.train.sequence_length + config.numerics.block_tokens - 1) /
                         config.numerics.block_tokens;
@@ -16,20 +18,30 @@ BatchLayout::BatchLayout(const Config& config) : mesh(make_mesh(config.parallel)
 }
 
 int64_t BatchLayout::first_sequence(int64_t dp_index, int64_t micro_batch) const {
+  if (is_micro_batch_major) return (micro_batch * mesh.dp + dp_index) * micro_batch_sequences;
   return dp_index * sequences_per_rank + micro_batch * micro_batch_sequences;
 }
 
-BlockRange BatchLayout::blocks(int64_t dp_index, int64_t micro_batch) const {
-  const int64_t first = first_sequence(dp_index, micro_batch) * blocks_per_sequence;
-  return {first, first + micro_batch_sequences * blocks_per_sequence};
+std::vector<BlockRange> BatchLayout::blocks(int64_t rank, int64_t micro_batch) const {
+  const MeshCoordinates at = mesh_coordinates(mesh, rank);
+  std::vector<BlockRange> ranges;
+  for (int64_t s = 0; s < micro_batch_sequences; ++s) {
+    const int64_t first = (first_sequence(at.dp_index, micro_batch) + s) * blocks_per_sequence;
+    if (mesh.cp == 1) {
+      ranges.push_back({first, first + blocks_per_sequence});
+      continue;
+    }
+    const int64_t chunk = blocks_per_sequence / (2 * mesh.cp);
+    for (const int64_t index : {at.cp_index, 2 * mesh.cp - 1 - at.cp_index}) {
+      ranges.push_back({first + index * chunk, first + (index + 1) * chunk});
+    }
+  }
+  return ranges;
 }
 
 std::vector<std::vector<BlockRange>> BatchLayout::dense_ranges(int64_t rank) const {
   std::vector<std::vector<BlockRange>> ranges;
-  const int64_t dp_index = mesh_coordinates(mesh, rank).dp_index;
-  for (int64_t micro = 0; micro < micro_batches; ++micro) {
-    ranges.push_back({blocks(dp_index, micro)});
-  }
+  for (int64_t micro = 0; micro < micro_batches; ++micro) ranges.push_back(blocks(rank, micro));
   return ranges;
 }
 
@@ -39,7 +51,8 @@ std::vector<std::vector<BlockRange>> BatchLayout::expert_ranges(int64_t rank) co
   for (int64_t micro = 0; micro < micro_batches; ++micro) {
     std::vector<BlockRange>& group = ranges.emplace_back();
     for (const int source : sources) {
-      group.push_back(blocks(mesh_coordinates(mesh, source).dp_index, micro));
+      const std::vector<BlockRange> part = blocks(source, micro);
+      group.insert(group.end(), part.begin(), part.end());
     }
   }
   return ranges;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <span>
 
 #include "kernels/grad_target.h"
 #include "src/base/check.h"
@@ -42,7 +43,8 @@ std::optional<Family> family_of(int64_t total_blocks, BlockRange node) {
 
 }  // namespace
 
-std::vector<BlockRange> canonical_cover(int64_t total_blocks, std::vector<BlockRange> ranges) {
+std::vector<BlockRange> canonical_cover(int64_t total_blocks,
+                                        const std::vector<BlockRange>& ranges) {
   std::vector<BlockRange> joined;
   for (const BlockRange& range : ranges) {
     if (range.count() == 0) continue;
@@ -50,7 +52,6 @@ std::vector<BlockRange> canonical_cover(int64_t total_blocks, std::vector<BlockR
     if (!joined.empty() && joined.back().end == range.first) {
       joined.back().end = range.end;
     } else {
-      CHECK(joined.empty() || joined.back().end < range.first);
       joined.push_back(range);
     }
   }
@@ -66,11 +67,13 @@ int32_t GradForest::take_slot() {
   return slot;
 }
 
-std::vector<NodePlan> GradForest::add(std::vector<BlockRange> ranges) {
+std::vector<NodePlan> GradForest::add(const std::vector<BlockRange>& ranges) {
   std::vector<NodePlan> plans;
   std::vector<int32_t> freed;
-  for (const BlockRange& range : canonical_cover(total_blocks_, std::move(ranges))) {
-    NodePlan plan{range, 0, {}};
+  int64_t arrived = 0;
+  for (const BlockRange& range : canonical_cover(total_blocks_, ranges)) {
+    NodePlan plan{range, arrived, 0, {}};
+    arrived += range.count();
     BlockRange grown = range;
     for (auto family = family_of(total_blocks_, grown); family;
          family = family_of(total_blocks_, grown)) {
@@ -95,37 +98,57 @@ std::vector<NodePlan> GradForest::add(std::vector<BlockRange> ranges) {
   }
   free_slots_.insert(free_slots_.end(), freed.begin(), freed.end());
   std::sort(free_slots_.rbegin(), free_slots_.rend());
-  std::sort(nodes_.begin(), nodes_.end(),
-            [](const ForestNode& a, const ForestNode& b) { return a.range.first < b.range.first; });
+  std::ranges::sort(nodes_, {}, [](const ForestNode& node) { return node.range.first; });
   return plans;
-}
-
-void GradForest::clear() {
-  for (const ForestNode& node : nodes_) free_slots_.push_back(node.slot);
-  std::sort(free_slots_.rbegin(), free_slots_.rend());
-  nodes_.clear();
 }
 
 namespace {
 
-int32_t merge_node(BlockRange node, const std::vector<BlockRange>& nodes, MergePlan& plan) {
-  for (size_t i = 0; i < nodes.size(); ++i) {
-    if (nodes[i] == node) return static_cast<int32_t>(i);
+constexpr int32_t kIncomplete = -1;
+
+// `inside`: the nodes that lie in `node`, ascending.
+int32_t merge_node(BlockRange node, std::span<const ForestNode> inside, MergePlan& plan) {
+  if (inside.empty()) return kIncomplete;
+  if (inside.front().range == node) {
+    CHECK_EQ(inside.size(), size_t{1});  // otherwise a block came twice
+    return inside.front().slot;
   }
-  CHECK_GE(node.count(), 2);  // otherwise a block is missing
+  CHECK_GE(node.count(), 2);
   const int64_t middle = node.first + canonical_split(node.count());
-  const int32_t left = merge_node({node.first, middle}, nodes, plan);
-  const int32_t right = merge_node({middle, node.end}, nodes, plan);
-  plan.steps.push_back({left, right});
-  return left;
+  const auto first_right = std::ranges::lower_bound(
+      inside, middle, {}, [](const ForestNode& held) { return held.range.first; });
+  const auto lefts = static_cast<size_t>(first_right - inside.begin());
+  const int32_t left = merge_node({node.first, middle}, inside.first(lefts), plan);
+  const int32_t right = merge_node({middle, node.end}, inside.subspan(lefts), plan);
+  if (left != kIncomplete && right != kIncomplete) {
+    plan.steps.push_back({left, right});
+    return left;
+  }
+  if (left != kIncomplete) plan.held.push_back({{node.first, middle}, left});
+  if (right != kIncomplete) plan.held.push_back({{middle, node.end}, right});
+  return kIncomplete;
+}
+
+bool by_first_block(const ForestNode& a, const ForestNode& b) {
+  return a.range.first < b.range.first;
 }
 
 }  // namespace
 
-MergePlan plan_merges(int64_t total_blocks, const std::vector<BlockRange>& nodes) {
+MergePlan plan_merges(int64_t total_blocks, std::vector<ForestNode> nodes) {
+  std::ranges::sort(nodes, by_first_block);
   MergePlan plan;
-  plan.root = merge_node({0, total_blocks}, nodes, plan);
+  const BlockRange all{0, total_blocks};
+  const int32_t root = merge_node(all, nodes, plan);
+  if (root != kIncomplete) plan.held.push_back({all, root});
+  std::ranges::sort(plan.held, by_first_block);
   return plan;
+}
+
+int32_t MergePlan::root(int64_t total_blocks) const {
+  CHECK_EQ(held.size(), size_t{1});  // otherwise a block is missing
+  CHECK_EQ(held.front().range.count(), total_blocks);
+  return held.front().slot;
 }
 
 }  // namespace cambium

@@ -20,12 +20,15 @@ struct BlockRange {
   bool operator==(const BlockRange&) const = default;
 };
 
-// The fewest canonical nodes that tile `ranges` (ascending, disjoint; neighbours are joined).
-std::vector<BlockRange> canonical_cover(int64_t total_blocks, std::vector<BlockRange> ranges);
+// The fewest canonical nodes that tile `ranges` in the order in which their rows arrive: disjoint,
+// in any order; a range that continues the one before it is joined to it.
+std::vector<BlockRange> canonical_cover(int64_t total_blocks,
+                                        const std::vector<BlockRange>& ranges);
 
 // One weight-gradient call's view of one new node.
 struct NodePlan {
   BlockRange range;            // computed from this call's rows
+  int64_t first_arrival = 0;   // place of its first block among the call's blocks
   int32_t destination = 0;     // slot that receives the result
   std::vector<int32_t> folds;  // slots whose value is added, in order
 };
@@ -39,13 +42,11 @@ class GradForest {
  public:
   explicit GradForest(int64_t total_blocks) : total_blocks_(total_blocks) {}
   // The nodes that processing `ranges` adds. The forest is updated as if the call had run.
-  std::vector<NodePlan> add(std::vector<BlockRange> ranges);
+  std::vector<NodePlan> add(const std::vector<BlockRange>& ranges);
   // Held nodes in ascending block order.
   const std::vector<ForestNode>& nodes() const { return nodes_; }
-  int64_t total_blocks() const { return total_blocks_; }
   // Slots ever used: how many the gradient buffer needs.
   int32_t slots() const { return slots_; }
-  void clear();
 
  private:
   int32_t take_slot();
@@ -56,16 +57,18 @@ class GradForest {
   std::vector<ForestNode> nodes_;
 };
 
-// How to sum nodes that together tile [0, total_blocks): merge `right` into `left` in this order;
-// the total ends in `root`. Indices are into `nodes`.
+// How to merge siblings among `nodes`, level by level, until none are left: add `right` into
+// `left` in this order (both are slots of `nodes`). `held` is what remains, ascending.
 struct MergeStep {
   int32_t left = 0;
   int32_t right = 0;
 };
 struct MergePlan {
   std::vector<MergeStep> steps;
-  int32_t root = 0;
+  std::vector<ForestNode> held;
+  // The slot of [0, total_blocks), which must be all that remains.
+  int32_t root(int64_t total_blocks) const;
 };
-MergePlan plan_merges(int64_t total_blocks, const std::vector<BlockRange>& nodes);
+MergePlan plan_merges(int64_t total_blocks, std::vector<ForestNode> nodes);
 
 }  // namespace cambium

@@ -34,6 +34,16 @@ std::vector<int> strided(int64_t first, int64_t count, int64_t stride) {
 
 }  // namespace
 
+std::vector<int> all_ranks(const Mesh& mesh) { return strided(0, mesh.ranks(), 1); }
+
+std::vector<int> pipeline_group(const Mesh& mesh, const MeshCoordinates& at) {
+  return strided(at.rank % mesh.stage_ranks(), mesh.pp, mesh.stage_ranks());
+}
+
+std::vector<int> context_group(const Mesh& mesh, const MeshCoordinates& at) {
+  return strided(at.rank - at.cp_index, mesh.cp, 1);
+}
+
 std::vector<int> data_group(const Mesh& mesh, const MeshCoordinates& at) {
   return strided(at.pp_index * mesh.stage_ranks(), mesh.stage_ranks(), 1);
 }

@@ -30,6 +30,9 @@ Mesh make_mesh(const ParallelConfig& parallel);
 MeshCoordinates mesh_coordinates(const Mesh& mesh, int64_t rank);
 
 // Ranks of this rank's groups, in group order.
+std::vector<int> all_ranks(const Mesh& mesh);
+std::vector<int> pipeline_group(const Mesh& mesh, const MeshCoordinates& at);     // pp
+std::vector<int> context_group(const Mesh& mesh, const MeshCoordinates& at);      // cp
 std::vector<int> data_group(const Mesh& mesh, const MeshCoordinates& at);         // dp x cp
 std::vector<int> expert_group(const Mesh& mesh, const MeshCoordinates& at);       // ep
 std::vector<int> expert_data_group(const Mesh& mesh, const MeshCoordinates& at);  // edp

@@ -1,6 +1,7 @@
 #include "src/parallel/param_group.h"
 
 #include <algorithm>
+#include <array>
 
 #include "kernels/copy.h"
 #include "kernels/grad_merge.h"
@@ -43,17 +44,20 @@ std::vector<FlagRun> flag_runs(const ParamPiece& piece) {
 
 }  // namespace
 
-ParamGroup::ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> tensors,
-                       Communicator& replicas, ReplicaRanges ranges, GroupUse use)
-    : rank_(rank),
-      name_(std::move(name)),
-      tensors_(std::move(tensors)),
-      replicas_(replicas),
-      use_(use),
-      forest_(BatchLayout(rank.config).total_blocks),
-      ranges_(std::move(ranges)) {
+bool reduces_each_micro_batch(const Config& config) {
+  const Sharding sharding = config.parallel.sharding;
+  const bool exact = config.numerics.reduction == ReductionMode::exact;
+  return sharding == Sharding::zero2 || sharding == Sharding::full ||
+         (exact && config.parallel.cp > 1);
+}
+
+ParamGroup::ParamGroup(Rank& rank, GroupKind kind, std::vector<ParamTensor> tensors,
+                       Communicator& replicas, const ReplicaRanges& ranges, GroupUse use)
+    : rank_(rank), kind_(kind), tensors_(std::move(tensors)), replicas_(replicas), use_(use) {
   shards_ = replicas_.ranks();
-  CHECK_EQ(std::ssize(ranges_), shards_);
+  CHECK_EQ(std::ssize(ranges), shards_);
+  flushes_each_ = reduces_each_micro_batch(rank.config) && shards_ > 1;
+  total_blocks_ = BatchLayout(rank.config).total_blocks;
   for (ParamTensor& tensor : tensors_) {
     tensor.elements = tensor.canonical.elements();
     tensor.flags = tensor.canonical.role == TensorRole::embed ? tensor.canonical.shape[0] : 1;
@@ -66,71 +70,142 @@ ParamGroup::ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> te
   const bool replicated = rank.config.parallel.sharding == Sharding::none;
   owned_ = pieces_in(shard_first(), shard_first() + shard_elements());
   optimized_ = replicated ? pieces_in(0, padded_) : owned_;
+  stored_ = is_full() ? owned_ : pieces_in(0, padded_);
   state_first_ = replicated ? 0 : shard_first();
-  if (use_ == GroupUse::trained) allocate_state(replicated ? padded_ : shard_elements());
-  if (rank.config.numerics.reduction == ReductionMode::fast) return;
-  for (int64_t replica = 0; replica < shards_; ++replica) {
-    GradForest forest(forest_.total_blocks());
-    for (const auto& micro_batch : ranges_[replica]) forest.add(micro_batch);
-    std::vector<BlockRange>& nodes = replica_nodes_.emplace_back();
-    for (const ForestNode& node : forest.nodes()) nodes.push_back(node.range);
-    if (replica == replicas_.rank()) slot_count_ = forest.slots();
-  }
+  stored_first_ = is_full() ? shard_first() : 0;
+  if (use_ == GroupUse::trained) allocate_state();
+  if (is_exact()) plan_forests(ranges);
 }
 
-void ParamGroup::allocate_state(int64_t state_elements) {
+void ParamGroup::allocate_state() {
+  const bool replicated = rank_.config.parallel.sharding == Sharding::none;
+  const int64_t state_elements = replicated ? padded_ : shard_elements();
+  const int64_t stored_elements = is_full() ? shard_elements() : padded_;
   Arena& arena = rank_.arena;
-  weights_ = arena.allocate(4 * padded_, MemoryClass::weights, "fp32 weights");
+  weights_ = arena.allocate(4 * stored_elements, MemoryClass::weights, "fp32 weights");
   moment1_ = arena.allocate(4 * state_elements, MemoryClass::optimizer, "AdamW m");
   moment2_ = arena.allocate(4 * state_elements, MemoryClass::optimizer, "AdamW v");
   for (const Buffer* buffer : {&weights_, &moment1_, &moment2_}) rank_.zero(*buffer);
   if (rank_.config.numerics.compute == ComputeType::bf16) {
-    compute_ = arena.allocate(2 * padded_, MemoryClass::weights, "bf16 weights");
+    compute_ = arena.allocate(2 * stored_elements, MemoryClass::weights, "bf16 weights");
   }
 }
 
-void ParamGroup::tie_head(const CanonicalTensor& head) {
-  CHECK(!has(TensorRole::lm_head));
-  if (rank_.config.numerics.reduction == ReductionMode::fast) return;
-  ParamTensor tensor;
-  tensor.canonical = head;
-  tied_head_ = std::make_unique<ParamGroup>(rank_, name_ + " tied head", std::vector{tensor},
-                                            replicas_, ranges_, GroupUse::gradients_only);
+// Who holds which nodes when, for the whole of a step: the same every step.
+void ParamGroup::plan_forests(const ReplicaRanges& ranges) {
+  const size_t micro_batches = ranges[replicas_.rank()].size();
+  std::vector<GradForest> forests(static_cast<size_t>(shards_), GradForest(total_blocks_));
+  std::vector<std::vector<NodePlan>> own_plans;
+  slot_count_ = 0;
+  for (size_t micro = 0; micro < micro_batches; ++micro) {
+    std::vector<std::vector<ForestNode>> nodes;
+    for (int64_t replica = 0; replica < shards_; ++replica) {
+      GradForest& forest = forests[replica];
+      if (flushes_each_) forest = GradForest(total_blocks_);
+      std::vector<NodePlan> plans = forest.add(ranges[replica][micro]);
+      nodes.push_back(forest.nodes());
+      if (replica != replicas_.rank()) continue;
+      own_plans.push_back(std::move(plans));
+      slot_count_ = std::max<int64_t>(slot_count_, forest.slots());
+    }
+    if (flushes_each_ || micro + 1 == micro_batches) plan_flush(std::move(nodes));
+  }
+  upload_node_tables(own_plans);
 }
 
-bool ParamGroup::has(TensorRole role) const {
-  return std::any_of(tensors_.begin(), tensors_.end(),
-                     [&](const ParamTensor& tensor) { return tensor.canonical.role == role; });
+void ParamGroup::plan_flush(std::vector<std::vector<ForestNode>> nodes) {
+  Flush flush;
+  std::vector<ForestNode> rows;
+  if (shards_ == 1) {
+    rows = nodes[0];  // they stay in their slots
+    flush.rows = slot_count_;
+  } else {
+    if (!flushes_.empty()) {
+      for (const ForestNode& node : flushes_.back().merges.held) {
+        rows.push_back({node.range, static_cast<int32_t>(rows.size())});
+      }
+    }
+    flush.held_before = std::ssize(rows);
+    size_t most = 0;
+    for (const auto& replica : nodes) most = std::max(most, replica.size());
+    for (size_t j = 0; j < most; ++j) {
+      for (const auto& replica : nodes) {
+        if (j >= replica.size()) continue;
+        rows.push_back({replica[j].range, static_cast<int32_t>(rows.size())});
+      }
+    }
+    flush.rows = std::ssize(rows);
+  }
+  flush.merges = plan_merges(total_blocks_, std::move(rows));
+  held_rows_ = std::max<int64_t>(held_rows_, std::ssize(flush.merges.held));
+  flush.nodes = std::move(nodes);
+  flushes_.push_back(std::move(flush));
 }
 
-const ParamTensor& ParamGroup::head_weights() const {
-  return tensor(has(TensorRole::lm_head) ? TensorRole::lm_head : TensorRole::embed);
+void ParamGroup::upload_node_tables(const std::vector<std::vector<NodePlan>>& plans) {
+  std::vector<int32_t> table;
+  first_node_.push_back(0);
+  for (const auto& micro_batch : plans) {
+    for (const NodePlan& plan : micro_batch) {
+      CHECK_LE(std::ssize(plan.folds), kMaxFold);
+      std::array<int32_t, kNodeColumns> columns;
+      columns.fill(-1);
+      columns[kNodeFirstBlock] = static_cast<int32_t>(plan.first_arrival);
+      columns[kNodeEndBlock] = static_cast<int32_t>(plan.first_arrival + plan.range.count());
+      columns[kNodeDestination] = plan.destination;
+      columns[kNodeFoldCount] = static_cast<int32_t>(plan.folds.size());
+      std::copy(plan.folds.begin(), plan.folds.end(), columns.begin() + kNodeFirstFold);
+      table.insert(table.end(), columns.begin(), columns.end());
+    }
+    first_node_.push_back(std::ssize(table) / kNodeColumns);
+  }
+  node_tables_ =
+      rank_.upload(table.data(), 4 * std::ssize(table), MemoryClass::workspace, "node tables");
 }
 
-ParamGroup::HeadGradient ParamGroup::head_gradient() {
-  if (tied_head_ == nullptr) return {*this, head_weights()};
-  return {*tied_head_, tied_head_->tensor(TensorRole::lm_head)};
-}
-
-const ParamTensor& ParamGroup::tensor(TensorRole role, int64_t layer) const {
+const ParamTensor* ParamGroup::find(TensorRole role, int64_t layer) const {
   for (const ParamTensor& tensor : tensors_) {
-    if (tensor.canonical.role == role && tensor.canonical.layer == layer) return tensor;
+    if (tensor.canonical.role == role && tensor.canonical.layer == layer) return &tensor;
   }
-  fail(ExitCode::internal, "group '{}' has no tensor of role {} in layer {}", name_,
-       static_cast<int>(role), layer);
+  return nullptr;
+}
+
+void ParamGroup::prefetch_weights() {
+  if (!is_full() || !gathered_.empty()) return;
+  const bool bf16 = !compute_.empty();
+  const DType dtype = bf16 ? DType::bf16 : DType::f32;
+  gathered_ = rank_.arena.allocate(padded_ * dtype_bytes(dtype), MemoryClass::communication,
+                                   "gathered weights");
+  rank_.comm_waits_for_compute();
+  gathering_ = all_gather({.communicator = replicas_,
+                           .stream = rank_.comm,
+                           .send = bf16 ? compute_.data() : weights_.data(),
+                           .recv = gathered_.data(),
+                           .count = shard_elements(),
+                           .dtype = dtype});
+}
+
+void ParamGroup::hold_weights() {
+  if (!is_full()) return;
+  prefetch_weights();
+  if (holders_++ == 0) rank_.compute_waits(gathering_);
+}
+
+void ParamGroup::drop_weights() {
+  if (!is_full()) return;
+  CHECK_GE(holders_, 1);
+  if (--holders_ == 0) gathered_.reset();
 }
 
 In<Real> ParamGroup::weight(const ParamTensor& tensor, Shape shape, int64_t stride) const {
-  if (compute_.empty()) return {weights_.f32() + tensor.offset, DType::f32, shape, stride};
-  return {compute_.as<uint16_t>() + tensor.offset, DType::bf16, shape, stride};
+  if (is_full()) CHECK_GE(holders_, 1);
+  const Buffer& whole = is_full() ? gathered_ : compute_.empty() ? weights_ : compute_;
+  if (compute_.empty()) return {whole.f32() + tensor.offset, DType::f32, shape, stride};
+  return {whole.as<uint16_t>() + tensor.offset, DType::bf16, shape, stride};
 }
 
 int64_t ParamGroup::expert_stride(const ParamTensor& tensor) {
   return round_up(tensor.elements, kBlock);
-}
-
-uint16_t* ParamGroup::compute_copy(int64_t flat_offset) const {
-  return compute_.empty() ? nullptr : compute_.as<uint16_t>() + flat_offset;
 }
 
 InOut<float> ParamGroup::grad_slots(const ParamTensor& tensor, Shape per_slot) const {
@@ -158,45 +233,56 @@ std::vector<ParamPiece> ParamGroup::pieces_in(int64_t first, int64_t end) const 
   return pieces;
 }
 
-void ParamGroup::begin_step() {
-  if (tied_head_ != nullptr) tied_head_->begin_step();
-  reduced_.reset();
-  full_gradient_.reset();
-  forest_.clear();
-  gradient_data_ = nullptr;
-  const bool exact = rank_.config.numerics.reduction == ReductionMode::exact;
+void ParamGroup::open_slots() {
   if (slots_.empty()) {
     slots_ =
         rank_.arena.allocate(4 * padded_ * slot_count_, MemoryClass::gradients, "gradient slots");
-    if (exact) {
+    if (is_exact()) {
       present_ =
           rank_.arena.allocate(flags_ * slot_count_, MemoryClass::gradients, "gradient presence");
     }
   }
-  if (!exact) rank_.zero(slots_);
+  if (!is_exact()) rank_.zero(slots_);
+}
+
+void ParamGroup::begin_step() {
+  if (tied_head_ != nullptr) tied_head_->begin_step();
+  reduced_.reset();
+  full_gradient_.reset();
+  gradient_data_ = nullptr;
+  flushed_ = 0;
   target_ = GradTarget{};
+  if (!flushes_each_) return open_slots();
+  if (!held_.empty()) return;
+  // Fast mode: the sum so far, and where the next micro-batch's arrives; both always present.
+  const int64_t rows = is_exact() ? held_rows_ : 2;
+  held_ =
+      rank_.arena.allocate(4 * shard_elements() * rows, MemoryClass::gradients, "gradient shard");
+  held_flags_ = is_exact() ? rank_.arena.allocate(flags_ * rows, MemoryClass::gradients,
+                                                  "gradient shard presence")
+                           : rank_.upload(std::vector<uint8_t>(2, 1), "gradient shard presence");
 }
 
 void ParamGroup::begin_micro_batch(int64_t micro_batch) {
-  if (tied_head_ != nullptr) tied_head_->begin_micro_batch(micro_batch);
-  if (rank_.config.numerics.reduction == ReductionMode::fast) return;
-  const std::vector<NodePlan> plans = forest_.add(ranges_[replicas_.rank()][micro_batch]);
-  CHECK_LE(forest_.slots(), slot_count_);
-  std::vector<int32_t> table(plans.size() * kNodeColumns, -1);
-  for (size_t row = 0; row < plans.size(); ++row) {
-    int32_t* columns = table.data() + row * kNodeColumns;
-    CHECK_LE(std::ssize(plans[row].folds), kMaxFold);
-    columns[kNodeFirstBlock] = static_cast<int32_t>(plans[row].range.first);
-    columns[kNodeEndBlock] = static_cast<int32_t>(plans[row].range.end);
-    columns[kNodeDestination] = plans[row].destination;
-    columns[kNodeFoldCount] = static_cast<int32_t>(plans[row].folds.size());
-    std::copy(plans[row].folds.begin(), plans[row].folds.end(), columns + kNodeFirstFold);
-  }
-  node_table_ = rank_.upload(table, "node table");
+  if (flushes_each_) open_slots();
+  if (!is_exact()) return;
+  const int64_t first = first_node_[micro_batch];
   target_.mode = GradMode::nodes;
-  target_.total_blocks = forest_.total_blocks();
-  target_.node_table_NC = {node_table_.as<int32_t>(),
-                           Shape(static_cast<int64_t>(plans.size()), kNodeColumns)};
+  target_.total_blocks = total_blocks_;
+  target_.node_table_NC = {node_tables_.as<int32_t>() + first * kNodeColumns,
+                           Shape(first_node_[micro_batch + 1] - first, kNodeColumns)};
+}
+
+void ParamGroup::end_micro_batch() {
+  if (!flushes_each_) return;
+  if (is_exact()) {
+    flush_exact(flushes_[flushed_]);
+  } else {
+    flush_fast();
+  }
+  ++flushed_;
+  slots_.reset();
+  present_.reset();
 }
 
 float* ParamGroup::gradient(int64_t flat_offset) const {
@@ -205,26 +291,32 @@ float* ParamGroup::gradient(int64_t flat_offset) const {
 }
 
 void ParamGroup::reduce_gradients() {
-  if (rank_.config.numerics.reduction == ReductionMode::exact) {
-    reduce_exact();
-  } else {
-    reduce_fast();
-  }
+  sum_over_replicas();
   if (tied_head_ != nullptr) add_tied_gradient();
   // A tied head's shards are not cut where the embedding's are: every rank gets the whole.
   const bool whole =
       use_ == GroupUse::gradients_only || rank_.config.parallel.sharding == Sharding::none;
-  if (!whole || shards_ == 1) return;
-  if (rank_.config.numerics.reduction == ReductionMode::fast) return;  // all-reduced already
-  full_gradient_ = rank_.arena.allocate(4 * padded_, MemoryClass::gradients, "whole gradient");
-  rank_.comm_waits_for_compute();
-  rank_.compute_waits(all_gather({.communicator = replicas_,
-                                  .stream = rank_.comm,
-                                  .send = gradient_data_,
-                                  .recv = full_gradient_.data(),
-                                  .count = shard_elements()}));
-  gradient_data_ = full_gradient_.f32();
-  gradient_first_ = 0;
+  const bool is_whole = shards_ == 1 || (!is_exact() && !flushes_each_ &&
+                                         rank_.config.parallel.sharding == Sharding::none);
+  if (whole && !is_whole) replicate_gradient();
+}
+
+void ParamGroup::sum_over_replicas() {
+  if (flushes_each_) {
+    gradient_data_ = held_.f32();
+    gradient_first_ = shard_first();
+  } else if (!is_exact()) {
+    reduce_fast_at_end();
+  } else if (shards_ > 1) {
+    flush_exact(flushes_.front());
+  } else {
+    const Flush& flush = flushes_.front();
+    merge_rows(flush.merges, flush.rows, slots_.f32(), present_.as<uint8_t>(), padded_);
+    const int64_t root = flush.merges.root(total_blocks_);
+    finish_root(root, flush.rows, slots_.f32(), present_.as<uint8_t>(), padded_);
+    gradient_data_ = slots_.f32() + root * padded_;
+    gradient_first_ = 0;
+  }
 }
 
 // The owned pieces of the embedding: its own sum, then the head's.
@@ -238,7 +330,19 @@ void ParamGroup::add_tied_gradient() {
   }
 }
 
-void ParamGroup::reduce_fast() {
+void ParamGroup::replicate_gradient() {
+  full_gradient_ = rank_.arena.allocate(4 * padded_, MemoryClass::gradients, "whole gradient");
+  rank_.comm_waits_for_compute();
+  rank_.compute_waits(all_gather({.communicator = replicas_,
+                                  .stream = rank_.comm,
+                                  .send = gradient_data_,
+                                  .recv = full_gradient_.data(),
+                                  .count = shard_elements()}));
+  gradient_data_ = full_gradient_.f32();
+  gradient_first_ = 0;
+}
+
+void ParamGroup::reduce_fast_at_end() {
   gradient_data_ = slots_.f32();
   gradient_first_ = 0;
   if (shards_ == 1) return;
@@ -262,39 +366,82 @@ void ParamGroup::reduce_fast() {
   gradient_first_ = shard_first();
 }
 
-// Nodes, not sums, travel: the owner of a shard receives every replica's nodes of it and finishes
-// the canonical tree.
-void ParamGroup::reduce_exact() {
-  const int64_t shard = shard_elements(), mine = std::ssize(forest_.nodes());
-  CHECK_EQ(std::ssize(replica_nodes_[replicas_.rank()]), mine);
-  if (shards_ == 1) {
-    std::vector<BlockRange> rows(slot_count_);
-    for (const ForestNode& node : forest_.nodes()) rows[node.slot] = node.range;
-    merge_nodes(rows, slots_.f32(), present_.as<uint8_t>(), padded_);
+// The micro-batch's sum joins that of the earlier ones.
+void ParamGroup::flush_fast() {
+  const int64_t shard = shard_elements(), row = flushed_ == 0 ? 0 : 1;
+  rank_.comm_waits_for_compute();
+  rank_.compute_waits(reduce_scatter({.communicator = replicas_,
+                                      .stream = rank_.comm,
+                                      .send = slots_.data(),
+                                      .recv = held_.f32() + row * shard,
+                                      .count = shard}));
+  if (row == 0) return;
+  grad_merge({.slots_SGN = {held_.f32(), Shape(2, 1, shard), shard},
+              .present_SG = {held_flags_.as<uint8_t>(), Shape(2, 1)},
+              .group_stride = shard,
+              .left_slot = 0,
+              .right_slot = 1,
+              .destination_slot = 0},
+             rank_.ops);
+}
+
+// Nodes, not sums, travel: the owner of a shard receives every replica's nodes of it, merges what
+// it can and, when nothing more comes, finishes the canonical tree.
+void ParamGroup::flush_exact(const Flush& flush) {
+  const int64_t shard = shard_elements();
+  Arena& arena = rank_.arena;
+  Buffer rows =
+      arena.allocate(4 * shard * flush.rows, MemoryClass::communication, "received gradient nodes");
+  const Buffer flags = arena.allocate(flags_ * flush.rows, MemoryClass::communication, "presence");
+  const auto copy = [&](const Buffer& from, const Buffer& to, int64_t bytes, int64_t from_row,
+                        int64_t to_row) {
+    copy_bytes({.from_N = {from.as<uint8_t>() + from_row * bytes, Shape(bytes)},
+                .to_N = {to.as<uint8_t>() + to_row * bytes, Shape(bytes)}},
+               rank_.ops);
+  };
+  for (int64_t row = 0; row < flush.held_before; ++row) {
+    copy(held_, rows, 4 * shard, row, row);
+    copy(held_flags_, flags, flags_, row, row);
+  }
+  receive_nodes(flush, rows, flags);
+  float* data = rows.f32() - shard_first();  // the address of flat offset 0 in row 0
+  merge_rows(flush.merges, flush.rows, data, flags.as<uint8_t>(), shard);
+  if (&flush == &flushes_.back()) {
+    const int64_t root = flush.merges.root(total_blocks_);
+    finish_root(root, flush.rows, data, flags.as<uint8_t>(), shard);
+    gradient_data_ = rows.f32() + root * shard;
+    gradient_first_ = shard_first();
+  }
+  if (!flushes_each_) {
+    reduced_ = std::move(rows);
     return;
   }
-  std::vector<BlockRange> rows;
+  for (size_t i = 0; i < flush.merges.held.size(); ++i) {
+    const int64_t row = flush.merges.held[i].slot;
+    copy(rows, held_, 4 * shard, row, static_cast<int64_t>(i));
+    copy(flags, held_flags_, flags_, row, static_cast<int64_t>(i));
+  }
+}
+
+void ParamGroup::receive_nodes(const Flush& flush, const Buffer& rows, const Buffer& flags) {
+  const int64_t shard = shard_elements();
+  const std::vector<ForestNode>& mine = flush.nodes[replicas_.rank()];
   size_t most = 0;
-  for (const auto& nodes : replica_nodes_) most = std::max(most, nodes.size());
-  int64_t total = 0;
-  for (const auto& nodes : replica_nodes_) total += std::ssize(nodes);
-  reduced_ = rank_.arena.allocate(4 * shard * total, MemoryClass::communication,
-                                  "received gradient nodes");
+  for (const auto& nodes : flush.nodes) most = std::max(most, nodes.size());
   const Buffer gathered = rank_.arena.allocate(flags_ * shards_ * static_cast<int64_t>(most),
                                                MemoryClass::communication, "gathered presence");
-  Buffer flags = rank_.arena.allocate(flags_ * total, MemoryClass::communication, "presence");
   rank_.comm_waits_for_compute();
+  int64_t row = flush.held_before;
   std::vector<int64_t> flag_sources;
   for (size_t j = 0; j < most; ++j) {
     std::vector<int64_t> send_counts(shards_, 0), recv_counts(shards_, 0);
-    const bool have = static_cast<int64_t>(j) < mine;
-    const int64_t slot = have ? forest_.nodes()[j].slot : 0;
-    if (have) std::fill(send_counts.begin(), send_counts.end(), shard);
-    float* recv = reduced_.f32() + std::ssize(rows) * shard;
+    const int64_t slot = j < mine.size() ? mine[j].slot : 0;
+    if (j < mine.size()) std::fill(send_counts.begin(), send_counts.end(), shard);
+    float* recv = rows.f32() + row * shard;
     for (int64_t r = 0; r < shards_; ++r) {
-      if (j >= replica_nodes_[r].size()) continue;
+      if (j >= flush.nodes[r].size()) continue;
       recv_counts[r] = shard;
-      rows.push_back(replica_nodes_[r][j]);
+      ++row;
       flag_sources.push_back((static_cast<int64_t>(j) * shards_ + r) * flags_);
     }
     all_to_all_v({.communicator = replicas_,
@@ -311,49 +458,49 @@ void ParamGroup::reduce_exact() {
                     .count = flags_,
                     .dtype = DType::u8}));
   }
-  for (size_t row = 0; row < rows.size(); ++row) {
-    copy_bytes({.from_N = {gathered.as<uint8_t>() + flag_sources[row], Shape(flags_)},
-                .to_N = {flags.as<uint8_t>() + static_cast<int64_t>(row) * flags_, Shape(flags_)}},
+  CHECK_EQ(row, flush.rows);
+  for (size_t i = 0; i < flag_sources.size(); ++i) {
+    const int64_t to = flush.held_before + static_cast<int64_t>(i);
+    copy_bytes({.from_N = {gathered.as<uint8_t>() + flag_sources[i], Shape(flags_)},
+                .to_N = {flags.as<uint8_t>() + to * flags_, Shape(flags_)}},
                rank_.ops);
   }
-  merge_nodes(rows, reduced_.f32() - shard_first(), flags.as<uint8_t>(), shard);
 }
 
-// `data` is the address of flat offset 0 in row 0; rows are `stride` apart. Empty ranges are unused
-// rows. Leaves the total in `gradient_data_`, absent groups zero.
-void ParamGroup::merge_nodes(const std::vector<BlockRange>& nodes, float* data, uint8_t* flags,
-                             int64_t stride) {
-  const MergePlan plan = plan_merges(forest_.total_blocks(), nodes);
-  const int64_t row_count = std::ssize(nodes);
+// `data` is the address of flat offset 0 in row 0; rows are `stride` apart.
+void ParamGroup::merge_rows(const MergePlan& plan, int64_t row_count, float* data, uint8_t* flags,
+                            int64_t stride) {
   for (const ParamPiece& piece : owned_) {
     for (const FlagRun& run : flag_runs(piece)) {
-      const InOut<float> slots(data + piece.tensor->offset + run.first_element,
-                               Shape(row_count, run.groups, run.group_elements), stride);
-      const InOut<uint8_t> present(flags + piece.tensor->first_flag + run.first_flag,
-                                   Shape(row_count, run.groups), flags_);
       for (const MergeStep& step : plan.steps) {
-        grad_merge({.slots_SGN = slots,
-                    .present_SG = present,
+        grad_merge({.slots_SGN = {data + piece.tensor->offset + run.first_element,
+                                  Shape(row_count, run.groups, run.group_elements), stride},
+                    .present_SG = {flags + piece.tensor->first_flag + run.first_flag,
+                                   Shape(row_count, run.groups), flags_},
                     .group_stride = run.group_elements,
                     .left_slot = step.left,
                     .right_slot = step.right,
                     .destination_slot = step.left},
                    rank_.ops);
       }
-      float* root = slots.pointer() + plan.root * stride;
-      grad_finish({.slots_SGN = slots,
-                   .present_SG = present,
-                   .gradient_GN = {root, Shape(run.groups, run.group_elements)},
-                   .group_stride = run.group_elements,
-                   .slot = plan.root},
-                  rank_.ops);
     }
   }
-  gradient_data_ = data + plan.root * stride;
-  gradient_first_ = 0;
-  if (shards_ > 1) {
-    gradient_data_ += shard_first();
-    gradient_first_ = shard_first();
+}
+
+// The root's row becomes the gradient: zeros where nothing is present.
+void ParamGroup::finish_root(int64_t row, int64_t row_count, float* data, uint8_t* flags,
+                             int64_t stride) {
+  for (const ParamPiece& piece : owned_) {
+    for (const FlagRun& run : flag_runs(piece)) {
+      float* first = data + piece.tensor->offset + run.first_element;
+      grad_finish({.slots_SGN = {first, Shape(row_count, run.groups, run.group_elements), stride},
+                   .present_SG = {flags + piece.tensor->first_flag + run.first_flag,
+                                  Shape(row_count, run.groups), flags_},
+                   .gradient_GN = {first + row * stride, Shape(run.groups, run.group_elements)},
+                   .group_stride = run.group_elements,
+                   .slot = row},
+                  rank_.ops);
+    }
   }
 }
 
@@ -366,7 +513,8 @@ void ParamGroup::scale_gradient(float factor) {
 }
 
 void ParamGroup::gather_weights() {
-  if (shards_ > 1 && rank_.config.parallel.sharding != Sharding::none) {
+  const Sharding sharding = rank_.config.parallel.sharding;
+  if (shards_ > 1 && (sharding == Sharding::zero1 || sharding == Sharding::zero2)) {
     rank_.comm_waits_for_compute();
     rank_.compute_waits(all_gather({.communicator = replicas_,
                                     .stream = rank_.comm,
@@ -377,21 +525,20 @@ void ParamGroup::gather_weights() {
   }
 }
 
-void ParamGroup::set_weights(const ParamTensor& tensor, int64_t first_element,
-                             const std::vector<float>& values) {
+void ParamGroup::set_weights(const ParamPiece& piece, const std::vector<float>& values) {
   const int64_t bytes = 4 * std::ssize(values);
-  CHECK_LE(first_element + std::ssize(values), tensor.elements);
+  CHECK_EQ(std::ssize(values), piece.elements);
   const Buffer staged = rank_.upload(values, "weights to set");
   copy_bytes({.from_N = {staged.as<uint8_t>(), Shape(bytes)},
-              .to_N = {reinterpret_cast<uint8_t*>(weights_.f32() + tensor.offset + first_element),
-                       Shape(bytes)}},
+              .to_N = {reinterpret_cast<uint8_t*>(weights(piece.flat_offset())), Shape(bytes)}},
              rank_.ops);
 }
 
 void ParamGroup::refresh_compute_copy() {
   if (compute_.empty()) return;
-  cast_real({.from_N = {weights_.f32(), DType::f32, Shape(padded_)},
-             .to_N = {compute_.data(), DType::bf16, Shape(padded_)}},
+  const int64_t elements = weights_.size_bytes() / 4;
+  cast_real({.from_N = {weights_.f32(), DType::f32, Shape(elements)},
+             .to_N = {compute_.data(), DType::bf16, Shape(elements)}},
             rank_.ops);
 }
 

@@ -1,15 +1,18 @@
-// ParamGroup: the parameters that one set of ranks replicates, flat, with gradients and AdamW
-// state.
+// ParamGroup: parameters that one set of ranks replicates, flat, with gradients and AdamW state.
 //
-// A rank has two groups: `dense` (everything but experts, replicated over the dp x cp ranks) and
-// `expert` (this rank's experts, replicated over the edp ranks). Tensors lie in one flat fp32
-// buffer, each at an offset that is a multiple of 4,096 elements, so shards cut on blocks and one
-// contiguous range of the buffer is a shard. Gradients: in exact mode a GradForest of slots, each
-// as large as the buffer, with presence flags (one per tensor; the embedding has one per token id);
-// in fast mode slot 0 accumulates.
+// Dense parameters are replicated over the dp x cp ranks, a rank's experts over the edp ranks. With
+// sharding none and zero1 a rank has one group of each kind; with zero2 and full (and with cp > 1
+// in exact mode) one of each kind a layer, the embedding's and the head's. Tensors lie in one flat
+// fp32 buffer, each at an offset that is a multiple of 4,096 elements, so shards cut on blocks and
+// one contiguous range of the buffer is a shard.
+//
+// Gradients: in exact mode a GradForest of slots, each as large as the buffer, with presence flags
+// (one per tensor; the embedding has one per token id); in fast mode slot 0 accumulates. They
+// travel to the shards' owners once a step (none, zero1), or after every micro-batch, whose slots
+// are then freed (zero2, full): nodes of the forest in exact mode, sums in fast mode.
+// Weights: with `full` only the shard stays, and whole weights exist while they are held.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -37,31 +40,34 @@ struct ParamPiece {
   int64_t flat_offset() const { return tensor->offset + first_element; }
 };
 
+enum class GroupKind { dense, expert };
+
 // What a group holds: weights, gradients and AdamW state, or gradients alone.
-enum class GroupUse : uint8_t { trained, gradients_only };
+enum class GroupUse { trained, gradients_only };
+
+// Whether gradients travel after every micro-batch, and parameters are grouped by layer.
+bool reduces_each_micro_batch(const Config& config);
 
 class ParamGroup {
  public:
   // `replicas` are the ranks that hold this group. ranges[replica][micro_batch] are the canonical
-  // blocks whose tokens reach these parameters on that replica (BatchLayout).
+  // blocks whose tokens reach these parameters on that replica, as they arrive (BatchLayout).
   using ReplicaRanges = std::vector<std::vector<std::vector<BlockRange>>>;
-  ParamGroup(Rank& rank, std::string name, std::vector<ParamTensor> tensors, Communicator& replicas,
-             ReplicaRanges ranges, GroupUse use = GroupUse::trained);
+  ParamGroup(Rank& rank, GroupKind kind, std::vector<ParamTensor> tensors, Communicator& replicas,
+             const ReplicaRanges& ranges, GroupUse use = GroupUse::trained);
 
-  // The vocabulary head uses the embedding's weights. In exact mode its gradients get a tree of
-  // their own, `head`, and the finished sums of the two uses are added: which uses of a block met
-  // first, which depends on the layout, then cannot matter. In fast mode they share slot 0.
-  void tie_head(const CanonicalTensor& head);
-  // Where the vocabulary head's gradients go, and the tensor that they belong to.
-  struct HeadGradient {
-    ParamGroup& group;
-    const ParamTensor& tensor;
-  };
-  HeadGradient head_gradient();
-  // The tensor whose weights the vocabulary head uses.
-  const ParamTensor& head_weights() const;
+  // The vocabulary head uses this group's embedding. `head` sums its gradients apart, in a tree of
+  // their own; then the finished sums of the two uses are added: which uses of a block met first,
+  // which depends on the layout, cannot matter.
+  void tie_head(ParamGroup& head) { tied_head_ = &head; }
 
-  const ParamTensor& tensor(TensorRole role, int64_t layer = -1) const;
+  GroupKind kind() const { return kind_; }
+  const ParamTensor* find(TensorRole role, int64_t layer) const;  // null when it is elsewhere
+
+  // Whole weights are there between hold and drop, which nest. `prefetch` starts gathering them.
+  void prefetch_weights();
+  void hold_weights();
+  void drop_weights();
   // Compute weights of one tensor, or of `experts` equally strided ones from this tensor on.
   In<Real> weight(const ParamTensor& tensor, Shape shape, int64_t stride = -1) const;
   // Of this rank's experts, from `first` (its first one) on: [e, ...], expert_stride apart.
@@ -74,70 +80,91 @@ class ParamGroup {
   InOut<uint8_t> grad_present(const ParamTensor& tensor, int64_t flags) const;
   const GradTarget& target() const { return target_; }
 
-  // A step begins, then each of its micro-batches: `target()` is where their gradients go.
+  // A step begins. Weight gradients of a micro-batch go to `target()` between begin and end.
   void begin_step();
   void begin_micro_batch(int64_t micro_batch);
+  void end_micro_batch();
   // Sums gradients over replicas; afterwards `gradient()` holds this rank's shard (or all).
   void reduce_gradients();
 
-  const std::string& name() const { return name_; }
   const std::vector<ParamTensor>& tensors() const { return tensors_; }
-  int64_t padded_elements() const { return padded_; }
   int64_t shard_elements() const { return padded_ / shards_; }
   int64_t shard_first() const { return shard_elements() * replicas_.rank(); }
-  // Pieces this rank owns under zero1's partition (norms, digests, checkpoints), and pieces it
-  // optimizes (the same, or all with sharding none).
+  // Pieces this rank owns (norms, digests, checkpoints), pieces it optimizes (the same, or all with
+  // sharding none), and pieces whose fp32 weights it stores (all, or its own with full).
   const std::vector<ParamPiece>& owned_pieces() const { return owned_; }
   const std::vector<ParamPiece>& optimized_pieces() const { return optimized_; }
-  Communicator& replicas() const { return replicas_; }
+  const std::vector<ParamPiece>& stored_pieces() const { return stored_; }
 
-  float* weights() const { return weights_.f32(); }
+  // fp32 weights from a flat offset in a stored piece on.
+  float* weights(int64_t flat_offset) const { return weights_.f32() + flat_offset - stored_first_; }
   // Final gradient (sum over tokens, undivided) at a flat offset.
   float* gradient(int64_t flat_offset) const;
   float* moment1(int64_t flat_offset) const { return moment1_.f32() + flat_offset - state_first_; }
   float* moment2(int64_t flat_offset) const { return moment2_.f32() + flat_offset - state_first_; }
-  // bf16 copy's address of a flat offset; null when compute is fp32.
-  uint16_t* compute_copy(int64_t flat_offset) const;
+  // bf16 compute weights from a flat offset in a stored piece on; null when compute is fp32.
+  uint16_t* compute_copy(int64_t flat_offset) const {
+    return compute_.empty() ? nullptr : compute_.as<uint16_t>() + flat_offset - stored_first_;
+  }
   // Multiplies the final gradient of the optimized pieces (the fault `expert_gradient_scale`).
   void scale_gradient(float factor);
   // After the optimizer, which wrote the owned part of the compute copy: every replica gets every
-  // shard.
+  // shard (none: it has them; full: it never does).
   void gather_weights();
-  // Host values into the fp32 weights, from `first_element` of the tensor on.
-  void set_weights(const ParamTensor& tensor, int64_t first_element,
-                   const std::vector<float>& values);
+  // Host values into the fp32 weights of a stored piece.
+  void set_weights(const ParamPiece& piece, const std::vector<float>& values);
   // After loading: the bf16 copy follows the fp32 weights.
   void refresh_compute_copy();
 
  private:
-  bool has(TensorRole role) const;
-  void allocate_state(int64_t state_elements);
-  void add_tied_gradient();
+  // One journey of nodes to the owners of their shards: rows are those held there, then arrivals.
+  struct Flush {
+    std::vector<std::vector<ForestNode>> nodes;  // by replica; slots are the sender's
+    MergePlan merges;                            // of rows
+    int64_t rows = 0, held_before = 0;
+  };
+  void plan_forests(const ReplicaRanges& ranges);
+  void plan_flush(std::vector<std::vector<ForestNode>> nodes);
+  void upload_node_tables(const std::vector<std::vector<NodePlan>>& plans);
   std::vector<ParamPiece> pieces_in(int64_t first, int64_t end) const;
-  void reduce_exact();
-  void reduce_fast();
-  void merge_nodes(const std::vector<BlockRange>& nodes, float* data, uint8_t* flags,
-                   int64_t stride);
+  void allocate_state();
+  void sum_over_replicas();
+  void add_tied_gradient();
+  void open_slots();
+  void flush_exact(const Flush& flush);
+  void flush_fast();
+  void receive_nodes(const Flush& flush, const Buffer& rows, const Buffer& flags);
+  void reduce_fast_at_end();
+  void replicate_gradient();
+  void merge_rows(const MergePlan& plan, int64_t row_count, float* data, uint8_t* flags,
+                  int64_t stride);
+  void finish_root(int64_t row, int64_t row_count, float* data, uint8_t* flags, int64_t stride);
+  bool is_exact() const { return rank_.config.numerics.reduction == ReductionMode::exact; }
+  bool is_full() const { return rank_.config.parallel.sharding == Sharding::full; }
 
   Rank& rank_;
-  std::string name_;
+  GroupKind kind_;
   std::vector<ParamTensor> tensors_;
   Communicator& replicas_;
   GroupUse use_;
-  std::unique_ptr<ParamGroup> tied_head_;  // exact mode with a tied head
+  ParamGroup* tied_head_ = nullptr;
+  bool flushes_each_ = false;
   int64_t shards_ = 1;
   int64_t padded_ = 0;
   int64_t flags_ = 0;
-  int64_t state_first_ = 0;
-  std::vector<ParamPiece> owned_, optimized_;
-  Buffer weights_, compute_, moment1_, moment2_, slots_, present_, reduced_, full_gradient_;
-  Buffer node_table_;
-  int64_t slot_count_ = 1;
+  int64_t state_first_ = 0, stored_first_ = 0;
+  std::vector<ParamPiece> owned_, optimized_, stored_;
+  Buffer weights_, compute_, gathered_, moment1_, moment2_;
+  Ticket gathering_;
+  int64_t holders_ = 0;
+  // Gradients: this rank's slots, nodes on their way, the shard's held rows, the whole gradient.
+  Buffer slots_, present_, reduced_, held_, held_flags_, full_gradient_, node_tables_;
+  int64_t slot_count_ = 1, held_rows_ = 0, total_blocks_ = 0;
+  size_t flushed_ = 0;  // this step
+  std::vector<Flush> flushes_;
+  std::vector<int64_t> first_node_;  // by micro-batch, and the end
   const float* gradient_data_ = nullptr;
   int64_t gradient_first_ = 0;
-  GradForest forest_;
-  ReplicaRanges ranges_;
-  std::vector<std::vector<BlockRange>> replica_nodes_;  // held at the end of a step
   GradTarget target_;
 };
 

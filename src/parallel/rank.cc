@@ -13,12 +13,12 @@ namespace {
 constexpr int64_t kStagingBlockBytes = int64_t{1} << 20;  // a step's uploads of a small model
 constexpr int64_t kStagingAlignment = 256;
 
-std::unique_ptr<AddressSpace> address_space(DeviceKind device) {
+std::unique_ptr<AddressSpace> address_space(DeviceKind device, int64_t ranks) {
   if constexpr (kHasCuda) {
     if (device == DeviceKind::cuda) return cuda::device_address_space();
   }
   CHECK(device == DeviceKind::cpu);
-  return host_address_space();
+  return host_address_space(ranks);
 }
 
 }  // namespace
@@ -56,10 +56,15 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
       host(rank_environment.host()),
       mesh(make_mesh(run_config.parallel)),
       at(mesh_coordinates(mesh, rank_environment.rank())),
-      arena(INT64_MAX / 2, rank_environment.poison(), address_space(run_config.run.device)),
+      arena(INT64_MAX / 2, rank_environment.poison(),
+            address_space(run_config.run.device, rank_environment.ranks())),
       compute(rank_environment.make_stream("compute")),
-      comm(rank_environment.make_stream("comm")) {
+      comm(rank_environment.make_stream("comm")),
+      pipe(rank_environment.make_stream("pipe")) {
   CHECK_EQ(mesh.ranks(), static_cast<int64_t>(rank_environment.ranks()));
+  world = environment.make_communicator("world", all_ranks(mesh));
+  pipeline = environment.make_communicator("pipeline", pipeline_group(mesh, at));
+  context = environment.make_communicator("context", context_group(mesh, at));
   data = environment.make_communicator("data", data_group(mesh, at));
   expert = environment.make_communicator("expert", expert_group(mesh, at));
   expert_data = environment.make_communicator("expert_data", expert_data_group(mesh, at));
@@ -122,6 +127,7 @@ void Rank::zero(const Buffer& buffer) {
 void Rank::finish_step() {
   host.wait(compute.record());
   host.wait(comm.record());
+  host.wait(pipe.record());
   staging_block_ = 0;
   staging_used_ = 0;
   arena.reclaim();

@@ -49,6 +49,10 @@ class Rank {
   Arena arena;
   Stream& compute;                            // stages 1, 3, 5
   Stream& comm;                               // stages 2, 4, gradient and parameter collectives
+  Stream& pipe;                               // messages between pipeline ranks
+  std::unique_ptr<Communicator> world;        // all ranks
+  std::unique_ptr<Communicator> pipeline;     // pp: the same place of every pipeline stage
+  std::unique_ptr<Communicator> context;      // cp: ranks that share sequences
   std::unique_ptr<Communicator> data;         // dp x cp ranks of this pipeline stage
   std::unique_ptr<Communicator> expert;       // ep
   std::unique_ptr<Communicator> expert_data;  // edp

@@ -15,9 +15,10 @@ std::string checkpoint_directory(const std::string& run_directory) {
 
 std::string layout_text(const Config& config) {
   const ParallelConfig& p = config.parallel;
-  constexpr const char* kSharding[] = {"none", "zero1", "zero2", "full"};
-  return fmt::format("pp {}, dp {}, cp {}, ep {}, sharding {}", p.pp, p.dp, p.cp, p.ep,
-                     kSharding[static_cast<int>(p.sharding)]);
+  std::string text = fmt::format("pp {}, dp {}, cp {}, ep {}, sharding {}", p.pp, p.dp, p.cp, p.ep,
+                                 choice_name(p.sharding));
+  if (p.pp > 1) text += fmt::format(", schedule {}", choice_name(p.schedule));
+  return text;
 }
 
 namespace {
@@ -64,10 +65,10 @@ void restore(Rank& rank, const CheckpointState& state, const char* name, const B
 
 void load_weights(TrainStep& step, TensorSource& source, LoadState what) {
   Rank& rank = step.rank();
-  for (ParamGroup* group : {&step.model().dense(), &step.model().expert()}) {
-    for (const ParamTensor& tensor : group->tensors()) {
-      load_range(rank, source, tensor.canonical.name, 0, tensor.elements,
-                 group->weights() + tensor.offset);
+  for (const auto& group : step.model().groups()) {
+    for (const ParamPiece& piece : group->stored_pieces()) {
+      load_range(rank, source, piece.tensor->canonical.name, piece.first_element, piece.elements,
+                 group->weights(piece.flat_offset()));
     }
     group->refresh_compute_copy();
     if (what == LoadState::weights) continue;
@@ -96,7 +97,7 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
   std::vector<ShardPiece> pieces;
   std::deque<std::vector<float>> copies;  // of device memory
   const bool on_host = run.config->run.device == DeviceKind::cpu;
-  for (ParamGroup* group : {&step.model().dense(), &step.model().expert()}) {
+  for (const auto& group : step.model().groups()) {
     for (const ParamPiece& piece : group->owned_pieces()) {
       const int64_t at = piece.flat_offset(), total = piece.tensor->elements;
       const std::string& name = piece.tensor->canonical.name;
@@ -108,7 +109,7 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
         }
         pieces.push_back({piece_name, piece.first_element, piece.elements, total, data});
       };
-      add(name, group->weights() + at);
+      add(name, group->weights(at));
       add("m/" + name, group->moment1(at));
       add("v/" + name, group->moment2(at));
     }
@@ -123,7 +124,7 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
     check_free_space(*run.files, directory, 3 * parameter_bytes);
   }
   write_checkpoint_shard(*run.files, {directory, at_step, rank.at.rank, ranks}, pieces);
-  rank.host.wait(barrier({.communicator = *rank.data, .stream = rank.comm}));
+  rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
   if (rank.is_first()) {
     CheckpointState state;
     state.step = at_step;
@@ -141,7 +142,7 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
     commit_checkpoint(*run.files, directory, ranks, state);
     retain_checkpoints(*run.files, directory, at_step, run.config->checkpoint.keep);
   }
-  rank.host.wait(barrier({.communicator = *rank.data, .stream = rank.comm}));
+  rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
 }
 
 namespace {
@@ -174,10 +175,10 @@ double validation_loss(TrainStep& step, const TrainRun& run) {
 bool stop_requested(Rank& rank, const TrainRun& run) {
   if (run.stop_signal == nullptr) return false;
   const int32_t asked = *run.stop_signal != 0 ? 1 : 0;
-  if (rank.data->ranks() == 1) return asked != 0;
+  if (rank.world->ranks() == 1) return asked != 0;
   const Buffer flag = rank.upload(std::vector<int32_t>{asked}, "stop flag");
   rank.comm_waits_for_compute();
-  rank.compute_waits(broadcast({.communicator = *rank.data,
+  rank.compute_waits(broadcast({.communicator = *rank.world,
                                 .stream = rank.comm,
                                 .data = flag.data(),
                                 .count = 1,
@@ -214,7 +215,7 @@ void record_step(const TrainRun& run, int64_t step, const StepResult& result, in
 
 }  // namespace
 
-void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome& outcome) {
+TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run) {
   const Config& config = *run.config;
   Rank rank(config, environment);
   TrainStep step(rank, config.model);
@@ -260,11 +261,10 @@ void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome&
     }
   }
   rank.finish_step();
-  if (!rank.is_first()) return;
   if (reason == StopReason::finished && done < config.train.steps) {
     reason = StopReason::stop_after_step;
   }
-  outcome = {done, reason, validation};
+  return {done, reason, validation};
 }
 
 }  // namespace cambium

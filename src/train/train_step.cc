@@ -9,40 +9,69 @@
 #include "kernels/metric_sum.h"
 #include "kernels/param_digest.h"
 #include "src/base/fmath.h"
+#include "src/model/context.h"
+#include "src/train/pipeline_pass.h"
 
 namespace cambium {
 
 namespace {
 
-// Sum of one column of the metrics table by the canonical tree, in fp64.
-double tree_sum(const float* table, int64_t column, BlockRange range) {
+// Sum of one column of the canonical metrics table by the canonical tree, in fp64.
+double tree_sum(const float* column, int64_t columns, BlockRange range) {
   if (range.count() == 0) return 0;
-  if (range.count() == 1) return table[range.first * kMetricColumns + column];
+  if (range.count() == 1) return column[range.first * columns];
   const int64_t middle = range.first + canonical_split(range.count());
-  return tree_sum(table, column, {range.first, middle}) +
-         tree_sum(table, column, {middle, range.end});
+  return tree_sum(column, columns, {range.first, middle}) +
+         tree_sum(column, columns, {middle, range.end});
+}
+
+// Of whole sequences, this rank's positions.
+void keep_share(const ContextShare& share, int64_t S, Batch& batch) {
+  const int64_t local_S = S / share.ranks;
+  const int64_t tokens = std::ssize(batch.token_T) / share.ranks;
+  for (std::vector<int32_t>* values :
+       {&batch.token_T, &batch.target_T, &batch.position_T, &batch.document_start_T}) {
+    std::vector<int32_t> kept(static_cast<size_t>(tokens));
+    for (int64_t t = 0; t < tokens; ++t) {
+      kept[t] = (*values)[t / local_S * S + share.position(t % local_S, S)];
+    }
+    *values = std::move(kept);
+  }
+}
+
+Schedule config_schedule(const Config& config, int64_t micro_batches, SchedulePass pass) {
+  const ParallelConfig& parallel = config.parallel;
+  return make_schedule({.kind = parallel.schedule,
+                        .pp = parallel.pp,
+                        .micro_batches = micro_batches,
+                        .virtual_stages = parallel.virtual_stages,
+                        .pass = pass});
 }
 
 }  // namespace
 
 TrainStep::TrainStep(Rank& rank, const ModelConfig& model)
-    : rank_(rank), model_(rank, model), layout_(rank.config) {
+    : rank_(rank),
+      model_(rank, model),
+      layout_(rank.config),
+      training_(config_schedule(rank.config, layout_.micro_batches, SchedulePass::training)),
+      evaluation_(config_schedule(rank.config, layout_.micro_batches, SchedulePass::forward_only)) {
   const int64_t loads = model.layers * model.experts;
-  const int64_t table = layout_.total_blocks * kMetricColumns;
-  metric_table_ = rank.workspace(4 * table, "metrics table");
+  const int64_t rows = layout_.micro_batches * layout_.local_blocks();
+  const int64_t table_bytes = 4 * rows * metric_columns(rank.config);
+  metric_table_ = rank.workspace(table_bytes, "metrics table");
+  gathered_metrics_ = rank.workspace(table_bytes * rank.world->ranks(), "all ranks' metrics");
   global_count_LE_ = rank.workspace(4 * loads, "global expert loads");
   norm_partial_ = rank.workspace(4 * model_.first_norm_block().back(), "norm partials");
   clip_result_ = rank.workspace(4 * 4, "clip result");
   first_norm_block_ = rank.upload(model_.first_norm_block(), "first norm blocks");
   const int64_t digest_bytes = std::ssize(model_.tensors()) * 16;
   digest_table_ = rank.workspace(digest_bytes, "digests");
-  gathered_digests_ = rank.workspace(digest_bytes * rank.data->ranks(), "all ranks' digests");
+  gathered_digests_ = rank.workspace(digest_bytes * rank.world->ranks(), "all ranks' digests");
 }
 
 void TrainStep::begin(int64_t batch_index, const SequenceSource& source) {
   targets_ = source.target_count(batch_index);
-  batches_.clear();
-  batches_.reserve(static_cast<size_t>(layout_.micro_batches));
   rank_.zero(metric_table_);
   rank_.zero(model_.router().count_LE);
 }
@@ -51,11 +80,14 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
                                          int64_t micro_batch) {
   const Config& config = rank_.config;
   const int64_t dp_index = rank_.at.dp_index;
-  Batch& batch = batches_.emplace_back();
+  Batch batch;
   source.fill(batch_index,
               {layout_.first_sequence(dp_index, micro_batch), layout_.micro_batch_sequences},
               batch);
-  const BlockRange blocks = layout_.blocks(dp_index, micro_batch);
+  const bool masks = config.data.document_mask;
+  const std::vector<int32_t> document_start_S = batch.document_start_T;
+  if (rank_.mesh.cp > 1) keep_share(context_share(rank_), config.train.sequence_length, batch);
+  const int64_t columns = metric_columns(config), blocks = layout_.local_blocks();
   const double sequences = static_cast<double>(config.train.global_batch_sequences);
   const double positions = sequences * static_cast<double>(config.train.sequence_length);
   const double count = static_cast<double>(targets_);
@@ -63,44 +95,40 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
       {.token_T = &batch.token_T,
        .target_T = &batch.target_T,
        .position_T = &batch.position_T,
-       .document_start_T = config.data.document_mask ? &batch.document_start_T : nullptr,
+       .document_start_T = masks ? &batch.document_start_T : nullptr,
+       .document_start_S = masks ? &document_start_S : nullptr,
        .sequence_length = config.train.sequence_length,
-       .first_block = blocks.first,
+       .index = micro_batch,
        .balance_gradient_scale = config.balance.loss_weight * count / sequences,
        .z_gradient_scale = config.balance.z_loss_weight * count / positions},
-      {metric_table_.f32() + blocks.first * kMetricColumns, Shape(blocks.count(), kMetricColumns)});
+      {metric_table_.f32() + micro_batch * blocks * columns, Shape(blocks, columns)});
 }
 
 void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
   begin(batch_index, source);
-  model_.dense().begin_step();
-  model_.expert().begin_step();
-  for (int64_t micro = 0; micro < layout_.micro_batches; ++micro) {
-    const MicroBatch batch = upload_micro_batch(source, batch_index, micro);
-    model_.dense().begin_micro_batch(micro);
-    model_.expert().begin_micro_batch(micro);
-    model_.train_micro_batch(batch);
-  }
-  model_.dense().reduce_gradients();
-  model_.expert().reduce_gradients();
-  // The fault `expert_gradient_scale`: this rank's expert gradients times the size of its group.
-  if (rank_.has_fault("expert_gradient_scale")) {
-    model_.expert().scale_gradient(static_cast<float>(rank_.mesh.ep));
+  for (const auto& group : model_.groups()) group->begin_step();
+  PipelinePass(*this, source, batch_index).train(training_);
+  for (const auto& group : model_.groups()) {
+    group->reduce_gradients();
+    // The fault `expert_gradient_scale`: this rank's expert gradients times the size of its group.
+    if (group->kind() == GroupKind::expert && rank_.has_fault("expert_gradient_scale")) {
+      group->scale_gradient(static_cast<float>(rank_.mesh.ep));
+    }
   }
   reduce_metrics();
   compute_norm();
 }
 
-// Every entry of the tables has one contributor, or is an integer: the sums are exact.
+// Loads are integers and gathered metrics are not summed: nothing here depends on an order.
 void TrainStep::reduce_metrics() {
   const int64_t loads = model_.config().layers * model_.config().experts;
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(all_reduce({.communicator = *rank_.data,
+  rank_.compute_waits(all_gather({.communicator = *rank_.world,
                                   .stream = rank_.comm,
                                   .send = metric_table_.data(),
-                                  .recv = metric_table_.data(),
-                                  .count = layout_.total_blocks * kMetricColumns}));
-  rank_.compute_waits(all_reduce({.communicator = *rank_.data,
+                                  .recv = gathered_metrics_.data(),
+                                  .count = metric_table_.size_bytes() / 4}));
+  rank_.compute_waits(all_reduce({.communicator = *rank_.world,
                                   .stream = rank_.comm,
                                   .send = model_.router().count_LE.data(),
                                   .recv = global_count_LE_.data(),
@@ -108,10 +136,26 @@ void TrainStep::reduce_metrics() {
                                   .dtype = DType::i32}));
 }
 
+// All ranks' rows in canonical order, [block][column]. In exact mode an entry has one contributor.
+std::vector<float> TrainStep::canonical_metrics() const {
+  const int64_t columns = metric_columns(rank_.config);
+  std::vector<float> table(static_cast<size_t>(layout_.total_blocks * columns), 0.0f);
+  const float* from = host_metrics_;
+  for (int64_t rank = 0; rank < rank_.mesh.ranks(); ++rank) {
+    for (int64_t micro = 0; micro < layout_.micro_batches; ++micro) {
+      for (const BlockRange& range : layout_.blocks(rank, micro)) {
+        float* to = table.data() + range.first * columns;
+        for (int64_t i = 0; i < range.count() * columns; ++i) to[i] += *from++;
+      }
+    }
+  }
+  return table;
+}
+
 void TrainStep::compute_norm() {
   const int64_t blocks = model_.first_norm_block().back();
   rank_.zero(norm_partial_);
-  for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
+  for (const auto& group : model_.groups()) {
     for (const ParamPiece& piece : group->owned_pieces()) {
       const int64_t first =
           piece.tensor->first_norm_block + piece.first_element / kNormBlockElements;
@@ -122,7 +166,7 @@ void TrainStep::compute_norm() {
     }
   }
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(all_reduce({.communicator = *rank_.data,
+  rank_.compute_waits(all_reduce({.communicator = *rank_.world,
                                   .stream = rank_.comm,
                                   .send = norm_partial_.data(),
                                   .recv = norm_partial_.data(),
@@ -164,12 +208,12 @@ void TrainStep::apply_adamw(int64_t step, double learning_rate) {
   const double count = static_cast<double>(step);
   const double correction1 = 1.0 - fmath::pow(optimizer.beta1, count);
   const double correction2 = 1.0 - fmath::pow(optimizer.beta2, count);
-  for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
+  for (const auto& group : model_.groups()) {
     for (const OptimizedRun& run : optimized_runs(*group, optimizer.decay)) {
       const Shape shape(run.elements);
       Out<Real> compute;
       if (uint16_t* copy = group->compute_copy(run.first)) compute = {copy, DType::bf16, shape};
-      adamw({.param_N = {group->weights() + run.first, shape},
+      adamw({.param_N = {group->weights(run.first), shape},
              .m_N = {group->moment1(run.first), shape},
              .v_N = {group->moment2(run.first), shape},
              .grad_N = {group->gradient(run.first), shape},
@@ -209,10 +253,10 @@ void TrainStep::update_router_state() {
 
 void TrainStep::enqueue_digests() {
   rank_.zero(digest_table_);
-  for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
+  for (const auto& group : model_.groups()) {
     for (const ParamPiece& piece : group->owned_pieces()) {
       const CanonicalTensor& canonical = piece.tensor->canonical;
-      param_digest({.data_N = {group->weights() + piece.flat_offset(), Shape(piece.elements)},
+      param_digest({.data_N = {group->weights(piece.flat_offset()), Shape(piece.elements)},
                     .tensor_id = tensor_id(canonical.name),
                     .first_block = piece.first_element / kDigestBlockElements,
                     .sum_2 = {digest_table_.as<int64_t>() + 2 * canonical.id, Shape(2)}},
@@ -220,7 +264,7 @@ void TrainStep::enqueue_digests() {
     }
   }
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(all_gather({.communicator = *rank_.data,
+  rank_.compute_waits(all_gather({.communicator = *rank_.world,
                                   .stream = rank_.comm,
                                   .send = digest_table_.data(),
                                   .recv = gathered_digests_.data(),
@@ -230,7 +274,7 @@ void TrainStep::enqueue_digests() {
 }
 
 void TrainStep::download_results() {
-  host_metrics_ = rank_.download<float>(metric_table_);
+  host_metrics_ = rank_.download<float>(gathered_metrics_);
   host_counts_ = rank_.download<int32_t>(global_count_LE_);
   host_clip_ = rank_.download<float>(clip_result_);
 }
@@ -238,7 +282,7 @@ void TrainStep::download_results() {
 std::map<std::string, Digest128> TrainStep::read_digests() {
   const int64_t tensors = std::ssize(model_.tensors());
   std::map<std::string, Digest128> digests;
-  for (int64_t rank = 0; rank < rank_.data->ranks(); ++rank) {
+  for (int64_t rank = 0; rank < rank_.world->ranks(); ++rank) {
     for (int64_t tensor = 0; tensor < tensors; ++tensor) {
       const uint64_t* sum = host_digests_ + 2 * (rank * tensors + tensor);
       digests[model_.tensors()[tensor].name] += Digest128{sum[0], sum[1]};
@@ -271,14 +315,18 @@ void TrainStep::check_finite(int64_t step) const {
 
 StepResult TrainStep::read_result() const {
   const BlockRange all{0, layout_.total_blocks};
+  const int64_t columns = metric_columns(rank_.config);
+  const std::vector<float> table = canonical_metrics();
   const double sequences = static_cast<double>(rank_.config.train.global_batch_sequences);
   const double positions = sequences * static_cast<double>(rank_.config.train.sequence_length);
   StepResult result;
   result.tokens = targets_;
-  const float* table = host_metrics_;
-  result.loss = tree_sum(table, kMetricLoss, all) / static_cast<double>(targets_);
-  result.balance_loss = tree_sum(table, kMetricBalance, all) / sequences;
-  result.z_loss = tree_sum(table, kMetricZ, all) / positions;
+  const float* first = table.data();
+  result.loss = tree_sum(first + kMetricLoss, columns, all) / static_cast<double>(targets_);
+  for (int64_t at = kLayerMetrics - 1; at + kLayerMetrics <= columns; at += kLayerMetrics) {
+    result.balance_loss += tree_sum(first + at, columns, all) / sequences;
+    result.z_loss += tree_sum(first + at + 1, columns, all) / positions;
+  }
   result.grad_norm = host_clip_[kClipNorm];
   const int64_t layers = model_.config().layers, experts = model_.config().experts;
   const int32_t* count = host_counts_;
@@ -304,21 +352,20 @@ StepResult TrainStep::update(int64_t step, double learning_rate, WithDigests wit
 TrainStep::Evaluation TrainStep::evaluate(const SequenceSource& source, int64_t batch_index,
                                           float* logits_TV) {
   begin(batch_index, source);
-  for (int64_t micro = 0; micro < layout_.micro_batches; ++micro) {
-    const MicroBatch batch = upload_micro_batch(source, batch_index, micro);
-    const int64_t first = micro * batch.tokens * model_.config().vocab;
-    model_.evaluate_micro_batch(batch, logits_TV == nullptr ? nullptr : logits_TV + first);
-  }
+  PipelinePass(*this, source, batch_index).evaluate(evaluation_, logits_TV);
   reduce_metrics();
-  host_metrics_ = rank_.download<float>(metric_table_);
+  host_metrics_ = rank_.download<float>(gathered_metrics_);
   rank_.finish_step();
-  return {tree_sum(host_metrics_, kMetricLoss, {0, layout_.total_blocks}), targets_};
+  const std::vector<float> table = canonical_metrics();
+  const double loss =
+      tree_sum(table.data() + kMetricLoss, metric_columns(rank_.config), {0, layout_.total_blocks});
+  return {loss, targets_};
 }
 
 std::map<std::string, std::vector<float>> TrainStep::owned_gradients() {
   rank_.finish_step();
   std::map<std::string, std::vector<float>> gradients;
-  for (ParamGroup* group : {&model_.dense(), &model_.expert()}) {
+  for (const auto& group : model_.groups()) {
     for (const ParamPiece& piece : group->owned_pieces()) {
       std::vector<float>& whole = gradients[piece.tensor->canonical.name];
       whole.resize(static_cast<size_t>(piece.tensor->elements));

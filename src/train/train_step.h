@@ -1,6 +1,7 @@
 // TrainStep: one rank's part of an optimizer step, and of an evaluation. The whole step reads here.
 //
-//   1. every micro-batch: forward, loss, backward; weight gradients go to the groups' targets
+//   1. every micro-batch: forward, loss, backward, in the order of the pipeline schedule; weight
+//      gradients go to the groups' targets
 //   2. gradients are summed over replicas, as forests (exact) or sums (fast)
 //   3. norm over canonical blocks, clip, division by N: one scale
 //   4. AdamW on the owned shards, weights gathered
@@ -16,6 +17,7 @@
 #include "src/data/batch.h"
 #include "src/model/model.h"
 #include "src/parallel/batch_layout.h"
+#include "src/parallel/schedule.h"
 
 namespace cambium {
 
@@ -75,7 +77,7 @@ class TrainStep {
   // Steps 4 and 5; waits, and throws exit code 50 when a gradient or the loss is not finite.
   StepResult update(int64_t step, double learning_rate, WithDigests digests);
   // Summed loss of one global batch, the same on every rank. `logits_TV` (optional, fp32): of all
-  // this rank's sequences.
+  // this rank's sequences, micro-batch by micro-batch, where the head is.
   struct Evaluation {
     double loss_sum = 0;
     int64_t tokens = 0;
@@ -88,7 +90,9 @@ class TrainStep {
   std::map<std::string, std::vector<float>> owned_gradients();
 
  private:
+  friend class PipelinePass;
   void reduce_metrics();
+  std::vector<float> canonical_metrics() const;
   void compute_norm();
   void apply_adamw(int64_t step, double learning_rate);
   void update_router_state();
@@ -101,9 +105,11 @@ class TrainStep {
   Rank& rank_;
   Model model_;
   BatchLayout layout_;
-  std::vector<Batch> batches_;  // host data of the running step
-  int64_t targets_ = 0;         // N
-  Buffer metric_table_, global_count_LE_, norm_partial_, first_norm_block_, clip_result_;
+  Schedule training_, evaluation_;
+  int64_t targets_ = 0;  // N
+  // [micro-batch][block of this rank][column], and those of all ranks.
+  Buffer metric_table_, gathered_metrics_;
+  Buffer global_count_LE_, norm_partial_, first_norm_block_, clip_result_;
   Buffer digest_table_, gathered_digests_;
   // On the host after `finish_step` (Rank::download).
   const float* host_metrics_ = nullptr;

@@ -60,7 +60,7 @@ const RuleRow kRules[] = {
      "parallel.sharding = zero2 at parallel.dp = 2 is not supported yet"},
     {{"parallel.dp=8", "parallel.sharding=full"}, "parallel.sharding = full"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
-    {{"run.transport=nccl"}, "run.transport = nccl is not supported yet"},
+    {{"run.transport=nccl"}, "run.transport = nccl with run.device = cpu"},
     {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=2}]"},
      "faults.rank = 2 of kind rng_rank is not below the layout's 2 ranks"},
     {{"parallel.dp=65536", "parallel.cp=2"}, "more than 65536 ranks"},

@@ -32,18 +32,17 @@ inline BalanceLossExpected balance_loss_oracle(const std::vector<double>& probs_
                                std::vector<double>(T * E, 0.0)};
   for (int64_t sequence = 0; sequence < T / S; ++sequence) {
     for (int64_t e = 0; e < E; ++e) {
-      double mean = 0, count = 0, counted = 0;
+      double count = 0, counted = 0;
       for (int64_t t = 0; t < T; ++t) {
         const bool is_own = t / S == sequence;
-        if (is_own) mean += probs_TE[t * E + e] / static_cast<double>(S);
         if (!is_own && a.source == CountSource::own_sequence) continue;
         counted += static_cast<double>(K);
         for (int64_t k = 0; k < K; ++k) count += index_TK.at(t * K + k) == static_cast<double>(e);
       }
       const double f = a.source == CountSource::given ? given_E[e] : count / counted;
-      expected.loss_leaf_B[sequence * S / a.block_tokens] +=
-          a.loss_scale * static_cast<double>(E) * f * mean;
       for (int64_t t = sequence * S; t < (sequence + 1) * S; ++t) {
+        expected.loss_leaf_B[t / a.block_tokens] += a.loss_scale * static_cast<double>(E) * f *
+                                                    probs_TE[t * E + e] / static_cast<double>(S);
         expected.d_probs_TE[t * E + e] =
             a.gradient_scale * static_cast<double>(E) * f / static_cast<double>(S);
       }
@@ -58,7 +57,7 @@ struct BalanceLossTensors {
   BalanceLossTensors(const BalanceLossCase& c, CountSource source, uint64_t seed)
       : probs_TE(Shape(c.routing.T, c.routing.E)),
         index_TK(make_routing(c.routing, seed)),
-        given_E(Shape(c.routing.E)),
+        given_E(Shape(1, c.routing.E)),
         loss_leaf_B(Shape(c.routing.T / c.block_tokens)),
         d_probs_TE(Shape(c.routing.T, c.routing.E)) {
     TestRandom random(seed);
@@ -66,8 +65,9 @@ struct BalanceLossTensors {
     for (int64_t i = 0; i < given_E.elements(); ++i) given_E.set(i, random.uniform());
     args = {.probs_TE = probs_TE.in<float>(),
             .expert_index_TK = index_TK.in<int32_t>(),
-            .fraction_E = source == CountSource::given ? given_E.in<float>() : In<float>(),
+            .fraction_NE = source == CountSource::given ? given_E.in<float>() : In<float>(),
             .sequence_length = c.sequence_length,
+            .positions = c.sequence_length,
             .block_tokens = c.block_tokens,
             .source = source,
             .loss_scale = 0.75f,

@@ -45,7 +45,7 @@ TEST(GradForest, AnyLayoutGivesTheSameBits) {
       for (const int64_t dp : {1, 2, 3, 4, 6}) {
         for (const int64_t micro : {1, 2, 3}) {
           if (sequences % (dp * micro) != 0) continue;
-          std::vector<BlockRange> ranges;
+          std::vector<ForestNode> held;
           std::vector<float> values;
           for (int64_t rank = 0; rank < dp; ++rank) {
             GradForest forest(total);
@@ -57,15 +57,15 @@ TEST(GradForest, AnyLayoutGivesTheSameBits) {
             }
             const auto slots = fill_slots(forest, calls);
             for (const ForestNode& node : forest.nodes()) {
-              ranges.push_back(node.range);
+              held.push_back({node.range, static_cast<int32_t>(values.size())});
               values.push_back(slots.at(node.slot));
             }
             // A forest stays logarithmic: two nodes a level at most.
             EXPECT_LE(forest.slots(), 14);
           }
-          const MergePlan plan = plan_merges(total, ranges);
+          const MergePlan plan = plan_merges(total, held);
           for (const MergeStep& step : plan.steps) values[step.left] += values[step.right];
-          EXPECT_EQ(values[plan.root], canonical_sum({0, total}));
+          EXPECT_EQ(values[plan.root(total)], canonical_sum({0, total}));
         }
       }
     }
@@ -79,7 +79,23 @@ TEST(GradForest, CoverJoinsNeighboursAndIsMinimal) {
   EXPECT_EQ(canonical_cover(8, {{0, 2}, {4, 6}}), (std::vector<BlockRange>{{0, 2}, {4, 6}}));
 }
 
-TEST(GradForest, MissingBlocksAreNoticed) { EXPECT_THROW(plan_merges(4, {{0, 2}, {3, 4}}), Error); }
+TEST(GradForest, RowsThatArriveOutOfOrderKeepTheirPlaces) {
+  // Two zigzag halves of one sequence, then those of another rank: [0,2) [6,8) [2,4) [4,6).
+  GradForest forest(8);
+  const auto plans = forest.add({{0, 2}, {6, 8}, {2, 4}, {4, 6}});
+  std::vector<int64_t> places;
+  for (const NodePlan& plan : plans) places.push_back(plan.first_arrival);
+  EXPECT_EQ(places, (std::vector<int64_t>{0, 2, 4, 6}));  // [2,4) and [4,6) are no siblings
+  ASSERT_EQ(forest.nodes().size(), 1u);
+  EXPECT_EQ(forest.nodes()[0].range, (BlockRange{0, 8}));
+}
+
+TEST(GradForest, MissingBlocksAreNoticed) {
+  const MergePlan plan = plan_merges(4, {{{0, 2}, 0}, {{3, 4}, 1}});
+  EXPECT_EQ(plan.held.size(), 2u);
+  EXPECT_THROW(plan.root(4), Error);
+  EXPECT_THROW(plan_merges(4, {{{0, 2}, 0}, {{0, 2}, 1}, {{2, 4}, 2}}), Error);
+}
 
 TEST(Mesh, EveryRankHasOnePlaceInBothMeshes) {
   ParallelConfig parallel;

@@ -21,15 +21,13 @@ std::vector<TestLayout> layouts() {
         for (const Sharding sharding : {Sharding::none, Sharding::zero1}) {
           for (const int64_t workers : {1, 2, 4}) all.push_back({dp, ep, micro, sharding, workers});
         }
+        for (const Sharding sharding : {Sharding::zero2, Sharding::full}) {
+          all.push_back({dp, ep, micro, sharding, 1 + (dp + ep + micro) % 4});
+        }
       }
     }
   }
   return all;
-}
-
-std::string layout_name(const TestLayout& l) {
-  return fmt::format("dp {} ep {} micro {} sharding {} workers {}", l.dp, l.ep, l.micro_batch,
-                     static_cast<int>(l.sharding), l.workers);
 }
 
 void expect_same_bits(const RunTrace& run, const RunTrace& one, const std::string& what) {

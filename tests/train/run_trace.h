@@ -15,7 +15,15 @@ struct TestLayout {
   int64_t dp = 1, ep = 1, micro_batch = 1;
   Sharding sharding = Sharding::zero1;
   int64_t workers = 1;
+  int64_t pp = 1, cp = 1;
+  PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
 };
+
+inline std::string layout_name(const TestLayout& l) {
+  return fmt::format("pp {} dp {} cp {} ep {} {} {} micro-batch {} workers {}", l.pp, l.dp, l.cp,
+                     l.ep, choice_name(l.schedule), choice_name(l.sharding), l.micro_batch,
+                     l.workers);
+}
 
 // A tiny model with every part on: clip, sequence balance loss, z-loss, documents.
 inline Config tiny_config() {
@@ -33,6 +41,9 @@ inline Config tiny_config() {
 inline Config with_layout(Config config, const TestLayout& layout) {
   config.parallel.dp = layout.dp;
   config.parallel.ep = layout.ep;
+  config.parallel.pp = layout.pp;
+  config.parallel.cp = layout.cp;
+  config.parallel.schedule = layout.schedule;
   config.parallel.sharding = layout.sharding;
   config.train.micro_batch_sequences = layout.micro_batch;
   return config;
