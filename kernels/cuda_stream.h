@@ -7,9 +7,11 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "kernels/op.h"
 #include "src/base/arena.h"
@@ -70,6 +72,23 @@ void free_pinned(void* data);
 
 // `bytes` between host and device, in either direction; returns when done.
 void copy_bytes(const void* from, void* to, int64_t bytes);
+
+// Milliseconds on the device by op, between CUDA events around each launch.
+class EventTimer final : public OpTimer {
+ public:
+  ~EventTimer() override;
+  void before(const char* op, Stream& stream) override;
+  void after(Stream& stream) override;
+  // Of all ops since the last call; waits for them.
+  std::map<std::string, double> take_totals_ms();
+
+ private:
+  struct Interval {
+    const char* op;
+    void* events[2];  // cudaEvent_t
+  };
+  std::vector<Interval> intervals_;
+};
 
 // In stream order: a copy between any memories, and a fill.
 struct CopyAsync {

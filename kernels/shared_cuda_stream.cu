@@ -55,6 +55,42 @@ void NativeStream::synchronize() {
   check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(native_)), stream_.name().c_str());
 }
 
+EventTimer::~EventTimer() { take_totals_ms(); }
+
+void EventTimer::before(const char* op, Stream& stream) {
+  Interval& interval = intervals_.emplace_back(Interval{op, {nullptr, nullptr}});
+  for (void*& event : interval.events) {
+    cudaEvent_t made = nullptr;
+    check_cuda(cudaEventCreate(&made), "cudaEventCreate");
+    event = made;
+  }
+  check_cuda(cudaEventRecord(static_cast<cudaEvent_t>(interval.events[0]), native_stream(stream)),
+             "cudaEventRecord");
+}
+
+void EventTimer::after(Stream& stream) {
+  check_cuda(
+      cudaEventRecord(static_cast<cudaEvent_t>(intervals_.back().events[1]), native_stream(stream)),
+      "cudaEventRecord");
+}
+
+std::map<std::string, double> EventTimer::take_totals_ms() {
+  std::map<std::string, double> totals;
+  for (const Interval& interval : intervals_) {
+    const auto begin = static_cast<cudaEvent_t>(interval.events[0]);
+    const auto end = static_cast<cudaEvent_t>(interval.events[1]);
+    float milliseconds = 0;
+    cudaEventSynchronize(end);
+    if (cudaEventElapsedTime(&milliseconds, begin, end) == cudaSuccess) {
+      totals[interval.op] += milliseconds;
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+  }
+  intervals_.clear();
+  return totals;
+}
+
 void copy_bytes(const void* from, void* to, int64_t bytes) {
   check_cuda(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault), "cudaMemcpy");
   // NOTE: from pageable memory it returns before the last bytes are on the device, and streams made

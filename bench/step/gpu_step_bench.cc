@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda_stream.h"
 #include "src/cli/launch.h"
 #include "src/train/synthetic.h"
 #include "src/train/train_step.h"
@@ -45,6 +46,28 @@ void report(benchmark::State& state, double seconds, double flops, const Rank& r
   state.counters["TFLOP/s"] = 1e-12 * flops / seconds;
   state.counters["tokens/s"] = static_cast<double>(kSequences * kSequenceLength) / seconds;
   state.counters["peak_GB"] = 1e-9 * static_cast<double>(rank.arena.peak_bytes());
+}
+
+// One more step with events around every op: where its time goes, largest first, to stderr.
+void print_op_times(Rank& rank, TrainStep& step, const SequenceSource& source, int64_t now) {
+  if constexpr (kHasCuda) {
+    cuda::EventTimer timer;
+    rank.ops.timer = &timer;
+    step.accumulate(source, now - 1);
+    step.update(now, 1e-4, WithDigests::no);
+    rank.ops.timer = nullptr;
+    std::vector<std::pair<double, std::string>> rows;
+    double sum = 0;
+    for (const auto& [op, ms] : timer.take_totals_ms()) {
+      rows.emplace_back(ms, op);
+      sum += ms;
+    }
+    std::sort(rows.rbegin(), rows.rend());
+    for (const auto& [ms, op] : rows) {
+      fmt::print(stderr, "{:9.3f} ms  {:4.1f} %  {}\n", ms, 100 * ms / sum, op);
+    }
+    fmt::print(stderr, "{:9.3f} ms in all ops\n", sum);
+  }
 }
 
 void gpu_layer(benchmark::State& state) {
@@ -108,6 +131,7 @@ void gpu_step(benchmark::State& state) {
         step.update(now, 1e-4, WithDigests::no);
         if (now > kWarmUp) times.push_back(rank.host.now_ns() - start);
       }
+      print_op_times(rank, step, source, kWarmUp + kCounted + 1);
       std::nth_element(times.begin(), times.begin() + kCounted / 2, times.end());
       report(state, 1e-9 * static_cast<double>(times[kCounted / 2]),
              derived.training_flops_per_token * static_cast<double>(derived.tokens_per_step), rank);

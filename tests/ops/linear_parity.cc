@@ -304,7 +304,8 @@ TEST(Linear, CudaAgreesWithOracle) {
     run_cuda_op(linear_wgrad, wgrad);
     const std::vector<double> product = linear_oracle(x, w);
     EXPECT_TRUE(within(y_f32, product, tolerance(kLinearChainFactor, c.K)));
-    EXPECT_TRUE(within(y, add(product, residual.values()), bf16_tolerance(kLinearChainFactor, c.K)));
+    EXPECT_TRUE(
+        within(y, add(product, residual.values()), bf16_tolerance(kLinearChainFactor, c.K)));
     EXPECT_TRUE(within(d_x, linear_dgrad_oracle(d_y, w), bf16_tolerance(kLinearChainFactor, c.N)));
     EXPECT_TRUE(within(d_w, d_w_want, tolerance(kLinearChainFactor, c.T + 1)));
   }
