@@ -6,9 +6,7 @@
 //   dQ: 128 queries of a head against its key tiles in position order.
 //   dK, dV: 128 keys of a group against (head of the group, query tile of 64), scores transposed:
 //     S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are register operands of dV += P^T dO and
-//     dK += dS^T Q. Where heads of a group are even in number, two blocks of a cluster take half
-//     of them each and add their sums through shared memory: twice as many blocks of half the
-//     length keep the GPU busy in small batches too.
+//     dK += dS^T Q.
 // P and dS are rounded to bf16 as operands; everything else is fp32. `delta` = d_o . o per row.
 // Napkin at Q = 128: a step of 128 x 128 takes 3,072 (dQ) and 4,096 (dK, dV) cycles of tensor
 // cores beside 1,024 of exp2 each.
@@ -245,30 +243,20 @@ struct KeyGradientShared {
   int document_start[kKeyStages][kStepRows];
   uint64_t keys_full;
   uint64_t full[kKeyStages], empty[kKeyStages];
-
-  // What the other block of the cluster sends, over q and d_o when no product reads them any more:
-  // four floats of each computing thread after four.
-  __device__ char* received() { return q[0]; }
-  static constexpr int kFourBytes = 16 * kConsumers * kWarpgroupThreads;
-  static_assert(kColumns / 8 * kFourBytes <= 2 * kKeyStages * kStepBytes);
 };
 
-// 128 keys of one group, the heads of it that this block takes, and the query steps that see one of
-// the keys, first_step .. end_step - 1.
+// 128 keys of one group and the query steps that see one of them, first_step .. end_step - 1.
 struct KeyTile {
-  int sequence, group, first, first_head, heads, first_step, end_step;
+  int sequence, group, first, first_step, end_step;
 };
 
 // Longest first. Document starts never decrease, so the queries that see the tile are a range.
-template <int kSplit>
 __device__ __forceinline__ KeyTile key_tile(const AttentionShape& shape) {
-  const int index = static_cast<int>(blockIdx.x) / kSplit, columns = shape.sequences * shape.G;
+  const int columns = shape.sequences * shape.G, column = blockIdx.x % columns;
   KeyTile tile;
-  tile.sequence = index % columns / shape.G;
-  tile.group = index % columns % shape.G;
-  tile.first = index / columns * kTileRows;
-  tile.heads = shape.heads() / kSplit;
-  tile.first_head = tile.group * shape.heads() + static_cast<int>(blockIdx.x) % kSplit * tile.heads;
+  tile.sequence = column / shape.G;
+  tile.group = column % shape.G;
+  tile.first = static_cast<int>(blockIdx.x) / columns * kTileRows;
   tile.first_step = tile.first / kStepRows;
   tile.end_step = (shape.S + kStepRows - 1) / kStepRows;
   int seen = tile.first_step + 1;  // the first step always sees the tile
@@ -298,7 +286,7 @@ __device__ __forceinline__ void key_gradient_producer(const BackwardMaps& maps,
     load_tile<kColumns>(&maps.v, &shared.keys_full, shared.v, keys);
   }
   RingPosition<kKeyStages> ring;
-  for (int head = tile.first_head; head < tile.first_head + tile.heads; ++head) {
+  for (int head = tile.group * shape.heads(); head < (tile.group + 1) * shape.heads(); ++head) {
     for (int step = tile.first_step; step < tile.end_step; ++step, ring.advance()) {
       const int stage = ring.stage;
       barrier_wait(&shared.empty[stage], ring.parity ^ 1);
@@ -363,77 +351,26 @@ __device__ __forceinline__ void mask_later_documents(float (&s)[kElements], int 
   }
 }
 
-// This warpgroup's 64 rows into `tile` in shared memory, where K or V lay, and from there to `map`.
-// No other warpgroup reads those rows of K and V, and this one is done with them.
+// Over K and V in shared memory: this warpgroup's rows of them are read by it alone, and no more.
 template <int kColumns, int kElements>
-__device__ __forceinline__ void store_key_gradient(const CUtensorMap* map, const KeyTile& at,
-                                                   char* tile, const float (&d)[kElements],
-                                                   float factor) {
-  const int warpgroup = consumer_index(), first_row = warpgroup * kWarpgroupRows;
-  store_accumulator<kTileRows>(d, factor, tile, first_row);
+__device__ __forceinline__ void store_key_gradients(
+    const BackwardMaps& maps, const AttentionShape& shape, KeyGradientShared<kColumns>& shared,
+    const KeyTile& tile, const float (&d_k)[kElements], const float (&d_v)[kElements]) {
+  constexpr int kPanelBytes = kTileRows * kSwizzleRowBytes;
+  const int warpgroup = consumer_index();
+  const int first_row = warpgroup * kWarpgroupRows, offset = first_row * kSwizzleRowBytes;
+  store_accumulator<kTileRows>(d_k, shape.scale, shared.k, first_row);
+  store_accumulator<kTileRows>(d_v, 1.0f, shared.v, first_row);
   fence_async_proxy();
   warpgroup_sync(warpgroup);
   if (threadIdx.x % kWarpgroupThreads != 0) return;
-  store_rows<kColumns>(map, tile + first_row * kSwizzleRowBytes, kTileRows * kSwizzleRowBytes,
-                       {0, at.group, at.first + first_row, at.sequence});
+  const TileAt at{0, tile.group, tile.first + first_row, tile.sequence};
+  store_rows<kColumns>(&maps.d_k, shared.k + offset, kPanelBytes, at);
+  store_rows<kColumns>(&maps.d_v, shared.v + offset, kPanelBytes, at);
   tma_store_wait_read();
 }
 
-template <int kColumns, int kElements>
-__device__ __forceinline__ void send_sums(KeyGradientShared<kColumns>& shared, uint32_t to_rank,
-                                          const float (&d)[kElements]) {
-  const uint32_t mine = (threadIdx.x - kWarpgroupThreads) * 16;
-  const uint32_t to = address_in_block(shared_address(shared.received()), to_rank) + mine;
-#pragma unroll
-  for (int i = 0; i < kElements / 4; ++i) {
-    store_in_cluster(to + i * KeyGradientShared<kColumns>::kFourBytes, d + 4 * i);
-  }
-}
-
-template <int kColumns, int kElements>
-__device__ __forceinline__ void add_received(KeyGradientShared<kColumns>& shared,
-                                             float (&d)[kElements]) {
-  const char* from = shared.received() + (threadIdx.x - kWarpgroupThreads) * 16;
-#pragma unroll
-  for (int i = 0; i < kElements / 4; ++i) {
-    const auto four =
-        *reinterpret_cast<const float4*>(from + i * KeyGradientShared<kColumns>::kFourBytes);
-    d[4 * i] += four.x;
-    d[4 * i + 1] += four.y;
-    d[4 * i + 2] += four.z;
-    d[4 * i + 3] += four.w;
-  }
-}
-
-// Stores dK and dV; of a cluster, block 0 adds and stores dK, block 1 dV.
-template <int kColumns, int kSplit, int kElements>
-__device__ __forceinline__ void finish_key_gradients(const BackwardMaps& maps, float scale,
-                                                     KeyGradientShared<kColumns>& shared,
-                                                     const KeyTile& tile, float (&d_k)[kElements],
-                                                     float (&d_v)[kElements]) {
-  if constexpr (kSplit == 1) {
-    store_key_gradient<kColumns>(&maps.d_k, tile, shared.k, d_k, scale);
-    store_key_gradient<kColumns>(&maps.d_v, tile, shared.v, d_v, 1.0f);
-  } else {
-    cluster_sync();  // neither block reads its q and d_o any more
-    const bool takes_d_k = cluster_rank() == 0;
-    if (takes_d_k) {
-      send_sums(shared, 1, d_v);
-    } else {
-      send_sums(shared, 0, d_k);
-    }
-    cluster_sync();
-    if (takes_d_k) {
-      add_received(shared, d_k);
-      store_key_gradient<kColumns>(&maps.d_k, tile, shared.k, d_k, scale);
-    } else {
-      add_received(shared, d_v);
-      store_key_gradient<kColumns>(&maps.d_v, tile, shared.v, d_v, 1.0f);
-    }
-  }
-}
-
-template <int kColumns, int kSplit>
+template <int kColumns>
 __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
                                                       const BackwardArgs& args, const KeyTile& tile,
                                                       KeyGradientShared<kColumns>& shared) {
@@ -453,7 +390,7 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
   RingPosition<kKeyStages> ring;
   int step = 0, head = 0;
   const auto skip = [&] {
-    for (; head < tile.heads && step < skipped; ring.advance()) {
+    for (; head < shape.heads() && step < skipped; ring.advance()) {
       barrier_wait(&shared.full[ring.stage], ring.parity);
       release(&shared.empty[ring.stage]);
       if (++step == steps) step = 0, ++head;
@@ -476,7 +413,7 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
   };
   barrier_wait(&shared.keys_full, 0);
   skip();
-  const bool has_steps = head < tile.heads;
+  const bool has_steps = head < shape.heads();
   pin_accumulator(d_k);
   pin_accumulator(d_v);
   if (has_steps) start_scores();
@@ -509,16 +446,16 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
     ring.advance();
     if (++step == steps) step = 0, ++head;
     skip();
-    if (head == tile.heads) {
+    if (head == shape.heads()) {
       wgmma_wait<0>(d_k, d_v);
       break;
     }
     start_scores();
   }
-  finish_key_gradients<kColumns, kSplit>(maps, shape.scale, shared, tile, d_k, d_v);
+  store_key_gradients(maps, shape, shared, tile, d_k, d_v);
 }
 
-template <int kColumns, int kSplit>
+template <int kColumns>
 __global__ void __launch_bounds__(kTileThreads, 1)
     attention_key_gradient_kernel(const __grid_constant__ BackwardMaps maps,
                                   const BackwardArgs args) {
@@ -532,14 +469,14 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     }
     barrier_init_fence();
   }
-  const KeyTile tile = key_tile<kSplit>(args.shape);
+  const KeyTile tile = key_tile(args.shape);
   __syncthreads();
   if (threadIdx.x < kWarpgroupThreads) {
     lower_registers<kProducerRegisters>();
     if (threadIdx.x < kWarpLanes) key_gradient_producer<kColumns>(maps, args, tile, shared);
   } else {
     raise_registers<kConsumerRegisters>();
-    key_gradient_consumer<kColumns, kSplit>(maps, args, tile, shared);
+    key_gradient_consumer<kColumns>(maps, args, tile, shared);
   }
 }
 
