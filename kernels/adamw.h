@@ -63,9 +63,12 @@ void visit_views(const AdamwArgs& a, Visitor&& visit) {
 namespace reference {
 void adamw(const AdamwArgs& args, Workers& workers);
 }
+namespace cuda {
+void adamw(const AdamwArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void adamw(const AdamwArgs& args, OpContext& context) {
-  execute(args, context, reference::adamw, kCpuOnly);
+  execute(args, context, reference::adamw, kHasCuda ? cuda::adamw : nullptr);
 }
 
 }  // namespace cambium

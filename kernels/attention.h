@@ -69,6 +69,7 @@ struct AttentionBackwardArgs {
   Out<Real> d_q_THQ;                  // rows may be strided; must not overlap the inputs
   Out<Real> d_k_TGQ;  // empty with a share of several ranks, which fills the partials instead
   Out<Real> d_v_TGQ;
+  Out<float> delta_TH;  // d_o . o of each row: an intermediate that the caller gives room for
   int64_t sequence_length = 0;
   int64_t block_tokens = 0;
   float scale = 1.0f;
@@ -130,6 +131,7 @@ inline void check_args(const AttentionBackwardArgs& a) {
   check_shape("attention_backward", "d_o_THQ", a.d_o_THQ, Shape(T, H, Q));
   check_shape("attention_backward", "lse_TH", a.lse_TH, Shape(T, H));
   check_shape("attention_backward", "d_q_THQ", a.d_q_THQ, Shape(T, H, Q));
+  check_shape("attention_backward", "delta_TH", a.delta_TH, Shape(T, H));
   if (a.share.ranks > 1) {
     const Shape rows(attention_partial_rows(T, a.sequence_length, a.block_tokens, a.share), G * Q);
     CHECK(a.d_k_TGQ.empty() && a.d_v_TGQ.empty());
@@ -165,7 +167,7 @@ inline Cost cost(const AttentionArgs& a) {
 inline Cost cost(const AttentionBackwardArgs& a) {
   const int64_t T = a.q_THQ[0], H = a.q_THQ[1], Q = a.q_THQ[2], G = a.k_TGQ[1];
   const int64_t S = a.sequence_length, pairs = T * (S + 1) / 2 * H;
-  const int64_t bytes = dtype_bytes(a.q_THQ.dtype) * T * 4 * (H + G) * Q + 4 * T * H;
+  const int64_t bytes = dtype_bytes(a.q_THQ.dtype) * T * 4 * (H + G) * Q + 8 * T * H;
   return {"attention_backward", {T, H, Q, G, S}, pairs * (10 * Q + 6), bytes, 0};
 }
 
@@ -197,6 +199,7 @@ void visit_views(const AttentionBackwardArgs& a, Visitor&& visit) {
   visit("d_q_THQ", a.d_q_THQ);
   visit("d_k_TGQ", a.d_k_TGQ);
   visit("d_v_TGQ", a.d_v_TGQ);
+  visit("delta_TH", a.delta_TH);
   visit("d_k_partial_MC", a.d_k_partial_MC);
   visit("d_v_partial_MC", a.d_v_partial_MC);
 }
@@ -213,12 +216,17 @@ void attention(const AttentionArgs& args, Workers& workers);
 void attention_backward(const AttentionBackwardArgs& args, Workers& workers);
 void attention_key_fold(const AttentionKeyFoldArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void attention(const AttentionArgs& args, Stream& stream);
+void attention_backward(const AttentionBackwardArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void attention(const AttentionArgs& args, OpContext& context) {
-  execute(args, context, reference::attention, kCpuOnly);
+  execute(args, context, reference::attention, kHasCuda ? cuda::attention : nullptr);
 }
 inline void attention_backward(const AttentionBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::attention_backward, kCpuOnly);
+  execute(args, context, reference::attention_backward,
+          kHasCuda ? cuda::attention_backward : nullptr);
 }
 inline void attention_key_fold(const AttentionKeyFoldArgs& args, OpContext& context) {
   execute(args, context, reference::attention_key_fold, kCpuOnly);

@@ -69,9 +69,12 @@ void visit_views(const BalanceLossArgs& a, Visitor&& visit) {
 namespace reference {
 void balance_loss(const BalanceLossArgs& args, Workers& workers);
 }
+namespace cuda {
+void balance_loss(const BalanceLossArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void balance_loss(const BalanceLossArgs& args, OpContext& context) {
-  execute(args, context, reference::balance_loss, kCpuOnly);
+  execute(args, context, reference::balance_loss, kHasCuda ? cuda::balance_loss : nullptr);
 }
 
 }  // namespace cambium

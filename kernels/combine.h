@@ -47,9 +47,12 @@ void visit_views(const CombineRowsArgs& a, Visitor&& visit) {
 namespace reference {
 void combine_rows(const CombineRowsArgs& args, Workers& workers);
 }
+namespace cuda {
+void combine_rows(const CombineRowsArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void combine_rows(const CombineRowsArgs& args, OpContext& context) {
-  execute(args, context, reference::combine_rows, kCpuOnly);
+  execute(args, context, reference::combine_rows, kHasCuda ? cuda::combine_rows : nullptr);
 }
 
 }  // namespace cambium

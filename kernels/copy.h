@@ -93,20 +93,28 @@ void scale_values(const ScaleValuesArgs& args, Workers& workers);
 void add_values(const AddValuesArgs& args, Workers& workers);
 }  // namespace reference
 
+namespace cuda {
+void copy_op(const CopyBytesArgs& args, Stream& stream);  // copy_bytes is the blocking one
+void zero_bytes(const ZeroBytesArgs& args, Stream& stream);
+void cast_real(const CastRealArgs& args, Stream& stream);
+void add_values(const AddValuesArgs& args, Stream& stream);
+void scale_values(const ScaleValuesArgs& args, Stream& stream);
+}  // namespace cuda
+
 inline void copy_bytes(const CopyBytesArgs& args, OpContext& context) {
-  execute(args, context, reference::copy_bytes, kCpuOnly);
+  execute(args, context, reference::copy_bytes, kHasCuda ? cuda::copy_op : nullptr);
 }
 inline void zero_bytes(const ZeroBytesArgs& args, OpContext& context) {
-  execute(args, context, reference::zero_bytes, kCpuOnly);
+  execute(args, context, reference::zero_bytes, kHasCuda ? cuda::zero_bytes : nullptr);
 }
 inline void scale_values(const ScaleValuesArgs& args, OpContext& context) {
-  execute(args, context, reference::scale_values, kCpuOnly);
+  execute(args, context, reference::scale_values, kHasCuda ? cuda::scale_values : nullptr);
 }
 inline void add_values(const AddValuesArgs& args, OpContext& context) {
-  execute(args, context, reference::add_values, kCpuOnly);
+  execute(args, context, reference::add_values, kHasCuda ? cuda::add_values : nullptr);
 }
 inline void cast_real(const CastRealArgs& args, OpContext& context) {
-  execute(args, context, reference::cast_real, kCpuOnly);
+  execute(args, context, reference::cast_real, kHasCuda ? cuda::cast_real : nullptr);
 }
 
 }  // namespace cambium

@@ -48,9 +48,12 @@ void visit_views(const CrossEntropyArgs& a, Visitor&& visit) {
 namespace reference {
 void cross_entropy(const CrossEntropyArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void cross_entropy(const CrossEntropyArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void cross_entropy(const CrossEntropyArgs& args, OpContext& context) {
-  execute(args, context, reference::cross_entropy, kCpuOnly);
+  execute(args, context, reference::cross_entropy, kHasCuda ? cuda::cross_entropy : nullptr);
 }
 
 }  // namespace cambium

@@ -1,32 +1,53 @@
 // The seam between plain C++ and the CUDA runtime: no CUDA type appears in a plain header.
 //
-// A cambium::Stream that runs on a GPU carries its cudaStream_t as `native()`; a kernel's launcher
-// (kernels/*.cu) takes it from there. These functions exist in builds with CUDA only: call them
-// under `if constexpr (kHasCuda)`. A failing CUDA call is an Error with exit code 70, or 40 where
-// memory is missing.
+// A cambium::Stream that runs on a GPU has a NativeStream; a kernel's launcher (kernels/*.cu) takes
+// its cudaStream_t from there. These functions exist in builds with CUDA only: call them under
+// `if constexpr (kHasCuda)`. A failing CUDA call is an Error with exit code 70, or 40 where memory
+// is missing.
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
 
 #include "kernels/op.h"
+#include "src/base/arena.h"
 
 namespace cambium::cuda {
 
 // GPUs that the driver offers; 0 without a driver.
 int device_count();
 
+// The GPU that this process uses.
+struct DeviceInfo {
+  std::string name;
+  int compute_capability = 0;  // 90 = 9.0
+  int multiprocessors = 0;
+  int64_t total_bytes = 0;
+  int64_t free_bytes = 0;
+};
+DeviceInfo device_info();
+
 // Gives `stream` a CUDA stream of its own for as long as this object lives.
-class NativeStream {
+class NativeStream final : public DeviceStream {
  public:
-  explicit NativeStream(Stream& stream);
-  ~NativeStream();
+  explicit NativeStream(Stream& stream, LaunchOrder order = LaunchOrder::at_once);
+  ~NativeStream() override;
   NativeStream(const NativeStream&) = delete;
   NativeStream& operator=(const NativeStream&) = delete;
-  // Returns when everything launched so far is done; reports a failed kernel.
-  void synchronize();
+  void* native() const override { return native_; }
+  void wait_for(const DeviceStream& other) override;
+  void synchronize() override;
+  // What a library keeps per stream (handle, workspace); made by the first launcher that needs it.
+  std::shared_ptr<void> library_state;
 
  private:
   Stream& stream_;
+  void* native_ = nullptr;
+  void* event_ = nullptr;  // a cudaEvent_t: the other side of wait_for
 };
 
 // Device memory, uninitialised, 256-byte aligned.
@@ -42,7 +63,57 @@ class DeviceMemory {
   void* data_ = nullptr;
 };
 
+// An arena's address space on the GPU: as much as the GPU has, backed in steps of 32 MiB.
+std::unique_ptr<AddressSpace> device_address_space();
+
+// Host memory that the GPU copies from and to without stopping the host.
+void* allocate_pinned(int64_t bytes);
+void free_pinned(void* data);
+
 // `bytes` between host and device, in either direction; returns when done.
 void copy_bytes(const void* from, void* to, int64_t bytes);
+
+// Milliseconds on the device by op, between CUDA events around each launch.
+class EventTimer final : public OpTimer {
+ public:
+  ~EventTimer() override;
+  void before(const char* op, Stream& stream) override;
+  void after(Stream& stream) override;
+  // Of all ops since the last call; waits for them.
+  std::map<std::string, double> take_totals_ms();
+
+ private:
+  struct Interval {
+    const char* op;
+    void* events[2];  // cudaEvent_t
+  };
+  std::vector<Interval> intervals_;
+};
+
+// In stream order: a copy between any memories, and a fill.
+struct CopyAsync {
+  const void* from = nullptr;
+  void* to = nullptr;
+  int64_t bytes = 0;
+};
+void copy_async(const CopyAsync& copy, Stream& stream);
+void fill_async(void* data, int byte, int64_t bytes, Stream& stream);
+
+// `out` = reduction over all `sources` of elements [first, first + count), in the order and with
+// the roundings of sim/reduce.h, bit for bit.
+enum class RankCombine { sum, max };
+enum class RankRounding { once, every_rank };
+struct RankReduction {
+  DType dtype = DType::f32;
+  RankCombine combine = RankCombine::sum;
+  RankRounding rounding = RankRounding::once;
+  int start = 0;
+  std::span<const void* const> sources;
+  int64_t first = 0;
+  int64_t count = 0;
+  void* out = nullptr;
+};
+constexpr int kMostReducedRanks = 256;  // their addresses travel as kernel arguments
+void reduce_ranks(const RankReduction& reduction, Stream& stream);
 
 }  // namespace cambium::cuda

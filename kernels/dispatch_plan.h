@@ -70,9 +70,12 @@ void visit_views(const DispatchPlanArgs& a, Visitor&& visit) {
 namespace reference {
 void dispatch_plan(const DispatchPlanArgs& args, Workers& workers);
 }
+namespace cuda {
+void dispatch_plan(const DispatchPlanArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void dispatch_plan(const DispatchPlanArgs& args, OpContext& context) {
-  execute(args, context, reference::dispatch_plan, kCpuOnly);
+  execute(args, context, reference::dispatch_plan, kHasCuda ? cuda::dispatch_plan : nullptr);
 }
 
 }  // namespace cambium

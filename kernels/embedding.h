@@ -79,12 +79,16 @@ namespace reference {
 void embedding(const EmbeddingArgs& args, Workers& workers);
 void embedding_wgrad(const EmbeddingWgradArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void embedding(const EmbeddingArgs& args, Stream& stream);
+void embedding_wgrad(const EmbeddingWgradArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void embedding(const EmbeddingArgs& args, OpContext& context) {
-  execute(args, context, reference::embedding, kCpuOnly);
+  execute(args, context, reference::embedding, kHasCuda ? cuda::embedding : nullptr);
 }
 inline void embedding_wgrad(const EmbeddingWgradArgs& args, OpContext& context) {
-  execute(args, context, reference::embedding_wgrad, kCpuOnly);
+  execute(args, context, reference::embedding_wgrad, kHasCuda ? cuda::embedding_wgrad : nullptr);
 }
 
 }  // namespace cambium

@@ -59,12 +59,17 @@ namespace reference {
 void expert_histogram(const ExpertHistogramArgs& args, Workers& workers);
 void router_bias_update(const RouterBiasUpdateArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void expert_histogram(const ExpertHistogramArgs& args, Stream& stream);
+void router_bias_update(const RouterBiasUpdateArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void expert_histogram(const ExpertHistogramArgs& args, OpContext& context) {
-  execute(args, context, reference::expert_histogram, kCpuOnly);
+  execute(args, context, reference::expert_histogram, kHasCuda ? cuda::expert_histogram : nullptr);
 }
 inline void router_bias_update(const RouterBiasUpdateArgs& args, OpContext& context) {
-  execute(args, context, reference::router_bias_update, kCpuOnly);
+  execute(args, context, reference::router_bias_update,
+          kHasCuda ? cuda::router_bias_update : nullptr);
 }
 
 }  // namespace cambium

@@ -78,12 +78,16 @@ namespace reference {
 void grad_merge(const GradMergeArgs& args, Workers& workers);
 void grad_finish(const GradFinishArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void grad_merge(const GradMergeArgs& args, Stream& stream);
+void grad_finish(const GradFinishArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void grad_merge(const GradMergeArgs& args, OpContext& context) {
-  execute(args, context, reference::grad_merge, kCpuOnly);
+  execute(args, context, reference::grad_merge, kHasCuda ? cuda::grad_merge : nullptr);
 }
 inline void grad_finish(const GradFinishArgs& args, OpContext& context) {
-  execute(args, context, reference::grad_finish, kCpuOnly);
+  execute(args, context, reference::grad_finish, kHasCuda ? cuda::grad_finish : nullptr);
 }
 
 }  // namespace cambium

@@ -86,12 +86,16 @@ namespace reference {
 void square_sum(const SquareSumArgs& args, Workers& workers);
 void clip_scale(const ClipScaleArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void square_sum(const SquareSumArgs& args, Stream& stream);
+void clip_scale(const ClipScaleArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void square_sum(const SquareSumArgs& args, OpContext& context) {
-  execute(args, context, reference::square_sum, kCpuOnly);
+  execute(args, context, reference::square_sum, kHasCuda ? cuda::square_sum : nullptr);
 }
 inline void clip_scale(const ClipScaleArgs& args, OpContext& context) {
-  execute(args, context, reference::clip_scale, kCpuOnly);
+  execute(args, context, reference::clip_scale, kHasCuda ? cuda::clip_scale : nullptr);
 }
 
 }  // namespace cambium

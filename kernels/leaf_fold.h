@@ -51,9 +51,12 @@ void visit_views(const LeafFoldArgs& a, Visitor&& visit) {
 namespace reference {
 void leaf_fold(const LeafFoldArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void leaf_fold(const LeafFoldArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void leaf_fold(const LeafFoldArgs& args, OpContext& context) {
-  execute(args, context, reference::leaf_fold, kCpuOnly);
+  execute(args, context, reference::leaf_fold, kHasCuda ? cuda::leaf_fold : nullptr);
 }
 
 }  // namespace cambium

@@ -120,14 +120,20 @@ void linear_dgrad(const LinearDgradArgs& args, Workers& workers);
 void linear_wgrad(const LinearWgradArgs& args, Workers& workers);
 }  // namespace reference
 
+namespace cuda {
+void linear(const LinearArgs& args, Stream& stream);
+void linear_dgrad(const LinearDgradArgs& args, Stream& stream);
+void linear_wgrad(const LinearWgradArgs& args, Stream& stream);
+}  // namespace cuda
+
 inline void linear(const LinearArgs& args, OpContext& context) {
-  execute(args, context, reference::linear, kCpuOnly);
+  execute(args, context, reference::linear, kHasCuda ? cuda::linear : nullptr);
 }
 inline void linear_dgrad(const LinearDgradArgs& args, OpContext& context) {
-  execute(args, context, reference::linear_dgrad, kCpuOnly);
+  execute(args, context, reference::linear_dgrad, kHasCuda ? cuda::linear_dgrad : nullptr);
 }
 inline void linear_wgrad(const LinearWgradArgs& args, OpContext& context) {
-  execute(args, context, reference::linear_wgrad, kCpuOnly);
+  execute(args, context, reference::linear_wgrad, kHasCuda ? cuda::linear_wgrad : nullptr);
 }
 
 }  // namespace cambium

@@ -53,11 +53,15 @@ namespace reference {
 void metric_sum(const MetricSumArgs& args, Workers& workers);
 void count_fraction(const CountFractionArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void metric_sum(const MetricSumArgs& args, Stream& stream);
+void count_fraction(const CountFractionArgs& args, Stream& stream);
+}  // namespace cuda
 inline void metric_sum(const MetricSumArgs& args, OpContext& context) {
-  execute(args, context, reference::metric_sum, kCpuOnly);
+  execute(args, context, reference::metric_sum, kHasCuda ? cuda::metric_sum : nullptr);
 }
 inline void count_fraction(const CountFractionArgs& args, OpContext& context) {
-  execute(args, context, reference::count_fraction, kCpuOnly);
+  execute(args, context, reference::count_fraction, kHasCuda ? cuda::count_fraction : nullptr);
 }
 
 }  // namespace cambium

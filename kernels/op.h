@@ -40,11 +40,20 @@ struct OpTotals {
   int64_t bytes = 0;
 };
 
+// Times ops where they are launched at once (kernels/cuda_stream.h); for benchmarks.
+class OpTimer {
+ public:
+  virtual ~OpTimer() = default;
+  virtual void before(const char* op, Stream& stream) = 0;
+  virtual void after(Stream& stream) = 0;
+};
+
 // What an op needs beside its args. One per rank and stream; passed explicitly.
 struct OpContext {
   Backend backend = Backend::reference;
   Stream* stream = nullptr;
   std::map<std::string, OpTotals>* totals = nullptr;  // null = not counted
+  OpTimer* timer = nullptr;                           // null = not timed
   // Shape-only execution charges costs here.
   void (*charge)(void* clock, const Cost& cost) = nullptr;
   void* clock = nullptr;
@@ -75,7 +84,9 @@ void execute(const Args& args, OpContext& context, void (*reference)(const Args&
         fail(ExitCode::usage, "op '{}' has no CUDA kernel in this build; set run.device = \"cpu\"",
              call.op);
       }
-      cuda(args, *context.stream);
+      if (context.timer != nullptr) context.timer->before(call.op, *context.stream);
+      context.stream->launch(call.op, cuda, args);
+      if (context.timer != nullptr) context.timer->after(*context.stream);
       return;
     case Backend::shape_only:
       CHECK(context.charge != nullptr);

@@ -39,9 +39,12 @@ void visit_views(const ParamDigestArgs& a, Visitor&& visit) {
 namespace reference {
 void param_digest(const ParamDigestArgs& args, Workers& workers);
 }
+namespace cuda {
+void param_digest(const ParamDigestArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void param_digest(const ParamDigestArgs& args, OpContext& context) {
-  execute(args, context, reference::param_digest, kCpuOnly);
+  execute(args, context, reference::param_digest, kHasCuda ? cuda::param_digest : nullptr);
 }
 
 }  // namespace cambium

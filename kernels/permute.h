@@ -90,15 +90,23 @@ void gather_rows(const GatherRowsArgs& args, Workers& workers);
 void gather_scalars(const GatherScalarsArgs& args, Workers& workers);
 void gather_row_blocks(const GatherRowBlocksArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void gather_rows(const GatherRowsArgs& args, Stream& stream);
+void gather_scalars(const GatherScalarsArgs& args, Stream& stream);
+void gather_row_blocks(const GatherRowBlocksArgs& args, Stream& stream);
+// gather_rows where an index of -1 is an error, as it is for token ids.
+void gather_present_rows(const GatherRowsArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void gather_rows(const GatherRowsArgs& args, OpContext& context) {
-  execute(args, context, reference::gather_rows, kCpuOnly);
+  execute(args, context, reference::gather_rows, kHasCuda ? cuda::gather_rows : nullptr);
 }
 inline void gather_scalars(const GatherScalarsArgs& args, OpContext& context) {
-  execute(args, context, reference::gather_scalars, kCpuOnly);
+  execute(args, context, reference::gather_scalars, kHasCuda ? cuda::gather_scalars : nullptr);
 }
 inline void gather_row_blocks(const GatherRowBlocksArgs& args, OpContext& context) {
-  execute(args, context, reference::gather_row_blocks, kCpuOnly);
+  execute(args, context, reference::gather_row_blocks,
+          kHasCuda ? cuda::gather_row_blocks : nullptr);
 }
 
 }  // namespace cambium

@@ -188,12 +188,17 @@ namespace reference {
 void qk_norm_rope(const QkNormRopeArgs& args, Workers& workers);
 void qk_norm_rope_backward(const QkNormRopeBackwardArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void qk_norm_rope(const QkNormRopeArgs& args, Stream& stream);
+void qk_norm_rope_backward(const QkNormRopeBackwardArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void qk_norm_rope(const QkNormRopeArgs& args, OpContext& context) {
-  execute(args, context, reference::qk_norm_rope, kCpuOnly);
+  execute(args, context, reference::qk_norm_rope, kHasCuda ? cuda::qk_norm_rope : nullptr);
 }
 inline void qk_norm_rope_backward(const QkNormRopeBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::qk_norm_rope_backward, kCpuOnly);
+  execute(args, context, reference::qk_norm_rope_backward,
+          kHasCuda ? cuda::qk_norm_rope_backward : nullptr);
 }
 
 }  // namespace cambium

@@ -99,12 +99,17 @@ namespace reference {
 void rms_norm(const RmsNormArgs& args, Workers& workers);
 void rms_norm_backward(const RmsNormBackwardArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void rms_norm(const RmsNormArgs& args, Stream& stream);
+void rms_norm_backward(const RmsNormBackwardArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void rms_norm(const RmsNormArgs& args, OpContext& context) {
-  execute(args, context, reference::rms_norm, kCpuOnly);
+  execute(args, context, reference::rms_norm, kHasCuda ? cuda::rms_norm : nullptr);
 }
 inline void rms_norm_backward(const RmsNormBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::rms_norm_backward, kCpuOnly);
+  execute(args, context, reference::rms_norm_backward,
+          kHasCuda ? cuda::rms_norm_backward : nullptr);
 }
 
 }  // namespace cambium

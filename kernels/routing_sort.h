@@ -57,9 +57,12 @@ void visit_views(const RoutingSortArgs& a, Visitor&& visit) {
 namespace reference {
 void routing_sort(const RoutingSortArgs& args, Workers& workers);
 }
+namespace cuda {
+void routing_sort(const RoutingSortArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void routing_sort(const RoutingSortArgs& args, OpContext& context) {
-  execute(args, context, reference::routing_sort, kCpuOnly);
+  execute(args, context, reference::routing_sort, kHasCuda ? cuda::routing_sort : nullptr);
 }
 
 }  // namespace cambium

@@ -64,12 +64,16 @@ namespace reference {
 void swiglu(const SwigluArgs& args, Workers& workers);
 void swiglu_backward(const SwigluBackwardArgs& args, Workers& workers);
 }  // namespace reference
+namespace cuda {
+void swiglu(const SwigluArgs& args, Stream& stream);
+void swiglu_backward(const SwigluBackwardArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void swiglu(const SwigluArgs& args, OpContext& context) {
-  execute(args, context, reference::swiglu, kCpuOnly);
+  execute(args, context, reference::swiglu, kHasCuda ? cuda::swiglu : nullptr);
 }
 inline void swiglu_backward(const SwigluBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::swiglu_backward, kCpuOnly);
+  execute(args, context, reference::swiglu_backward, kHasCuda ? cuda::swiglu_backward : nullptr);
 }
 
 }  // namespace cambium

@@ -41,9 +41,12 @@ void visit_views(const ZLossArgs& a, Visitor&& visit) {
 namespace reference {
 void z_loss(const ZLossArgs& args, Workers& workers);
 }
+namespace cuda {
+void z_loss(const ZLossArgs& args, Stream& stream);
+}  // namespace cuda
 
 inline void z_loss(const ZLossArgs& args, OpContext& context) {
-  execute(args, context, reference::z_loss, kCpuOnly);
+  execute(args, context, reference::z_loss, kHasCuda ? cuda::z_loss : nullptr);
 }
 
 }  // namespace cambium

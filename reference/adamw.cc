@@ -9,7 +9,7 @@ namespace cambium::reference {
 
 namespace {
 
-constexpr int64_t kAdamwElements = 32768;  // per chunk: 512 KiB of operands
+constexpr int64_t kAdamwElements = 8192;  // per chunk: 128 KiB of operands; an expert has several
 
 // Coefficients rounded once from fp64.
 struct AdamwCoefficients {

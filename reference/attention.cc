@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "reference/lane_group.h"
 #include "reference/panel_product.h"
 #include "reference/rounding.h"
 
@@ -279,7 +280,13 @@ void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBl
     const Lanes rescale = exp_lanes(before - shift);
     Lanes block_sum = {};
     at = scores + lane;
-    for (int64_t key = 0; key < count; ++key, at += query.padded) {
+    int64_t key = 0;
+    for (; key + kGroupParts <= count; key += kGroupParts, at += kGroupParts * query.padded) {
+      const LaneFloats probs = exp_lanes(load_group(at, query.padded) - shift);
+      store_group(at, probs, query.padded);
+      for (const Lanes prob : probs.part) block_sum += prob;
+    }
+    for (; key < count; ++key, at += query.padded) {
       const Lanes prob = exp_lanes(load_lanes(at) - shift);
       store_lanes(at, prob);
       block_sum += prob;
@@ -367,11 +374,21 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
     const Lanes last_key = load_lanes(range.last_key + lane);
     const Lanes lse = load_lanes(p.lse + lane), delta = load_lanes(p.delta + lane);
     const int64_t count = key_count(in, keys, lane);
-    for (int64_t key = 0; key < count; ++key) {
+    const auto score = [&](int64_t key) {
+      const Lanes product = load_lanes(p.probs + key * query.padded + lane);
+      return masked_score(product, in.scale, keys, key, first_key, last_key) - lse;
+    };
+    int64_t key = 0;
+    for (; key + kGroupParts <= count; key += kGroupParts) {
       const int64_t at = key * query.padded + lane;
-      const Lanes score =
-          masked_score(load_lanes(p.probs + at), in.scale, keys, key, first_key, last_key);
-      const Lanes prob = exp_lanes(score - lse);
+      const LaneFloats probs = exp_lanes(LaneFloats::of([&](int i) { return score(key + i); }));
+      store_group(p.probs + at, probs, query.padded);
+      const LaneFloats d_probs = load_group(p.d_scores + at, query.padded);
+      store_group(p.d_scores + at, probs * (d_probs - delta) * in.scale, query.padded);
+    }
+    for (; key < count; ++key) {
+      const int64_t at = key * query.padded + lane;
+      const Lanes prob = exp_lanes(score(key));
       store_lanes(p.probs + at, prob);
       store_lanes(p.d_scores + at, prob * (load_lanes(p.d_scores + at) - delta) * in.scale);
     }
@@ -406,17 +423,25 @@ void key_gradients(const AttentionInputs& in, const QueryBlock& query, const Key
   });
 }
 
+// What of the arguments belongs to query rows.
+struct BackwardRows {
+  ReadF32 o, d_o;
+  In<float> lse;
+  Out<float> delta;
+};
+
 // Loads a query block's panels, lse and delta.
-void load_backward_query(const AttentionInputs& in, const QueryBlock& query, const ReadF32& o,
-                         const ReadF32& d_o, In<float> lse, const BackwardPanels& p) {
+void load_backward_query(const AttentionInputs& in, const QueryBlock& query,
+                         const BackwardRows& rows, const BackwardPanels& p) {
   load_queries(in, in.q, query, p.query);
-  load_queries(in, d_o, query, p.d_output);
+  load_queries(in, rows.d_o, query, p.d_output);
   for (int64_t lane = 0; lane < query.lanes; ++lane) {
     const int64_t h = query.group * in.heads + lane % in.heads;
     const int64_t row = query.row + lane / in.heads;
     const float* d_output = p.d_output.stacked + lane * in.head_dim;
-    p.lse[lane] = lse.pointer()[row * lse.row_stride + h];
-    p.delta[lane] = dot(o.row(row) + h * in.head_dim, d_output, in.head_dim);
+    p.lse[lane] = rows.lse.pointer()[row * rows.lse.row_stride + h];
+    p.delta[lane] = dot(rows.o.row(row) + h * in.head_dim, d_output, in.head_dim);
+    rows.delta.pointer()[row * rows.delta.row_stride + h] = p.delta[lane];
   }
   std::fill(p.lse + query.lanes, p.lse + query.padded, 0.0f);
   std::fill(p.delta + query.lanes, p.delta + query.padded, 0.0f);
@@ -503,7 +528,7 @@ void attention(const AttentionArgs& args, Workers& workers) {
 
 void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
   const AttentionInputs in(args);
-  const ReadF32 o(args.o_THQ), d_o(args.d_o_THQ);
+  const BackwardRows rows{ReadF32(args.o_THQ), ReadF32(args.d_o_THQ), args.lse_TH, args.delta_TH};
   const WriteF32 d_q(args.d_q_THQ), d_k(args.d_k_TGQ), d_v(args.d_v_TGQ);
   workers.parallel_for(in.sequences * in.groups, [&](int64_t chunk, Scratch& scratch) {
     LaneRange range;
@@ -512,7 +537,7 @@ void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
     load_keys(in, in.v, chunk, p.values);
     for (int64_t local = 0; local < in.query_length; local += in.block_tokens) {
       const QueryBlock query = query_block(in, chunk, local, range);
-      load_backward_query(in, query, o, d_o, args.lse_TH, p);
+      load_backward_query(in, query, rows, p);
       backward_query_block(in, query, range, p);
       store_d_query(in, query, p.d_query, d_q);
       if (in.share.ranks == 1) continue;

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "reference/lane_math.h"
+#include "reference/lane_group.h"
 #include "reference/rounding.h"
 #include "src/base/fmath.h"
 
@@ -12,17 +12,14 @@ namespace {
 
 // out = exp(x - shift) and its sum in 32 partial sums; `out` may be `x`.
 float exp_row(const float* x, float shift, float* out, int64_t count) {
-  const Lanes shift_lanes = broadcast(shift);
-  Lanes sum[4] = {};
+  LaneFloats sums = {};
   int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int part = 0; part < 4; ++part) {
-      const int64_t at = i + part * kLanes;
-      const Lanes e = exp_lanes(load_lanes(x + at) - shift_lanes);
-      store_lanes(out + at, e);
-      sum[part] += e;
-    }
+  for (; i + kGroupLanes <= count; i += kGroupLanes) {
+    const LaneFloats e = exp_lanes(load_group(x + i) - shift);
+    store_group(out + i, e);
+    sums = sums + e;
   }
+  const Lanes* sum = sums.part;
   float total = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; i < count; ++i) {
     out[i] = fmath::exp(x[i] - shift);

@@ -60,8 +60,8 @@ constexpr int kFirstFreeSlot = 3;
 void gemm_block(const GemmBlock& block, Scratch& scratch);
 
 // Cut of a product (of one expert's, say) into chunks that threads claim, by the problem alone:
-// about kChunksPerOp of them over all rows of the op, whole columns while rows suffice, since each
-// chunk packs its columns of B.
+// about kChunksPerOp of them over all rows of the op. Columns are halved first: a chunk packs its
+// columns of B, so that cutting rows packs B again, while A is read in place.
 struct GemmCut {
   int64_t row_chunk = 0;
   int64_t column_chunk = 0;
@@ -77,6 +77,7 @@ constexpr int64_t kMinChunkFlops = 1 << 19;  // about 5 us
 constexpr int64_t kMaxChunkFlops = 16 << 20;
 constexpr int64_t kMaxChunkRows = 256;  // A stays in the second-level cache
 constexpr int64_t kMinChunkRows = 96;   // packing B costs a few percent of the product
+constexpr int64_t kMinChunkColumns = 4 * kTileColumns;  // fewer are not halved: A is read per chunk
 GemmCut cut_gemm(const GemmExtent& extent);
 
 }  // namespace cambium::reference

@@ -12,7 +12,7 @@ namespace cambium::reference {
 
 namespace {
 
-constexpr int64_t kBlocksPerChunk = 8;  // 128 KiB
+constexpr int64_t kBlocksPerChunk = 2;  // 32 KiB: an expert has several
 
 // Fixed binary tree over [0, count): split at the largest power of two below the count.
 double tree_sum(const double* values, int64_t count) {

@@ -15,7 +15,7 @@ namespace cambium::reference {
 namespace {
 
 // Down dgrad needs whole rows of g for its dot product, so it cuts rows only.
-constexpr int64_t kDgradRows = 64;
+constexpr int64_t kDgradRows = 128;
 
 std::span<const int32_t> checked_offsets(const In<int32_t>& expert_offset_e1, int64_t R) {
   const std::span offsets(expert_offset_e1.pointer(), static_cast<size_t>(expert_offset_e1[0]));
@@ -75,9 +75,9 @@ void round_block(float* data, int64_t stride, int64_t rows, int64_t columns) {
 }  // namespace
 
 void grouped_up(const GroupedUpArgs& a, Workers& workers) {
-  const int64_t R = a.x_RD[0], D = a.x_RD[1], F = a.h_RF[1];
+  const int64_t R = a.h_RF[0], D = a.x_RD[1], F = a.h_RF[1];
   const std::span<const int32_t> offsets = checked_offsets(a.expert_offset_e1, R);
-  const ReadF32 x(a.x_RD), w(a.w_up_eND);
+  const ReadF32 x(a.x_RD, a.row_token_R), w(a.w_up_eND);
   const WriteF32 gate_up(a.gate_up_RN), h(a.h_RF);
   GemmBlock gate;
   gate.rows = R;
@@ -132,9 +132,9 @@ void grouped_down(const GroupedDownArgs& a, Workers& workers) {
 }
 
 void grouped_down_dgrad(const GroupedDownDgradArgs& a, Workers& workers) {
-  const int64_t R = a.d_y_RD[0], D = a.d_y_RD[1], F = a.w_down_eDF[2];
+  const int64_t R = a.gate_up_RN[0], D = a.d_y_RD[1], F = a.w_down_eDF[2];
   const std::span<const int32_t> offsets = checked_offsets(a.expert_offset_e1, R);
-  const ReadF32 d_y(a.d_y_RD), w(a.w_down_eDF), gate_up(a.gate_up_RN);
+  const ReadF32 d_y(a.d_y_RD, a.row_token_R), w(a.w_down_eDF), gate_up(a.gate_up_RN);
   const WriteF32 d_gate_up(a.d_gate_up_RN), weighted_h(a.weighted_h_RF);
   GemmBlock product;  // g = d_y W_down, into the place of d_gate
   product.rows = R;
@@ -185,9 +185,9 @@ void grouped_up_dgrad(const GroupedUpDgradArgs& a, Workers& workers) {
 }
 
 void grouped_wgrad(const GroupedWgradArgs& a, Workers& workers) {
-  const int64_t R = a.d_y_RN[0], e = a.d_w_SeNK[1];
+  const int64_t R = a.rows(), e = a.d_w_SeNK[1];
   const std::span<const int32_t> offsets = checked_offsets(a.expert_offset_e1, R);
-  const ReadF32 d_y(a.d_y_RN), x(a.x_RK);
+  const ReadF32 d_y(a.d_y_RN, a.d_y_token_R), x(a.x_RK, a.x_token_R);
   std::vector<WgradGroup> groups(static_cast<size_t>(e));
   std::vector<int32_t> leaf_block;
   std::vector<int64_t> leaf_row;

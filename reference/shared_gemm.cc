@@ -195,11 +195,11 @@ GemmCut cut_gemm(const GemmExtent& extent) {
   auto half = [](int64_t count, int64_t unit) { return (count / 2 + unit - 1) / unit * unit; };
   GemmCut cut{std::min(extent.rows, kMaxChunkRows), extent.columns};
   auto flops = [&] { return 2 * cut.row_chunk * cut.column_chunk * extent.depth; };
+  while (flops() > wanted && cut.column_chunk >= kMinChunkColumns) {
+    cut.column_chunk = half(cut.column_chunk, kTileColumns);
+  }
   while (flops() > wanted && cut.row_chunk >= 2 * kMinChunkRows) {
     cut.row_chunk = half(cut.row_chunk, kTileRows);
-  }
-  while (flops() > wanted && cut.column_chunk >= 4 * kTileColumns) {
-    cut.column_chunk = half(cut.column_chunk, kTileColumns);
   }
   return cut;
 }

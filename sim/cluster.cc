@@ -7,10 +7,12 @@
 #include <utility>
 
 #include "fmt/format.h"
+#include "kernels/cuda_stream.h"
 #include "sim/comm_faults.h"
 #include "sim/deadlock.h"
 #include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
+#include "src/comm/call_check.h"
 
 namespace cambium::sim {
 
@@ -50,6 +52,7 @@ class SimHost final : public Host {
   void wait(const Event& event, std::source_location site) override {
     if (injector_ != nullptr) injector_->flush();
     scheduler_.wait(rank_, event, site);
+    if (std::uncaught_exceptions() == 0) event.synchronize_device();
   }
   void yield(const char*) override {
     if (injector_ != nullptr) injector_->flush();
@@ -89,12 +92,19 @@ class SimEnvironment final : public RankEnvironment {
     streams_.push_back(std::make_unique<Stream>(fmt::format("rank {} {}", rank_, name),
                                                 &scheduler_.ready_streams()));
     scheduler_.add_stream(*streams_.back(), rank_);
+    if constexpr (kHasCuda) {
+      if (options_.device == Device::cuda) {
+        native_streams_.push_back(std::make_unique<cuda::NativeStream>(
+            *streams_.back(),
+            options_.schedule_seed == 0 ? LaunchOrder::at_once : LaunchOrder::in_turn));
+      }
+    }
     return *streams_.back();
   }
 
   std::unique_ptr<Communicator> make_communicator(const std::string& name,
                                                   const std::vector<int>& members) override {
-    check_members(name, members);
+    check_members(name, members, {rank_, ranks()});
     Group& group = groups_.nth(name, members, made_[{name, members}]++);
     const auto member =
         static_cast<int>(std::find(members.begin(), members.end(), rank_) - members.begin());
@@ -151,18 +161,6 @@ class SimEnvironment final : public RankEnvironment {
     return faults.empty() ? nullptr : std::make_unique<FaultInjector>(std::move(faults));
   }
 
-  void check_members(const std::string& name, const std::vector<int>& members) const {
-    std::vector<int> sorted = members;
-    std::sort(sorted.begin(), sorted.end());
-    const bool valid = !sorted.empty() && sorted.front() >= 0 && sorted.back() < ranks() &&
-                       std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end() &&
-                       std::binary_search(sorted.begin(), sorted.end(), rank_);
-    if (valid) return;
-    fail(ExitCode::internal,
-         "communicator '{}' {}: members must be distinct ranks below {} and include rank {}", name,
-         describe_ranks(members), ranks(), rank_);
-  }
-
   int rank_;
   const ClusterOptions& options_;
   Workers& workers_;
@@ -171,6 +169,7 @@ class SimEnvironment final : public RankEnvironment {
   std::unique_ptr<FaultInjector> injector_;
   SimHost host_;
   std::vector<std::unique_ptr<Stream>> streams_;
+  std::vector<std::unique_ptr<DeviceStream>> native_streams_;  // of streams_, on a GPU
   std::map<std::pair<std::string, std::vector<int>>, size_t> made_;
   int64_t step_ = 0;
 };

@@ -35,6 +35,10 @@ enum class CommFaultKind { wrong_count, swapped_collectives, skipped_collective 
 CommFaultKind comm_fault_kind(const std::string& name);
 const char* comm_fault_name(CommFaultKind kind);
 
+// Where ranks' streams run. On a GPU, N virtual ranks share it: each has its own CUDA streams, and
+// collectives are device copies and fixed-order reductions with the bits of the CPU's.
+enum class Device { cpu, cuda };
+
 // One fault: strikes once, at the first call that fits on `rank` in `step` (set_step), in groups
 // of two ranks or more. A run in which it finds no place ends with an Error of exit code 2.
 //   wrong_count: posts one element more.
@@ -52,6 +56,7 @@ struct CommFault {
 
 struct ClusterOptions {
   int ranks = 1;
+  Device device = Device::cpu;
   Workers* workers = nullptr;  // null = a pool of `worker_threads` for this run
   int worker_threads = 1;
   uint64_t schedule_seed = 0;  // 0 = rank order

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "src/comm/call_check.h"
+
 namespace cambium::sim {
 
 namespace {

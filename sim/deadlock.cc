@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "fmt/format.h"
+#include "src/comm/call_check.h"
 
 namespace cambium::sim {
 

@@ -47,7 +47,7 @@ class Transfer final : public GatedTask {
   bool advance_collective(Workers& workers);
   bool advance_exchange(Workers& workers);
   void run_stage(int stage, Workers& workers);
-  void poison_receive_side();
+  void poison_receive_side(Workers& workers);
 
   int stage_ = 0;
   bool arrived_ = false;
@@ -144,17 +144,8 @@ class SimCommunicator final : public Communicator {
   Group& group() const { return group_; }
 
  private:
-  void count_bytes(const CollectiveCall& call);
-
   Group& group_;
   FaultInjector* injector_;  // null when no fault strikes this rank
 };
-
-// The fields in which two calls of one meeting must agree, as text: "all_reduce sum f32 count 5".
-std::string describe_call(const CollectiveCall& call);
-// "[0,1,2]", shortened when long.
-std::string describe_ranks(const std::vector<int>& ranks);
-// "file.cc:12"
-std::string describe_site(const std::source_location& site);
 
 }  // namespace cambium::sim

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "kernels/cuda_stream.h"
 #include "sim/reduce.h"
 #include "sim/sim_communicator.h"
 
@@ -17,18 +18,65 @@ const std::byte* at(const void* data, int64_t offset) {
 }
 std::byte* at(void* data, int64_t offset) { return static_cast<std::byte*>(data) + offset; }
 
-void copy_bytes(void* to, const void* from, int64_t bytes, Workers& workers) {
+// What moves a transfer's data: worker threads, or its stream's GPU, in stream order there.
+struct Mover {
+  Stream& stream;
+  Workers& workers;
+  bool on_device() const { return kHasCuda && stream.device() != nullptr; }
+};
+
+void copy_bytes(void* to, const void* from, int64_t bytes, const Mover& mover) {
   if (bytes == 0 || to == from) return;
+  if constexpr (kHasCuda) {
+    if (mover.on_device()) {
+      return cuda::copy_async({.from = from, .to = to, .bytes = bytes}, mover.stream);
+    }
+  }
   const int64_t chunks = (bytes + kCopyChunkBytes - 1) / kCopyChunkBytes;
   if (chunks == 1) {
     std::memcpy(to, from, static_cast<size_t>(bytes));
     return;
   }
-  workers.parallel_for(chunks, [&](int64_t chunk, Scratch&) {
+  mover.workers.parallel_for(chunks, [&](int64_t chunk, Scratch&) {
     const int64_t begin = chunk * kCopyChunkBytes;
     std::memcpy(at(to, begin), at(from, begin),
                 static_cast<size_t>(std::min(kCopyChunkBytes, bytes - begin)));
   });
+}
+
+void reduce(const ReduceSegment& segment, const Mover& mover) {
+  if constexpr (kHasCuda) {
+    if (mover.on_device()) {
+      return cuda::reduce_ranks(
+          {.dtype = segment.dtype,
+           .combine =
+               segment.reduce == ReduceOp::sum ? cuda::RankCombine::sum : cuda::RankCombine::max,
+           .rounding = segment.order == ReductionOrder::ring ? cuda::RankRounding::every_rank
+                                                             : cuda::RankRounding::once,
+           .start = segment.start,
+           .sources = segment.sources,
+           .first = segment.first,
+           .count = segment.count,
+           .out = segment.out},
+          mover.stream);
+    }
+  }
+  reduce_segment(segment, mover.workers);
+}
+
+void fill_bytes(void* data, int64_t bytes, const Mover& mover) {
+  if constexpr (kHasCuda) {
+    if (mover.on_device()) return cuda::fill_async(data, 0xff, bytes, mover.stream);
+  }
+  std::memset(data, 0xff, static_cast<size_t>(bytes));
+}
+
+// On a GPU: later launches of `stream` follow what the peer's stream has launched up to its
+// arrival.
+void order_after(Stream& stream, const Stream& peer) {
+  if (stream.device() != nullptr && peer.device() != nullptr) {
+    stream.device()->wait_for(*peer.device());
+  }
 }
 
 // The part of an all_reduce that `member` reduces: chunk `member` of `ranks` even ones.
@@ -44,7 +92,7 @@ Segment segment_of(int64_t count, int member, int ranks) {
 
 // What `member` reduces, in the group's order; chunk c of a ring starts at rank c + 1.
 void reduce_own(const Transfer& transfer, int64_t first, int64_t count, void* out,
-                Workers& workers) {
+                const Mover& mover) {
   const Group& group = *transfer.group;
   std::vector<const void*> sources;
   for (const Transfer* peer : transfer.meeting->transfers) sources.push_back(peer->call.send);
@@ -57,28 +105,28 @@ void reduce_own(const Transfer& transfer, int64_t first, int64_t count, void* ou
   segment.first = first;
   segment.count = count;
   segment.out = out;
-  reduce_segment(segment, workers);
+  reduce(segment, mover);
 }
 
-void gather(const Transfer& transfer, Workers& workers) {
+void gather(const Transfer& transfer, const Mover& mover) {
   const int64_t bytes = transfer.call.count * dtype_bytes(transfer.call.dtype);
   for (const Transfer* peer : transfer.meeting->transfers) {
-    copy_bytes(at(transfer.call.recv, peer->member * bytes), peer->call.send, bytes, workers);
+    copy_bytes(at(transfer.call.recv, peer->member * bytes), peer->call.send, bytes, mover);
   }
 }
 
-void gather_reduced(const Transfer& transfer, Workers& workers) {
+void gather_reduced(const Transfer& transfer, const Mover& mover) {
   const CollectiveCall& call = transfer.call;
   const int64_t element = dtype_bytes(call.dtype);
   for (const Transfer* peer : transfer.meeting->transfers) {
     if (peer == &transfer) continue;
     const Segment part = segment_of(call.count, peer->member, transfer.group->ranks());
     const int64_t offset = part.first * element;
-    copy_bytes(at(call.recv, offset), at(peer->call.recv, offset), part.count * element, workers);
+    copy_bytes(at(call.recv, offset), at(peer->call.recv, offset), part.count * element, mover);
   }
 }
 
-void collect_from_all(const Transfer& transfer, Workers& workers) {
+void collect_from_all(const Transfer& transfer, const Mover& mover) {
   const int64_t element = dtype_bytes(transfer.call.dtype);
   int64_t to = 0;
   for (const Transfer* peer : transfer.meeting->transfers) {
@@ -86,7 +134,7 @@ void collect_from_all(const Transfer& transfer, Workers& workers) {
     for (int i = 0; i < transfer.member; ++i) from += peer->call.send_counts[i];
     const int64_t count = transfer.call.recv_counts[static_cast<size_t>(peer->member)];
     copy_bytes(at(transfer.call.recv, to * element), at(peer->call.send, from * element),
-               count * element, workers);
+               count * element, mover);
     to += count;
   }
 }
@@ -99,29 +147,31 @@ int stages_of(CollectiveKind kind) {
 }
 
 void Transfer::run_stage(int stage, Workers& workers) {
+  const Mover mover{*call.stream, workers};
+  for (const Transfer* peer : meeting->transfers) order_after(*call.stream, *peer->call.stream);
   const int64_t element = dtype_bytes(call.dtype);
   switch (call.kind) {
     case CollectiveKind::all_gather:
-      if (stage == 0) gather(*this, workers);
+      if (stage == 0) gather(*this, mover);
       return;
     case CollectiveKind::reduce_scatter:
-      if (stage == 0) reduce_own(*this, member * call.count, call.count, call.recv, workers);
+      if (stage == 0) reduce_own(*this, member * call.count, call.count, call.recv, mover);
       return;
     case CollectiveKind::all_reduce: {
       const Segment own = segment_of(call.count, member, group->ranks());
       if (stage == 0) {
-        reduce_own(*this, own.first, own.count, at(call.recv, own.first * element), workers);
+        reduce_own(*this, own.first, own.count, at(call.recv, own.first * element), mover);
       }
-      if (stage == 1) gather_reduced(*this, workers);
+      if (stage == 1) gather_reduced(*this, mover);
       return;
     }
     case CollectiveKind::all_to_all_v:
-      if (stage == 0) collect_from_all(*this, workers);
+      if (stage == 0) collect_from_all(*this, mover);
       return;
     case CollectiveKind::broadcast:
       if (stage == 0 && member != call.root) {
         const Transfer& root = *meeting->transfers[static_cast<size_t>(call.root)];
-        copy_bytes(call.recv, root.call.send, call.count * element, workers);
+        copy_bytes(call.recv, root.call.send, call.count * element, mover);
       }
       return;
     case CollectiveKind::barrier:
@@ -132,11 +182,11 @@ void Transfer::run_stage(int stage, Workers& workers) {
 
 // NaN in fp32 and bf16 and an absurd value in integers, over all that the transfer will write and
 // no peer still has to read.
-void Transfer::poison_receive_side() {
+void Transfer::poison_receive_side(Workers& workers) {
+  const Mover mover{*call.stream, workers};
   const int64_t element = dtype_bytes(call.dtype);
   const auto fill = [&](int64_t first, int64_t count, void* data) {
-    if (count > 0)
-      std::memset(at(data, first * element), 0xff, static_cast<size_t>(count * element));
+    if (count > 0) fill_bytes(at(data, first * element), count * element, mover);
   };
   const bool in_place = call.recv == call.send;
   const int64_t ranks = group->ranks();
@@ -171,7 +221,7 @@ void Transfer::poison_receive_side() {
 
 bool Transfer::advance(Workers& workers) {
   if (group == nullptr) return false;  // reserved by an injected fault and not bound yet
-  if (!started && group->poison() == Poison::on) poison_receive_side();
+  if (!started && group->poison() == Poison::on) poison_receive_side(workers);
   return call.kind == CollectiveKind::exchange ? advance_exchange(workers)
                                                : advance_collective(workers);
 }
@@ -214,8 +264,9 @@ bool Transfer::advance_exchange(Workers& workers) {
       complete = false;
       continue;
     }
+    order_after(*call.stream, *mail->send->call.stream);
     copy_bytes(mail->received.data, mail->sent.data, mail->received.count * dtype_bytes(call.dtype),
-               workers);
+               {*call.stream, workers});
     mail->copied.store(true, std::memory_order_release);
     if (mail->send != this) mail->send->call.stream->wake();
   }
@@ -223,7 +274,9 @@ bool Transfer::advance_exchange(Workers& workers) {
     if (!mail->copied.load(std::memory_order_acquire)) complete = false;
   }
   done = complete;
-  return complete;
+  if (!complete) return false;
+  for (const Mail* mail : sends) order_after(*call.stream, *mail->recv->call.stream);
+  return true;
 }
 
 }  // namespace cambium::sim

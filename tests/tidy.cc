@@ -201,7 +201,8 @@ void check_words(const SourceFile& source, Findings& findings) {
       if ((banned.areas & area) == 0 || !has_word(source.code[index], banned.word)) continue;
       if (source.path == "src/cli/main.cc" && std::string(banned.rule) == "environment") continue;
       // Device functions are CUDA's own, the same on every machine with the toolkit.
-      if (ends_with(source.path, ".cu") && std::string(banned.rule) == "libm") continue;
+      const bool is_device = ends_with(source.path, ".cu") || ends_with(source.path, ".cuh");
+      if (is_device && std::string(banned.rule) == "libm") continue;
       findings.add(source, index + 1, banned.rule,
                    std::string("not ") + banned.word + " but " + banned.instead);
     }
@@ -224,7 +225,8 @@ void check_preprocessor(const SourceFile& source, Findings& findings) {
     const bool conditional = starts_with(line, "#if");
     if (conditional && (area_of(source.path) & (kSrc | kSim | kReference)) != 0 &&
         line.find("CAMBIUM_HAS_SENTENCEPIECE") == std::string::npos &&
-        line.find("__SANITIZE_") == std::string::npos) {
+        line.find("__SANITIZE_") == std::string::npos &&
+        line.find("__CUDACC__") == std::string::npos) {  // nvcc reads base headers too
       findings.add(source, index + 1, "ifdef", "`if constexpr (kHasCuda)`, or a file of its own");
     }
   }

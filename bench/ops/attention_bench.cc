@@ -16,14 +16,15 @@ struct AttentionBuffers {
         d_qkv(T() * width),
         o(T() * H * Q),
         d_o(T() * H * Q, 0.1f),
-        lse(T() * H) {
+        lse(T() * H),
+        delta(T() * H) {
     for (size_t i = 0; i < qkv.size(); ++i) {
       qkv[i] = static_cast<float>(static_cast<int>(i * 7919 % 1009) - 504) * 0.002f;
     }
   }
   int64_t T() const { return 8 * S; }
   int64_t S, H, G, Q = 32, width;
-  std::vector<float> qkv, d_qkv, o, d_o, lse;
+  std::vector<float> qkv, d_qkv, o, d_o, lse, delta;
   In<float> part(const std::vector<float>& from, int64_t column, int64_t heads) const {
     return In<float>(from.data() + column, Shape(T(), heads, Q), width);
   }
@@ -63,6 +64,7 @@ void attention_backward_pass(benchmark::State& state) {
                                    .d_q_THQ = b.part(b.d_qkv, 0, b.H),
                                    .d_k_TGQ = b.part(b.d_qkv, b.H * b.Q, b.G),
                                    .d_v_TGQ = b.part(b.d_qkv, (b.H + b.G) * b.Q, b.G),
+                                   .delta_TH = Out<float>(b.delta.data(), Shape(b.T(), b.H)),
                                    .sequence_length = b.S,
                                    .block_tokens = state.range(2),
                                    .scale = 0.177f};

@@ -19,16 +19,19 @@ struct StepBench {
   const char* preset;
   int64_t sequence_length, dp, ep, micro_batch;
   ReductionMode reduction;
+  int64_t sequences = 8;
 };
 
 Config bench_config(const StepBench& bench) {
   Config config = parse_config(
       fmt::format(
-          "[model]\npreset = \"{}\"\n[train]\nglobal_batch_sequences = 8\nsteps = 1000\n"
+          "[model]\npreset = \"{}\"\n[train]\nglobal_batch_sequences = {}\nsteps = 1000\n"
           "sequence_length = {}\nmicro_batch_sequences = {}\n[parallel]\ndp = {}\nep = {}\n",
-          bench.preset, bench.sequence_length, bench.micro_batch, bench.dp, bench.ep),
+          bench.preset, bench.sequences, bench.sequence_length, bench.micro_batch, bench.dp,
+          bench.ep),
       "step_bench", {});
   config.numerics.reduction = bench.reduction;
+  config.model.experts = std::max(config.model.experts, bench.ep);
   return config;
 }
 
@@ -65,6 +68,9 @@ const StepBench kEightRanks{"quickstart", 128, 8, 4, 1, ReductionMode::exact};
 const StepBench kEightRanksFast{"quickstart", 128, 8, 4, 1, ReductionMode::fast};
 const StepBench kSmallFast{"small", 256, 1, 1, 8, ReductionMode::fast};
 
+// Many ranks of the tiny model, one sequence each: what simulating a cluster costs.
+const StepBench kManyRanks{"tiny", 64, 64, 8, 1, ReductionMode::exact, 64};
+
 BENCHMARK_CAPTURE(run_steps, step_quickstart_fast, kOneRankFast, 2)
     ->UseManualTime()
     ->Unit(benchmark::kMillisecond);
@@ -85,6 +91,11 @@ BENCHMARK_CAPTURE(run_steps, step_quickstart_8_ranks_fast, kEightRanksFast, 2)
     ->Unit(benchmark::kMillisecond);
 BENCHMARK_CAPTURE(run_steps, step_small_fast, kSmallFast, 2)
     ->UseManualTime()
+    ->Unit(benchmark::kMillisecond);
+
+BENCHMARK_CAPTURE(run_steps, step_64_ranks, kManyRanks, 2)
+    ->UseManualTime()
+    ->Iterations(1)
     ->Unit(benchmark::kMillisecond);
 
 }  // namespace

@@ -10,19 +10,56 @@ namespace cambium {
 namespace {
 
 constexpr int64_t kAlignment = 256;  // a GPU's coalescing unit and more than any vector load
-constexpr int64_t kReserve = int64_t{1} << 40;  // address space only; pages come on first touch
-constexpr uint32_t kPoisonWord = 0x7fc0dead;    // a quiet NaN in fp32; its halves are NaN or huge
+// Address space only; pages come on first touch. A process has 2^47 bytes of it.
+constexpr int64_t kReserve = int64_t{1} << 40;
+constexpr int64_t kReserveOfAll = int64_t{1} << 46;
+// From here on an arena asks for 2 MB pages: fewer page faults and address lookups; not before, so
+// that hundreds of small simulated ranks hold no half-empty pages.
+constexpr int64_t kHugePagesFrom = int64_t{16} << 20;
+constexpr uint32_t kPoisonWord = 0x7fc0dead;  // a quiet NaN in fp32; its halves are NaN or huge
 
 int64_t aligned(int64_t bytes) {
   return (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-void fill_poison(std::byte* data, int64_t bytes) {
-  auto* words = reinterpret_cast<uint32_t*>(data);
-  std::fill(words, words + bytes / 4, kPoisonWord);
-}
+class HostAddressSpace final : public AddressSpace {
+ public:
+  explicit HostAddressSpace(int64_t sharers) {
+    reserved_ = aligned(std::min(kReserve, kReserveOfAll / sharers));
+    for (; reserved_ >= (int64_t{1} << 33); reserved_ /= 2) {
+      void* base = mmap(nullptr, static_cast<size_t>(reserved_), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (base == MAP_FAILED) continue;
+      base_ = static_cast<std::byte*>(base);
+      return;
+    }
+    fail(ExitCode::out_of_memory, "cannot reserve address space for a rank's arena");
+  }
+  ~HostAddressSpace() override { munmap(base_, static_cast<size_t>(reserved_)); }
+  std::byte* base() const override { return base_; }
+  int64_t reserved_bytes() const override { return reserved_; }
+  int64_t back(int64_t bytes) override {
+    if (backed_ < kHugePagesFrom && bytes >= kHugePagesFrom) {
+      madvise(base_, static_cast<size_t>(reserved_), MADV_HUGEPAGE);
+    }
+    backed_ = std::max(backed_, std::min(bytes, reserved_));
+    return std::min(bytes, reserved_);
+  }
+  void fill(std::byte* data, int64_t bytes, uint32_t word) override {
+    auto* words = reinterpret_cast<uint32_t*>(data);
+    std::fill(words, words + bytes / 4, word);
+  }
+
+ private:
+  std::byte* base_ = nullptr;
+  int64_t reserved_ = 0, backed_ = 0;
+};
 
 }  // namespace
+
+std::unique_ptr<AddressSpace> host_address_space(int64_t sharers) {
+  return std::make_unique<HostAddressSpace>(sharers);
+}
 
 const char* memory_class_name(MemoryClass memory_class) {
   constexpr const char* kNames[kMemoryClasses] = {"weights",     "gradients", "optimizer",
@@ -47,31 +84,19 @@ void Buffer::reset() {
   bytes_ = 0;
 }
 
-Arena::Arena(int64_t limit_bytes, Poison poison) : limit_(limit_bytes), poison_(poison) {
-  for (reserved_ = kReserve; reserved_ >= (int64_t{1} << 34); reserved_ /= 2) {
-    void* base = mmap(nullptr, static_cast<size_t>(reserved_), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base != MAP_FAILED) {
-      base_ = static_cast<std::byte*>(base);
-      return;
-    }
-  }
-  fail(ExitCode::out_of_memory, "cannot reserve address space for a rank's arena");
-}
-
-Arena::~Arena() {
-  if (base_ != nullptr) munmap(base_, static_cast<size_t>(reserved_));
-}
+Arena::Arena(int64_t limit_bytes, Poison poison, std::unique_ptr<AddressSpace> space)
+    : limit_(limit_bytes), poison_(poison), space_(std::move(space)), base_(space_->base()) {}
 
 Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what) {
   CHECK_GE(bytes, 0);
   const int64_t need = aligned(bytes);
-  if (used_ + need > limit_) {
+  const auto out_of_memory = [&](int64_t limit) {
     fail(ExitCode::out_of_memory,
          "out of memory: '{}' ({}) needs {} bytes, {} of {} are in use; next: fewer "
          "train.micro_batch_sequences, or more ranks",
-         what, memory_class_name(memory_class), bytes, used_, limit_);
-  }
+         what, memory_class_name(memory_class), bytes, used_, limit);
+  };
+  if (used_ + need > limit_) out_of_memory(limit_);
   auto best = free_.end();
   for (auto it = free_.begin(); it != free_.end(); ++it) {
     if (it->second >= need && (best == free_.end() || it->second < best->second)) best = it;
@@ -83,7 +108,8 @@ Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what
     free_.erase(best);
     if (rest > 0) free_[offset + need] = rest;
   } else {
-    CHECK_LE(top_ + need, reserved_);
+    const int64_t backed = space_->back(top_ + need);
+    if (backed < top_ + need) out_of_memory(backed);
     top_ += need;
   }
   used_ += need;
@@ -92,7 +118,7 @@ Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what
     peak_ = used_;
     peak_by_class_ = by_class_;
   }
-  if (poison_ == Poison::on) fill_poison(base_ + offset, need);
+  if (poison_ == Poison::on) space_->fill(base_ + offset, need, kPoisonWord);
   Buffer buffer;
   buffer.arena_ = this;
   buffer.data_ = base_ + offset;

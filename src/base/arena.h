@@ -1,14 +1,16 @@
 // Arena: one rank's memory, accounted to the byte by class.
 //
-// Best fit with coalescing over address space reserved once; blocks are 256-byte aligned, so the
-// same program order gives the same addresses and the same peak. Freeing returns a block at once in
-// program order: reuse on the same stream is safe, reuse across streams needs the consumer's event.
-// With poisoning a fresh block is filled with NaN, and a freed one is not reused before `reclaim`.
+// Best fit with coalescing over address space reserved once (the host's, or a GPU's); blocks are
+// 256-byte aligned, so the same program order gives the same addresses and the same peak. Freeing
+// returns a block at once in program order: reuse on the same stream is safe, reuse across streams
+// needs the consumer's event. With poisoning a fresh block is filled with NaN, and a freed one is
+// not reused before `reclaim`.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,6 +24,21 @@ constexpr int kMemoryClasses = 6;
 const char* memory_class_name(MemoryClass memory_class);
 
 enum class Poison { off, on };
+
+// Where an arena's blocks lie: reserved once, backed with memory as the arena grows.
+class AddressSpace {
+ public:
+  virtual ~AddressSpace() = default;
+  virtual std::byte* base() const = 0;
+  virtual int64_t reserved_bytes() const = 0;
+  // Makes [0, bytes) usable and returns how much of it is: less when memory is missing.
+  virtual int64_t back(int64_t bytes) = 0;
+  // Poison: `bytes` (a multiple of 4) of the 32-bit pattern `word`, done on return.
+  virtual void fill(std::byte* data, int64_t bytes, uint32_t word) = 0;
+};
+
+// Pages of this process, which come on first touch; `sharers` arenas divide its addresses.
+std::unique_ptr<AddressSpace> host_address_space(int64_t sharers = 1);
 
 class Arena;
 
@@ -53,8 +70,8 @@ class Buffer {
 class Arena {
  public:
   // `limit_bytes` is the planned share; exceeding it is an Error with exit code 40.
-  Arena(int64_t limit_bytes, Poison poison);
-  ~Arena();
+  Arena(int64_t limit_bytes, Poison poison,
+        std::unique_ptr<AddressSpace> space = host_address_space());
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
@@ -79,8 +96,8 @@ class Arena {
   void insert_free(int64_t offset, int64_t bytes);
 
   int64_t limit_;
-  int64_t reserved_ = 0;
   Poison poison_;
+  std::unique_ptr<AddressSpace> space_;
   std::byte* base_ = nullptr;
   int64_t top_ = 0;                  // first never-used offset
   std::map<int64_t, int64_t> free_;  // offset -> bytes, coalesced

@@ -92,8 +92,17 @@ void Stream::pop_front() {
   spare_ = chunk;
 }
 
+// On the device: after all that `other` has launched, which is at least what an event stands for.
+void Stream::order_after(const Stream& other) {
+  if (device_ != nullptr && other.device_ != nullptr) device_->wait_for(*other.device_);
+}
+
 void Stream::wait(const Event& event) {
-  if (event.stream == this || event.is_complete()) return;
+  if (event.stream == this || event.stream == nullptr) return;
+  if (event.is_complete() && (device_ == nullptr || launches_at_once())) {
+    order_after(*event.stream);
+    return;
+  }
   new (push(TaskKind::wait, "wait", sizeof(Event)).payload()) Event(event);
 }
 
@@ -112,10 +121,13 @@ bool Stream::run_head(Workers& workers) {
       return (*static_cast<GatedTask**>(task.payload()))->advance(workers);
     case TaskKind::wait: {
       const Event& event = *static_cast<const Event*>(task.payload());
-      if (event.is_complete()) return true;
-      if (ready_ == nullptr || head_waits_) return false;
-      head_waits_ = event.stream->add_waiter(event.sequence, *this);
-      return !head_waits_;
+      if (!event.is_complete()) {
+        if (ready_ == nullptr || head_waits_) return false;
+        head_waits_ = event.stream->add_waiter(event.sequence, *this);
+        if (head_waits_) return false;
+      }
+      order_after(*event.stream);
+      return true;
     }
   }
   return true;
@@ -219,6 +231,7 @@ void ImmediateHost::wait(const Event& event, std::source_location site) {
            event.stream->blocked_on());
     }
   }
+  event.synchronize_device();
 }
 
 int64_t ImmediateHost::now_ns() const {

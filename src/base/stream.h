@@ -22,12 +22,29 @@ namespace cambium {
 
 class Stream;
 
+// What a stream is on a GPU (kernels/cuda_stream.h). There a task is complete when it has been
+// launched: streams are ordered on the device, and the host waits for it in `Host::wait` alone.
+class DeviceStream {
+ public:
+  virtual ~DeviceStream() = default;
+  virtual void* native() const = 0;  // a cudaStream_t
+  // What is launched from now on runs after everything launched so far on `other`.
+  virtual void wait_for(const DeviceStream& other) = 0;
+  // Returns when everything launched so far is done; reports a failed kernel.
+  virtual void synchronize() = 0;
+};
+
+// `in_turn`: the driver launches, as it runs tasks on the CPU (schedule exploration).
+enum class LaunchOrder : uint8_t { at_once, in_turn };
+
 // A point in a stream: complete when every task enqueued before `record()` has run. Copyable.
 // A default event is complete. Tickets of collectives are events (src/comm/comm.h).
 struct Event {
   const Stream* stream = nullptr;
   uint64_t sequence = 0;
   bool is_complete() const;
+  // Waits until the device has done what was launched on a complete event's stream.
+  void synchronize_device() const;
 };
 
 // A task that may have to wait for other streams: what communicators are built from.
@@ -65,9 +82,13 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
   ~Stream();
   const std::string& name() const { return name_; }
-  // The device's stream on a GPU (a cudaStream_t, kernels/cuda_stream.h), null on the CPU.
-  void* native() const { return native_; }
-  void set_native(void* native) { native_ = native; }
+  // Null on the CPU.
+  DeviceStream* device() const { return device_; }
+  void* native() const { return device_ == nullptr ? nullptr : device_->native(); }
+  void set_device(DeviceStream* device, LaunchOrder order = LaunchOrder::at_once) {
+    device_ = device;
+    launch_order_ = order;
+  }
 
   // Runs `run(args, workers)` after everything enqueued before. `op_name` has static lifetime.
   template <class Args>
@@ -79,6 +100,23 @@ class Stream {
     task.call = [](const void* object, Workers& workers) {
       const auto& call = *static_cast<const Stored<Args>*>(object);
       call.run(call.args, workers);
+    };
+  }
+
+  // The same for a launcher of kernels on this stream's device: at once when nothing is queued.
+  template <class Args>
+  void launch(const char* op_name, void (*run)(const Args&, Stream&), const Args& args) {
+    static_assert(std::is_trivially_copyable_v<Args>, "args structs own nothing");
+    if (launches_at_once()) {
+      run(args, *this);
+      count_launched();
+      return;
+    }
+    Task& task = push(TaskKind::op, op_name, sizeof(StoredLaunch<Args>));
+    new (task.payload()) StoredLaunch<Args>{run, this, args};
+    task.call = [](const void* object, Workers&) {
+      const auto& call = *static_cast<const StoredLaunch<Args>*>(object);
+      call.run(call.args, *call.stream);
     };
   }
 
@@ -123,6 +161,12 @@ class Stream {
     void (*run)(const Args&, Workers&);
     Args args;
   };
+  template <class Args>
+  struct StoredLaunch {
+    void (*run)(const Args&, Stream&);
+    Stream* stream;
+    Args args;
+  };
   struct alignas(kTaskAlignment) Task {
     TaskKind kind = TaskKind::op;
     uint32_t bytes = 0;  // of this header and its payload
@@ -150,13 +194,20 @@ class Stream {
   Task& front() const;
   void pop_front();
   bool run_head(Workers& workers);
+  bool launches_at_once() const {
+    return device_ != nullptr && launch_order_ == LaunchOrder::at_once && is_idle();
+  }
+  // A task that ran without being queued. NOTE: nobody waits for it, as its number is new.
+  void count_launched() { completed_.store(++enqueued_, std::memory_order_release); }
+  void order_after(const Stream& other);
   // Wakes `stream` when `sequence` completes; false when it has.
   bool add_waiter(uint64_t sequence, Stream& stream) const;
   void wake_waiters(uint64_t completed);
 
   std::string name_;
   ReadyStreams* ready_ = nullptr;
-  void* native_ = nullptr;
+  DeviceStream* device_ = nullptr;
+  LaunchOrder launch_order_ = LaunchOrder::at_once;
   Chunk* head_ = nullptr;  // oldest chunk
   Chunk* tail_ = nullptr;
   Chunk* spare_ = nullptr;
@@ -175,11 +226,15 @@ inline bool Event::is_complete() const {
   return stream == nullptr || stream->completed() >= sequence;
 }
 
+inline void Event::synchronize_device() const {
+  if (stream != nullptr && stream->device() != nullptr) stream->device()->synchronize();
+}
+
 // How a rank's host code waits. The simulator yields the rank's fiber; `ImmediateHost` drains.
 class Host {
  public:
   virtual ~Host() = default;
-  // Returns when `event` is complete.
+  // Returns when `event` is complete, on the device too.
   virtual void wait(const Event& event,
                     std::source_location site = std::source_location::current()) = 0;
   // Lets other ranks run: before checkpoint I/O and other long host work.

@@ -89,6 +89,8 @@ void add_model(CLI::App& app, ModelSource& model) {
       ->required();
   app.add_option("--tokenizer", model.tokenizer,
                  "bytes, or a SentencePiece .model; default: the run's own");
+  app.add_option("--device", model.device, "cpu | cuda; default: the run's own")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
 }
 
 template <class Number>

@@ -73,6 +73,7 @@ Trace run_trace(const CheckRun& run) {
   const SyntheticSequences source(run.config);
   Trace trace;
   launch_ranks({.ranks = derived.ranks,
+                .device = run.config.run.device,
                 .workers = run.workers,
                 .schedule_seed = run.schedule_seed,
                 .poison = Poison::on,

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "fmt/format.h"
+#include "kernels/cuda_stream.h"
 #include "nlohmann/json.hpp"
 #include "src/cli/commands.h"
 
@@ -65,9 +66,19 @@ nlohmann::ordered_json examine() {
   const auto space = std::filesystem::space(".", status);
   found["disk_available_bytes"] = status ? 0 : static_cast<int64_t>(space.available);
   found["sentencepiece"] = kHasSentencePiece;
-  found["cuda_kernels"] = false;
-  found["nccl"] = false;
+  found["cuda_kernels"] = kHasCuda;
+  found["nccl"] = kHasCuda;
   found["gpus"] = gpu_names();
+  if constexpr (kHasCuda) {
+    if (cuda::device_count() > 0) {
+      const cuda::DeviceInfo gpu = cuda::device_info();
+      found["gpus"] = std::vector<std::string>(static_cast<size_t>(cuda::device_count()), gpu.name);
+      found["gpu_compute_capability"] = 0.1 * gpu.compute_capability;
+      found["gpu_multiprocessors"] = gpu.multiprocessors;
+      found["gpu_memory_bytes"] = gpu.total_bytes;
+      found["gpu_memory_available_bytes"] = gpu.free_bytes;
+    }
+  }
   const auto corpus_bytes = std::filesystem::file_size(kQuickstartCorpus, status);
   found["quickstart_corpus_bytes"] = status ? 0 : static_cast<int64_t>(corpus_bytes);
   return found;
@@ -85,8 +96,12 @@ std::string advice(const nlohmann::ordered_json& found) {
   if (!found["sentencepiece"].get<bool>()) {
     text += "This build has no SentencePiece: use data.tokenizer = \"bytes\".\n";
   }
-  if (!found["gpus"].empty()) {
-    text += "A GPU is present, but this build has no CUDA kernels for training: it uses the CPU.\n";
+  if (!found["gpus"].empty() && !kHasCuda) {
+    text +=
+        "A GPU is present, but this build has no CUDA kernels: `cmake --preset cuda` makes one.\n";
+  }
+  if (kHasCuda && found["gpus"].empty()) {
+    text += "No GPU is visible: use run.device = \"cpu\".\n";
   }
   return text.empty() ? "Next: cambium train configs/quickstart.toml\n" : text;
 }

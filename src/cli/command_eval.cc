@@ -42,6 +42,7 @@ Corpus eval_corpus(const EvalOptions& options, const Config& config) {
 int command_eval(const EvalOptions& options) {
   FileSystem files;
   LoadedModel model = load_model(files, options.model);
+  set_device(model.config, options.model.device);
   if (options.sequence_length > 0) model.config.train.sequence_length = options.sequence_length;
   Config config = single_rank_config(model.config);
   BatchOptions batches;
@@ -52,7 +53,8 @@ int command_eval(const EvalOptions& options) {
   batches.sequence_limit = options.sequences;
   const CorpusSequences source(BatchSource(eval_corpus(options, model.config), batches));
   EvalTotals totals;
-  launch_ranks({.ranks = 1, .workers = options.workers}, [&](RankEnvironment& environment) {
+  const LaunchOptions launch{.ranks = 1, .device = config.run.device, .workers = options.workers};
+  launch_ranks(launch, [&](RankEnvironment& environment) {
     Rank rank(config, environment);
     TrainStep step(rank, config.model);
     load_weights(step, *model.weights, LoadState::weights);

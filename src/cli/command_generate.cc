@@ -9,6 +9,7 @@ namespace cambium {
 int command_generate(const GenerateOptions& options) {
   FileSystem files;
   LoadedModel model = load_model(files, options.model);
+  set_device(model.config, options.model.device);
   model.config.run.workers = options.workers;
   GenerateRequest request;
   request.prompt = options.prompt;

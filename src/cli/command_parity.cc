@@ -1,5 +1,5 @@
 // cambium parity: a golden directory (design.md section 7) against this trainer: loss, logits,
-// every gradient, five AdamW steps. The bars are those of the contract; CPU fp32.
+// every gradient, five AdamW steps.
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -14,10 +14,16 @@ namespace cambium {
 
 namespace {
 
-constexpr double kLossBar = 1e-6;      // relative
-constexpr double kLogitsBar = 2e-5;    // relative L2
-constexpr double kGradientBar = 1e-4;  // relative L2, each
-constexpr double kAdamwBar = 1e-4;     // relative, each loss
+// Of the loss and of each AdamW loss the relative error, of logits and each gradient relative L2.
+struct ParityBars {
+  double loss, logits, gradient, adamw;
+};
+constexpr ParityBars kFp32Bars{1e-6, 2e-5, 1e-4, 1e-4};
+// In bf16 a token whose router scores lie within rounding of each other takes another expert than
+// in fp32, and whole rows of gradients move. Twice what the CPU reference with bf16 storage
+// measures on the goldens of three families (2.7e-3, 7.1e-2, 0.37, 4.8e-2): a gradient that is
+// absent or off by a factor of two fails, precision is the kernels' own tests' matter.
+constexpr ParityBars kBf16Bars{6e-3, 0.15, 0.75, 0.1};
 constexpr int64_t kMostGoldenBytes = 16 << 20;
 
 // The golden batch, the same at every step.
@@ -148,7 +154,8 @@ void measure_logits(TrainStep& step, const GoldenSequences& source, std::vector<
   }
   step.evaluate(source, 0, local_TV.f32());
   if (!step.model().has_head()) return;
-  const float* from = local_TV.f32();
+  const std::vector<float> values = rank.read<float>(local_TV.data(), local_TV.size_bytes() / 4);
+  const float* from = values.data();
   for (int64_t n = 0; n < layout.sequences_per_rank; ++n) {
     const int64_t micro = n / layout.micro_batch_sequences;
     const int64_t sequence =
@@ -257,7 +264,10 @@ int command_parity(const ParityOptions& options) {
     fail(ExitCode::corrupt_file, "{}: logits have {} values, the model gives {}", reader.where(),
          want_logits.size(), measured.logits.size());
   }
-  launch_ranks({.ranks = derived.ranks, .workers = config.run.workers, .poison = Poison::on},
+  launch_ranks({.ranks = derived.ranks,
+                .device = config.run.device,
+                .workers = config.run.workers,
+                .poison = Poison::on},
                [&](RankEnvironment& environment) {
                  measure_rank(environment, config, weights, source, measured);
                });
@@ -267,8 +277,9 @@ int command_parity(const ParityOptions& options) {
   const double loss_error = std::abs(measured.losses.front() - golden.loss) / golden.loss;
   const double adamw_error = largest_relative(measured.losses, golden.losses);
   const double norm_error = largest_relative(measured.grad_norms, golden.grad_norms);
-  const bool pass = loss_error <= kLossBar && logits.relative() <= kLogitsBar &&
-                    worst.error <= kGradientBar && adamw_error <= kAdamwBar;
+  const ParityBars& bars = config.numerics.compute == ComputeType::bf16 ? kBf16Bars : kFp32Bars;
+  const bool pass = loss_error <= bars.loss && logits.relative() <= bars.logits &&
+                    worst.error <= bars.gradient && adamw_error <= bars.adamw;
   if (options.format == OutputFormat::json) {
     const nlohmann::json object{
         {"loss", measured.losses.front()},    {"loss_rel_error", loss_error},
@@ -279,12 +290,12 @@ int command_parity(const ParityOptions& options) {
     fmt::print("{}\n", object.dump());
   } else {
     fmt::print("loss            {:.9f}  relative error {:.2e} (bar {:.0e})\n",
-               measured.losses.front(), loss_error, kLossBar);
-    fmt::print("logits          relative L2 {:.2e} (bar {:.0e})\n", logits.relative(), kLogitsBar);
-    fmt::print("worst gradient  relative L2 {:.2e} (bar {:.0e}) {}\n", worst.error, kGradientBar,
+               measured.losses.front(), loss_error, bars.loss);
+    fmt::print("logits          relative L2 {:.2e} (bar {:.0e})\n", logits.relative(), bars.logits);
+    fmt::print("worst gradient  relative L2 {:.2e} (bar {:.0e}) {}\n", worst.error, bars.gradient,
                worst.name);
     fmt::print("AdamW losses    relative error {:.2e} (bar {:.0e}), norms {:.2e}\n{}\n",
-               adamw_error, kAdamwBar, norm_error, pass ? "PASS" : "FAIL");
+               adamw_error, bars.adamw, norm_error, pass ? "PASS" : "FAIL");
   }
   return static_cast<int>(pass ? ExitCode::done : ExitCode::verification_mismatch);
 }

@@ -112,15 +112,16 @@ std::string processor_name() {
   return model;
 }
 
-RunRecord run_record(const Config& config, const Derived& derived, const std::string& resolved) {
+RunRecord run_record(const Config& config, const Derived& derived, Transport transport,
+                     const std::string& resolved) {
   RunRecord record;
   record.name = config.name;
   record.build = fmt::format("g++ {}, {}", __VERSION__, kHasCuda ? "cuda" : "cpu");
   record.machine = fmt::format("{}, {} cores", processor_name(), worker_threads(0));
   record.config_hash = xxh3_128(resolved.data(), resolved.size()).hex();
   record.layout = layout_text(config);
-  record.transport = "sim";
-  record.device = "cpu";
+  record.transport = choice_name(transport);
+  record.device = choice_name(config.run.device);
   record.reduction = config.numerics.reduction == ReductionMode::exact ? "exact" : "fast";
   record.start_time = utc_now("%Y-%m-%dT%H:%M:%SZ");
   record.seed = config.run.seed;
@@ -204,58 +205,107 @@ int end_run(MetricsWriter& metrics, const std::string& directory, const TrainOut
   return static_cast<int>(code);
 }
 
-}  // namespace
+// What a run of this process is made of, on every rank.
+struct TrainPlan {
+  const TrainOptions& options;
+  const Config& config;
+  const Derived& derived;
+  Job* job;  // null = all ranks are simulated here
+  int64_t last_step() const {
+    const int64_t steps = config.train.steps;
+    return options.stop_after_step > 0 ? std::min(options.stop_after_step, steps) : steps;
+  }
+};
 
-int command_train(const TrainOptions& options) {
-  const Config config = load_config(options.config.path, options.config.sets);
-  const Derived derived = derive(config);
-  refuse_faults(config);
-  const Transport transport =
-      resolve_transport(options.environment, config, static_cast<int>(derived.ranks));
-  CHECK(transport == Transport::sim);
+// Runs this process's ranks, and returns what rank 0, or this one, ended with.
+TrainOutcome run_ranks(const TrainPlan& plan, const LoadedData& data, TrainRun run) {
+  install_signal_handlers();
+  run.config = &plan.config;
+  run.derived = &plan.derived;
+  run.train = data.train.get();
+  run.validation = data.validation.get();
+  run.validation_batches = data.validation_batches;
+  run.last_step = plan.last_step();
+  run.stop_signal = &stop_signal_received;
+  const auto gpus = static_cast<double>(plan.job == nullptr ? 1 : plan.job->ranks());
+  run.peak_flops_per_s = gpus * peak_flops_per_s(plan.config.run.device);
+  TrainOutcome outcome;
+  launch_ranks({.job = plan.job,
+                .ranks = plan.derived.ranks,
+                .device = plan.config.run.device,
+                .workers = plan.config.run.workers,
+                .faults = plan.config.faults},
+               [&](RankEnvironment& environment) {
+                 const TrainOutcome own = train_rank(environment, run);
+                 if (plan.job != nullptr || environment.rank() == 0) outcome = own;
+               });
+  return outcome;
+}
+
+// Names under which rank 0 publishes what it found, once the corpus is built and the run directory
+// is its own: the directory, and the checkpoint to go on from.
+constexpr const char* kDirectoryName = "run directory";
+constexpr const char* kCheckpointName = "checkpoint";
+
+// A process whose rank is not 0: it writes its shards of checkpoints and nothing else.
+int train_other_rank(const TrainPlan& plan) {
+  const std::string directory = plan.job->await(kDirectoryName);
+  const std::string checkpoint = plan.job->await(kCheckpointName);
+  FileSystem files;
+  const LoadedData data = load_data(plan.config);
+  std::unique_ptr<CheckpointReader> reader;
+  if (!checkpoint.empty()) {
+    reader = std::make_unique<CheckpointReader>(files, checkpoint, ShardCheck::at_first_read);
+  }
+  const TrainOutcome outcome = run_ranks(plan, data,
+                                         {.resolved_config = resolved_toml(plan.config),
+                                          .directory = directory,
+                                          .files = &files,
+                                          .resume = reader.get()});
+  return static_cast<int>(outcome.reason == StopReason::signal ? ExitCode::stopped_by_signal
+                                                               : ExitCode::done);
+}
+
+int train_first_rank(const TrainPlan& plan) {
+  const Config& config = plan.config;
+  const TrainOptions& options = plan.options;
+  const Transport transport = plan.job == nullptr ? Transport::sim : Transport::nccl;
   const std::string directory = run_directory(options, config);
-  fmt::print("transport: sim, {} ranks ({})\nrun: {}\n", derived.ranks, layout_text(config),
-             directory);
+  fmt::print("transport: {}, {} ranks ({}) on {}\nrun: {}\n", choice_name(transport),
+             plan.derived.ranks, layout_text(config), device_name(config.run.device), directory);
   std::fflush(stdout);
   const LoadedData data = load_data(config);
   FileSystem files;
   RunDirectory run_files(files, directory, options.resume);
-  if (run_files.reader != nullptr) check_resume(*run_files.reader, config);
+  CheckpointReader* const reader = run_files.reader.get();
+  if (reader != nullptr) check_resume(*reader, config);
+  if (plan.job != nullptr) {
+    plan.job->publish(kDirectoryName, directory);
+    plan.job->publish(kCheckpointName, reader == nullptr ? "" : reader->path());
+  }
   const std::string resolved = resolved_toml(config);
   files.write_file_atomic(directory + "/config.resolved.toml", resolved);
-  RunRecord record = run_record(config, derived, resolved);
+  const RunRecord record = run_record(config, plan.derived, transport, resolved);
   write_run_record(directory, record);
-  const int64_t first_step = run_files.reader == nullptr ? 0 : run_files.reader->state().step;
+  const int64_t first_step = reader == nullptr ? 0 : reader->state().step;
   MetricsWriter metrics(directory, first_step,
                         config.logging.tensorboard ? EventFiles::on : EventFiles::off);
-  const int64_t last_step = options.stop_after_step > 0
-                                ? std::min(options.stop_after_step, config.train.steps)
-                                : config.train.steps;
   Progress progress(
       {.first_step = first_step,
-       .total_steps = last_step,
+       .total_steps = plan.last_step(),
        .style = stderr_progress_style(),
        .color = options.environment.get("NO_COLOR").empty() ? Color::on : Color::off});
-  install_signal_handlers();
-  TrainRun run{.config = &config,
-               .derived = &derived,
-               .resolved_config = resolved,
-               .directory = directory,
-               .files = &files,
-               .train = data.train.get(),
-               .validation = data.validation.get(),
-               .validation_batches = data.validation_batches,
-               .resume = run_files.reader.get(),
-               .last_step = last_step,
-               .stop_signal = &stop_signal_received,
-               .metrics = &metrics,
-               .progress = &progress};
   const std::string resume =
       fmt::format("cambium train {} --out {} --resume", options.config.path, directory);
   TrainOutcome outcome;
   try {
-    launch_ranks({.ranks = derived.ranks, .workers = config.run.workers, .faults = config.faults},
-                 [&](RankEnvironment& environment) { train_rank(environment, run, outcome); });
+    outcome = run_ranks(plan, data,
+                        {.resolved_config = resolved,
+                         .directory = directory,
+                         .files = &files,
+                         .resume = reader,
+                         .metrics = &metrics,
+                         .progress = &progress});
     progress.finish();
     if (outcome.reason != StopReason::signal) {
       finish_outputs(config, directory, files, data, outcome, record);
@@ -265,6 +315,26 @@ int command_train(const TrainOptions& options) {
     throw;
   }
   return end_run(metrics, directory, outcome, resume);
+}
+
+}  // namespace
+
+int command_train(const TrainOptions& options) {
+  const Config config = load_config(options.config.path, options.config.sets);
+  const Derived derived = derive(config);
+  refuse_faults(config);
+  const int ranks = static_cast<int>(derived.ranks);
+  const Transport transport = resolve_transport(options.environment, config, ranks);
+  std::unique_ptr<Job> job;
+  if (transport == Transport::nccl) job = join_job(options.environment, config, ranks);
+  const TrainPlan plan{options, config, derived, job.get()};
+  try {
+    require_device(config.run.device, derived.state_bytes / (job == nullptr ? 1 : ranks));
+    return job == nullptr || job->rank() == 0 ? train_first_rank(plan) : train_other_rank(plan);
+  } catch (const Error& error) {
+    if (job != nullptr) job->announce_failure(error.exit_code(), error.what());
+    throw;
+  }
 }
 
 }  // namespace cambium

@@ -61,6 +61,7 @@ int command_calibrate(const CalibrateOptions& options);
 struct ModelSource {
   std::string path;
   std::string tokenizer;  // "bytes" or a SentencePiece .model; empty = the run's own
+  std::string device;     // "cpu" or "cuda"; empty = the run's own
 };
 
 // cambium eval MODEL [--data FILE]... [--sequences N] [--sequence-length S] [--json]

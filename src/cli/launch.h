@@ -2,19 +2,24 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "src/base/arena.h"
+#include "src/cli/environment.h"
+#include "src/comm/job.h"
 #include "src/comm/rank_environment.h"
 #include "src/config/config.h"
 
 namespace cambium {
 
 struct LaunchOptions {
+  Job* job = nullptr;  // this process is one of its ranks; null = all ranks are simulated here
   int64_t ranks = 1;
-  int64_t workers = 0;         // worker threads; 0 = the machine's cores
-  uint64_t schedule_seed = 0;  // 0 = rank order; else a seeded random schedule
+  DeviceKind device = DeviceKind::cpu;  // cuda: all simulated ranks share this process's GPU
+  int64_t workers = 0;                  // worker threads; 0 = the machine's cores
+  uint64_t schedule_seed = 0;           // 0 = rank order; else a seeded random schedule
   Poison poison = Poison::off;
   std::vector<FaultConfig> faults;  // those of the communicator strike; others are the trainer's
 };
@@ -24,7 +29,7 @@ void launch(const LaunchOptions& options, void (*main)(void* body, RankEnvironme
             void* body);
 }
 
-// Runs body(environment) once per rank, all ranks simulated in this process.
+// Runs body(environment) for each rank that lives in this process.
 template <class Body>
 void launch_ranks(const LaunchOptions& options, Body&& body) {
   using Stored = std::remove_reference_t<Body>;
@@ -37,5 +42,19 @@ void launch_ranks(const LaunchOptions& options, Body&& body) {
 }
 
 int64_t worker_threads(int64_t configured);
+
+// Makes this process a rank of the job that the launcher's variables describe, on the GPU of its
+// local rank, and waits for the others. For run.transport = nccl in a build with CUDA.
+std::unique_ptr<Job> join_job(const Environment& environment, const Config& config, int ranks);
+
+// Refuses a device that this machine does not have, before anything is made: no GPU or another
+// generation's (2), or one with less memory than `state_bytes` (40).
+void require_device(DeviceKind device, int64_t state_bytes);
+// The message's part that needs no GPU: 40 when `needed_bytes` exceeds `free_bytes`.
+void require_memory(int64_t needed_bytes, int64_t free_bytes);
+// bf16 products per second that the GPU can do at most, as its data sheet counts; 0 on the CPU.
+double peak_flops_per_s(DeviceKind device);
+// "NVIDIA H100 80GB HBM3"; "cpu" without a GPU.
+std::string device_name(DeviceKind device);
 
 }  // namespace cambium

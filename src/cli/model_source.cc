@@ -72,11 +72,22 @@ LoadedModel load_model(FileSystem& files, const ModelSource& source) {
        source.path);
 }
 
+void set_device(Config& config, const std::string& device) {
+  if (device == "cpu") config.run.device = DeviceKind::cpu;
+  if (device == "cuda") {
+    config.run.device = DeviceKind::cuda;
+    config.numerics.compute = ComputeType::bf16;
+  }
+  check_device(config);
+}
+
 std::string generate_text(const Config& config, TensorSource& weights, const Tokenizer& tokenizer,
                           const GenerateRequest& request) {
   const Config single = single_rank_config(config);
   std::string text;
-  launch_ranks({.ranks = 1, .workers = config.run.workers}, [&](RankEnvironment& environment) {
+  const LaunchOptions launch{
+      .ranks = 1, .device = config.run.device, .workers = config.run.workers};
+  launch_ranks(launch, [&](RankEnvironment& environment) {
     text = generate_on_rank(environment, single, weights, tokenizer, request);
   });
   return text;

@@ -24,6 +24,9 @@ struct LoadedModel {
 // Exit 2 when `source.path` is none of the three.
 LoadedModel load_model(FileSystem& files, const ModelSource& source);
 
+// `device` is "cpu", "cuda" or, for the run's own, empty; refuses one that this build lacks.
+void set_device(Config& config, const std::string& device);
+
 DataOptions data_options(const Config& config);
 
 // Runs generate_on_rank on one simulated rank.

@@ -10,8 +10,10 @@
 // Matching: the n-th call of a communicator on one rank meets the n-th on every other; for
 // exchange, the n-th message from a source to a destination. Op, reduce op, dtype, counts (pairwise
 // for all_to_all_v) and root must agree: the first difference is an Error with exit code 22 that
-// names both call sites. Nothing above this header knows which implementation runs (`sim` or
-// `nccl`).
+// names both call sites. The simulator compares every call as it is posted; between processes
+// (`nccl`) a difference shows when the transfer stalls, and counts of all_to_all_v are not compared.
+// A call of no element may complete before its peers post. Nothing above this header knows which
+// implementation runs.
 #pragma once
 
 #include <array>
@@ -87,10 +89,15 @@ class Communicator {
  protected:
   Communicator(std::string name, int rank, int ranks)
       : name_(std::move(name)), rank_(rank), ranks_(ranks) {}
+  // Refuses absent buffers and sides that overlap other than in place; counts the bytes.
+  void check_call(const CollectiveCall& call);
   std::string name_;
   int rank_ = 0;
   int ranks_ = 1;
   std::array<CommTotals, kCollectiveKinds> totals_{};
+
+ private:
+  void count_bytes(const CollectiveCall& call);
 };
 
 // Every rank's `count` elements, concatenated in rank order into recv [ranks * count].

@@ -130,6 +130,7 @@ struct RunConfig {
   int64_t workers = 0;  // worker threads; 0 = the machine's cores
   std::string out;      // run directory; empty = runs/<config name>-<UTC time>
   Transport transport = Transport::automatic;
+  double watchdog_s = 300;    // how long a collective between processes may run
   bool allow_faults = false;  // `train` refuses [[faults]] without it
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "fmt/format.h"
+#include "kernels/op.h"
 #include "src/base/check.h"
 #include "src/config/schema.h"
 #include "src/parallel/schedule.h"
@@ -235,13 +236,17 @@ void check_supported(const Config& config) {
     refuse(fmt::format("parallel.cp = {} with run.device = cuda", parallel.cp),
            fmt::format("parallel.cp = 1, parallel.dp = {}", parallel.dp * parallel.cp));
   }
-  if (config.recompute.mode != RecomputeMode::none) {
-    refuse(fmt::format("recompute.mode = {}", choice_name(config.recompute.mode)),
-           "recompute.mode = none");
+  const bool shards_more =
+      parallel.sharding == Sharding::zero2 || parallel.sharding == Sharding::full;
+  if (config.run.device == DeviceKind::cuda && shards_more && parallel.dp * parallel.cp > 1) {
+    refuse(fmt::format("parallel.sharding = {} with run.device = cuda",
+                       choice_name(parallel.sharding)),
+           "parallel.sharding = zero1");
   }
-  if (config.run.device == DeviceKind::cuda) refuse("run.device = cuda", "run.device = cpu");
-  if (config.run.transport == Transport::nccl)
-    refuse("run.transport = nccl", "run.transport = sim");
+  check_device(config);
+  if (config.run.transport == Transport::nccl && config.run.device == DeviceKind::cpu) {
+    refuse("run.transport = nccl with run.device = cpu", "run.device = cuda, or transport = sim");
+  }
 }
 
 void count_model(const Config& config, Derived* derived) {
@@ -271,6 +276,17 @@ void count_model(const Config& config, Derived* derived) {
   derived->training_flops_per_token = 3.0 * derived->forward_flops_per_token;
 }
 
+// fp32 weights and gradients and the compute copy on every rank that holds a parameter, AdamW's
+// state once, or on every rank without sharding.
+void count_state(const Config& config, Derived* derived) {
+  const int64_t experts = config.model.layers * config.model.experts * derived->expert_parameters;
+  const int64_t dense = derived->parameters - experts;
+  const int64_t held = derived->data_ranks * dense + derived->edp * experts;
+  const int64_t optimized = config.parallel.sharding == Sharding::none ? held : derived->parameters;
+  const int64_t copy = config.numerics.compute == ComputeType::bf16 ? 2 : 0;
+  derived->state_bytes = (8 + copy) * held + 8 * optimized;
+}
+
 void cut_intervals(const Config& config, Derived* derived) {
   const int64_t steps = config.train.steps;
   const auto interval = [steps](int64_t given) {
@@ -285,6 +301,20 @@ void cut_intervals(const Config& config, Derived* derived) {
 }
 
 }  // namespace
+
+void check_device(const Config& config) {
+  if (config.run.device == DeviceKind::cpu) return;
+  if (config.numerics.compute == ComputeType::fp32) {
+    fail(ExitCode::usage,
+         "run.device = cuda computes in bf16 with fp32 sums: numerics.compute = fp32 is not "
+         "supported there; nearest supported: numerics.compute = bf16, or run.device = cpu");
+  }
+  if (!kHasCuda) {
+    fail(ExitCode::usage,
+         "run.device = cuda, but this build has no CUDA kernels; next: run.device = cpu, or a "
+         "build by `cmake --preset cuda`");
+  }
+}
 
 Derived derive(const Config& config) {
   check_model(config);
@@ -316,6 +346,7 @@ Derived derive(const Config& config) {
 
   cut_intervals(config, &derived);
   count_model(config, &derived);
+  count_state(config, &derived);
   return derived;
 }
 

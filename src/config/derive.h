@@ -38,10 +38,14 @@ struct Derived {
   int64_t parameters = 0;
   int64_t active_parameters = 0;
   int64_t expert_parameters = 0;        // of one expert of one layer
+  int64_t state_bytes = 0;              // weights, gradients, optimizer of all ranks, at least
   double forward_flops_per_token = 0;   // mean over the positions of a sequence
   double training_flops_per_token = 0;  // forward and both halves of backward
 };
 
 Derived derive(const Config& config);
+
+// Refuses what a GPU does not compute, and a GPU in a build without kernels (exit 2). Of derive().
+void check_device(const Config& config);
 
 }  // namespace cambium

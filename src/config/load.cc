@@ -477,6 +477,9 @@ Config Loader::finish(const std::string& path) {
     config.numerics.reduction =
         config.run.device == DeviceKind::cpu ? ReductionMode::exact : ReductionMode::fast;
   }
+  if (!has("numerics.compute") && config.run.device == DeviceKind::cuda) {
+    config.numerics.compute = ComputeType::bf16;
+  }
   complete_model(&config.model);
   report();
   return config;

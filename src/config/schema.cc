@@ -369,10 +369,11 @@ const KeySpec kKeys[] = {
      "step of the selection bias, once per training step; 0 = no bias"},
 
     {"recompute", "mode", in_section<kRecompute, &RecomputeConfig::mode>, kNoRange, kRecomputeNames,
-     kMay, nullptr, "what the backward pass computes again"},
+     kMay, nullptr, "what backward computes again; swiglu: what it does in any case"},
 
     {"numerics", "compute", in_section<kNumerics, &Numerics::compute>, kNoRange, kComputeNames,
-     kSame, nullptr, "storage of activations and of the weights that products read"},
+     kSame, "fp32 on cpu, bf16 on cuda",
+     "storage of activations and of the weights that products read"},
     {"numerics", "reduction", in_section<kNumerics, &Numerics::reduction>, kNoRange,
      kReductionNames, kSame, "exact on cpu, fast on cuda",
      "exact: the same bits for every layout; fast: the transport's order"},
@@ -415,6 +416,14 @@ const KeySpec kKeys[] = {
      nullptr,
      "sim: every rank in this process; nccl: one process per rank; auto: by the launcher's "
      "variables"},
+    {"run",
+     "watchdog_s",
+     in_section<kRun, &Run::watchdog_s>,
+     {1, 86400},
+     kNoChoices,
+     kMay,
+     nullptr,
+     "seconds that ranks wait for a missing process, and that a collective may run (exit 20, 21)"},
     {"run", "allow_faults", in_section<kRun, &Run::allow_faults>, kNoRange, kNoChoices, kMay,
      nullptr, "let `train` run with [[faults]]"},
 

@@ -21,8 +21,14 @@ namespace cambium {
 namespace {
 
 // Rows of logits that exist at a time in fast mode: a few MB at small vocabularies, bounded at
-// large.
+// large. A GPU takes more, so that products fill it and weight gradients are revisited less.
 constexpr int64_t kHeadChunkRows = 1024;
+constexpr int64_t kHeadChunkRowsCuda = 4096;
+constexpr int64_t kInitChunk = int64_t{1} << 22;  // elements drawn and uploaded at a time
+
+int64_t head_chunk_rows(const Rank& rank) {
+  return rank.config.run.device == DeviceKind::cuda ? kHeadChunkRowsCuda : kHeadChunkRows;
+}
 
 // The ranks that dense gradients are summed over. The fault `gradient_axis`: those of an expert.
 bool has_wrong_axis(const Rank& rank) {
@@ -105,6 +111,18 @@ Model::Model(Rank& rank, const ModelConfig& config)
     state(router_.fraction_LE, "lagged expert loads");
   }
   if (balance.loss == BalanceLoss::global_batch) state(router_.global_fraction_E, "expert loads");
+}
+
+// Elements [first, ...) of a tensor's initial weights, drawn by all worker threads.
+void Model::draw_normal(std::vector<float>& values, int64_t first, const TensorSeed& seed) const {
+  constexpr int64_t kPart = 1 << 16;  // about a millisecond of one core
+  const int64_t count = std::ssize(values);
+  rank_.environment.workers().parallel_for((count + kPart - 1) / kPart, [&](int64_t part,
+                                                                            Scratch&) {
+    const int64_t at = part * kPart;
+    fill_normal(values.data() + at, static_cast<uint64_t>(first + at), std::min(kPart, count - at),
+                static_cast<float>(config_.init_std), seed.seed, seed.tensor);
+  });
 }
 
 void Model::place_chunks() {
@@ -212,18 +230,26 @@ void Model::drop_layer(int64_t layer) {
 }
 
 void Model::initialize(uint64_t seed) {
+  int64_t staged = 0;  // elements on their way to the device
   for (const auto& group : groups_) {
     // The fault `rng_rank`: this rank draws its experts from another seed.
     const bool wrong_seed = group->kind() == GroupKind::expert && rank_.has_init_fault("rng_rank");
     for (const ParamPiece& piece : group->stored_pieces()) {
       const CanonicalTensor& canonical = piece.tensor->canonical;
-      std::vector<float> values(static_cast<size_t>(piece.elements), 1.0f);
-      if (canonical.shape.rank > 1) {
-        fill_normal(values.data(), static_cast<uint64_t>(piece.first_element), piece.elements,
-                    static_cast<float>(config_.init_std), wrong_seed ? seed + 1 : seed,
-                    tensor_id(canonical.name));
+      for (int64_t done = 0; done < piece.elements; done += kInitChunk) {
+        const ParamPiece part{piece.tensor, piece.first_element + done,
+                              std::min(kInitChunk, piece.elements - done)};
+        std::vector<float> values(static_cast<size_t>(part.elements), 1.0f);
+        if (canonical.shape.rank > 1) {
+          draw_normal(values, part.first_element,
+                      {wrong_seed ? seed + 1 : seed, tensor_id(canonical.name)});
+        }
+        group->set_weights(part, values);
+        staged += part.elements;
+        if (staged < kInitChunk) continue;
+        rank_.finish_step();
+        staged = 0;
       }
-      group->set_weights(piece, values);
     }
     group->refresh_compute_copy();
   }
@@ -274,7 +300,7 @@ void Model::upload_context(const HostTokens& tokens, MicroBatch& batch) {
   }
 }
 
-LayerContext Model::layer_context(int64_t layer) {
+LayerContext Model::layer_context(int64_t layer, Keep keep) {
   const Shape table(positions_, config_.head_dim / 2);
   return {.rank = rank_,
           .model = config_,
@@ -284,7 +310,8 @@ LayerContext Model::layer_context(int64_t layer) {
           .cos_SC = {cos_SC_.f32(), table},
           .sin_SC = {sin_SC_.f32(), table},
           .tensors = layers_[layer].tensors,
-          .layer = layer};
+          .layer = layer,
+          .keep = keep};
 }
 
 DType Model::dtype() const {
@@ -323,10 +350,11 @@ void Model::embed_backward(const MicroBatch& batch, const Buffer& d_x_TD) {
 
 Buffer Model::layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD, LayerState& state,
                             Keep keep) {
-  const LayerContext c = layer_context(layer);
+  const LayerContext c = layer_context(layer, keep);
   attend_forward(c, batch, std::move(x_TD), state);
   dispatch_forward(c, batch, state);
-  expert_forward(c, batch, state, keep);
+  expert_forward(c, batch, state);
+  if (keep == Keep::recomputing) return {};
   combine_forward(c, batch, state);
   return aggregate_forward(c, batch, state);
 }
@@ -341,6 +369,18 @@ Buffer Model::layer_backward(const MicroBatch& batch, int64_t layer, LayerState&
   return attend_backward(c, batch, state, gradients);
 }
 
+bool Model::recomputes() const { return rank_.config.recompute.mode == RecomputeMode::full_layer; }
+
+namespace {
+
+void keep_input_alone(LayerState& state) {
+  Buffer input_TD = std::move(state.x_TD);
+  state = LayerState{};
+  state.x_TD = std::move(input_TD);
+}
+
+}  // namespace
+
 Buffer Model::forward(const MicroBatch& batch, int64_t chunk, Buffer x_TD, ChunkState* state,
                       float* logits_TV) {
   const Chunk& here = chunks_[chunk];
@@ -351,8 +391,10 @@ Buffer Model::forward(const MicroBatch& batch, int64_t chunk, Buffer x_TD, Chunk
     if (layer + 1 < here.layers.end) prefetch_layer(layer + 1);
     LayerState passing;
     LayerState& saved = state == nullptr ? passing : state->layers[layer - here.layers.first];
+    const bool keeps = state != nullptr && !recomputes();
     x_TD = layer_forward(batch, layer, std::move(x_TD), saved,
-                         state == nullptr ? Keep::nothing : Keep::for_backward);
+                         keeps ? Keep::for_backward : Keep::nothing);
+    if (state != nullptr && !keeps) keep_input_alone(saved);
     drop_layer(layer);
   }
   if (!here.ends) return x_TD;
@@ -384,6 +426,10 @@ Buffer Model::backward(const MicroBatch& batch, int64_t chunk, Buffer d_out_TD, 
     gradients.d_out_TD = std::move(d_out_TD);
     hold_layer(layer);
     if (layer > here.layers.first) prefetch_layer(layer - 1);
+    if (recomputes()) {
+      Buffer input_TD = std::move(saved.x_TD);
+      layer_forward(batch, layer, std::move(input_TD), saved, Keep::recomputing);
+    }
     if (weights == WeightGradients::now) begin_layer(layer, batch);
     d_out_TD = layer_backward(batch, layer, saved, gradients);
     if (weights == WeightGradients::now) {
@@ -446,7 +492,7 @@ Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD)
             .epsilon = static_cast<float>(config_.norm_epsilon)},
            ops);
   const bool exact = rank_.config.numerics.reduction == ReductionMode::exact;
-  const int64_t chunk = exact ? T : std::min(T, kHeadChunkRows);
+  const int64_t chunk = exact ? T : std::min(T, head_chunk_rows(rank_));
   const Buffer logits = real(Shape(chunk, V), "logits");
   const Buffer loss = rank_.activation(4 * T, "token losses");
   const Buffer d_normed = real(Shape(T, D), "d final normed");
@@ -507,7 +553,7 @@ void Model::head_evaluate(const MicroBatch& batch, const Buffer& x_TD, float* lo
             .epsilon = static_cast<float>(config_.norm_epsilon)},
            ops);
   const Buffer loss = rank_.activation(4 * T, "token losses");
-  const int64_t chunk = logits_TV != nullptr ? T : std::min(T, kHeadChunkRows);
+  const int64_t chunk = logits_TV != nullptr ? T : std::min(T, head_chunk_rows(rank_));
   const Buffer logits = rank_.activation(4 * chunk * V, "logits");
   for (int64_t first = 0; first < T; first += chunk) {
     const int64_t rows = std::min(chunk, T - first);

@@ -68,6 +68,16 @@ class Model {
   int64_t chunks() const { return std::ssize(chunks_); }
   bool has_head() const { return head_ != nullptr; }
 
+  // The parts of a micro-batch, for benchmarks: the embedding, and one layer's five stages.
+  Buffer embed(const MicroBatch& batch);
+  Buffer layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD, LayerState& state,
+                       Keep keep);
+  Buffer layer_backward(const MicroBatch& batch, int64_t layer, LayerState& state,
+                        LayerGradients& gradients);
+  // Around a layer's weight gradients of one micro-batch.
+  void begin_layer(int64_t layer, const MicroBatch& batch);
+  void end_layer(int64_t layer);
+
   // Experts e on this rank: global numbers [first_expert, first_expert + local_experts).
   int64_t local_experts() const;
   int64_t first_expert() const;
@@ -97,23 +107,20 @@ class Model {
   void hold_layer(int64_t layer);
   void prefetch_layer(int64_t layer);
   void drop_layer(int64_t layer);
-  // Around a layer's weight gradients of one micro-batch.
-  void begin_layer(int64_t layer, const MicroBatch& batch);
-  void end_layer(int64_t layer);
   void upload_context(const HostTokens& tokens, MicroBatch& batch);
-  LayerContext layer_context(int64_t layer);
+  LayerContext layer_context(int64_t layer, Keep keep = Keep::for_backward);
   DType dtype() const;
-  // One layer's five stages.
-  Buffer layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD, LayerState& state,
-                       Keep keep);
-  Buffer layer_backward(const MicroBatch& batch, int64_t layer, LayerState& state,
-                        LayerGradients& gradients);
-  Buffer embed(const MicroBatch& batch);
+  bool recomputes() const;  // layers, in backward, from their inputs
   void embed_backward(const MicroBatch& batch, const Buffer& d_x_TD);
   // Final norm, vocabulary head and loss; returns the gradient of the last layer's output, its
   // weight gradients done (they are computed in the forward pass, chunk by chunk).
   Buffer head_forward_backward(const MicroBatch& batch, const Buffer& x_TD);
   void head_evaluate(const MicroBatch& batch, const Buffer& x_TD, float* logits_TV);
+
+  struct TensorSeed {
+    uint64_t seed, tensor;
+  };
+  void draw_normal(std::vector<float>& values, int64_t first, const TensorSeed& seed) const;
 
   Rank& rank_;
   ModelConfig config_;

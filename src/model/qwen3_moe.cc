@@ -1,394 +1,15 @@
-// The five stages (qwen3_moe.h). tidy: allow file-length: a layer reads in one place.
+// Stages 2 to 5 (qwen3_moe.h): tokens to the experts' ranks, experts, and back.
 #include "src/model/qwen3_moe.h"
 
 #include <numeric>
 
-#include "kernels/attention.h"
-#include "kernels/balance_loss.h"
 #include "kernels/combine.h"
-#include "kernels/copy.h"
-#include "kernels/dispatch_plan.h"
-#include "kernels/expert_load.h"
 #include "kernels/grouped_gemm.h"
-#include "kernels/leaf_fold.h"
-#include "kernels/linear.h"
-#include "kernels/metric_sum.h"
 #include "kernels/permute.h"
-#include "kernels/qk_norm_rope.h"
-#include "kernels/rms_norm.h"
-#include "kernels/router_topk.h"
 #include "kernels/routing_sort.h"
-#include "kernels/z_loss.h"
-#include "src/model/context.h"
+#include "src/model/layer_tools.h"
 
 namespace cambium {
-
-int64_t metric_columns(const Config& config) {
-  const bool exact = config.numerics.reduction == ReductionMode::exact;
-  return exact ? 1 + kLayerMetrics * config.model.layers : int64_t{kMetricColumns};
-}
-
-int64_t metric_column(const Config& config, MetricColumn column, int64_t layer) {
-  const bool exact = config.numerics.reduction == ReductionMode::exact;
-  return column + (exact && column != kMetricLoss ? kLayerMetrics * layer : 0);
-}
-
-DType LayerContext::dtype() const {
-  return rank.config.numerics.compute == ComputeType::bf16 ? DType::bf16 : DType::f32;
-}
-
-Buffer LayerContext::real(Shape shape, const char* what) const {
-  return rank.arena.tensor(shape, dtype(), MemoryClass::activations, what);
-}
-
-In<Real> LayerContext::in(const Buffer& buffer, Shape shape, int64_t stride) const {
-  return {buffer.data(), dtype(), shape, stride};
-}
-
-Out<Real> LayerContext::out(const Buffer& buffer, Shape shape, int64_t stride) const {
-  return {buffer.data(), dtype(), shape, stride};
-}
-
-namespace {
-
-// Extents that the stages use, named as in the shape legend (AGENTS.md).
-struct Extents {
-  explicit Extents(const LayerContext& c, int64_t tokens = 0)
-      : T(tokens),
-        D(c.model.hidden),
-        H(c.model.heads),
-        G(c.model.kv_heads),
-        Q(c.model.head_dim),
-        C((H + 2 * G) * Q),
-        E(c.model.experts),
-        K(c.model.top_k),
-        F(c.model.expert_hidden),
-        N(2 * F),
-        P(c.rank.mesh.ep),
-        e(E / P) {}
-  int64_t T, D, H, G, Q, C, E, K, F, N, P, e;
-};
-
-Buffer floats(const LayerContext& c, int64_t count, const char* what) {
-  return c.rank.activation(4 * count, what);
-}
-Buffer ints(const LayerContext& c, int64_t count, const char* what) {
-  return c.rank.activation(4 * count, what);
-}
-In<float> in_f32(const Buffer& buffer, Shape shape) { return {buffer.f32(), shape}; }
-Out<float> out_f32(const Buffer& buffer, Shape shape) { return {buffer.f32(), shape}; }
-In<int32_t> in_i32(const Buffer& buffer, Shape shape) { return {buffer.as<int32_t>(), shape}; }
-Out<int32_t> out_i32(const Buffer& buffer, Shape shape) { return {buffer.as<int32_t>(), shape}; }
-
-// A part of the fused qkv buffer: `heads` heads of Q from column `first`.
-template <class ViewType>
-ViewType qkv_part(const LayerContext& c, const Buffer& qkv_TC, const Extents& x, int64_t first,
-                  int64_t heads) {
-  auto* start = qkv_TC.as<std::byte>() + first * dtype_bytes(c.dtype());
-  return ViewType(start, c.dtype(), Shape(x.T, heads, x.Q), x.C);
-}
-
-QkNormKind qk_norm_kind(QkNorm norm) {
-  switch (norm) {
-    case QkNorm::none:
-      return QkNormKind::none;
-    case QkNorm::per_head:
-      return QkNormKind::per_head;
-    case QkNorm::full_width:
-      return QkNormKind::full_width;
-  }
-  return QkNormKind::none;
-}
-
-// 1 / sqrt(Q): the softmax temperature of attention.
-float attention_scale(int64_t head_dim) {
-  return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(head_dim)));
-}
-
-bool is_exact(const LayerContext& c) {
-  return c.rank.config.numerics.reduction == ReductionMode::exact;
-}
-
-In<Real> gain(const LayerContext& c, const ParamTensor* tensor) {
-  if (tensor == nullptr) return {};
-  return c.dense.weight(*tensor, Shape(tensor->elements));
-}
-
-// dW of a dense linear layer: y = x w^T.
-void dense_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor,
-                 In<Real> d_y_TN, In<Real> x_TK) {
-  if (g.weights == WeightGradients::later) {
-    g.dense_wgrads.push_back({&tensor, d_y_TN, x_TK});
-    return;
-  }
-  linear_wgrad({.d_y_TN = d_y_TN,
-                .x_TK = x_TK,
-                .d_w_SNK = c.dense.grad_slots(tensor, Shape(d_y_TN[1], x_TK[1])),
-                .present_S = c.dense.grad_present(tensor, 0),
-                .target = c.dense.target(),
-                .block_tokens = c.rank.config.numerics.block_tokens},
-               c.rank.ops);
-}
-
-// A norm gain's gradient from its per-block leaves.
-void gain_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor, Buffer leaf,
-                int64_t rows) {
-  if (g.weights == WeightGradients::later) {
-    g.gain_wgrads.push_back({&tensor, std::move(leaf), rows});
-    return;
-  }
-  leaf_fold({.leaf_BN = in_f32(leaf, Shape(rows, tensor.elements)),
-             .d_w_SN = c.dense.grad_slots(tensor, Shape(tensor.elements)),
-             .present_S = c.dense.grad_present(tensor, 0),
-             .target = c.dense.target()},
-            c.rank.ops);
-}
-
-// A buffer that waiting weight gradients read.
-void keep_for_weights(LayerGradients& g, Buffer& buffer) {
-  if (g.weights == WeightGradients::later) g.kept.push_back(std::move(buffer));
-}
-
-// What balance_loss counts over: the fractions, the buffer that holds them, or how to count.
-struct BalanceCounts {
-  CountSource source = CountSource::own_sequence;
-  In<float> fraction_NE;
-  Buffer held;
-};
-
-BalanceCounts balance_counts(const LayerContext& c, const MicroBatch& batch,
-                             In<int32_t> expert_index_TK, In<int32_t> count_E) {
-  const Extents x(c, batch.tokens);
-  const BalanceLoss loss = c.rank.config.balance.loss;
-  BalanceCounts counts;
-  if (loss == BalanceLoss::global_batch_lagged) {
-    counts.source = CountSource::given;
-    counts.fraction_NE = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(1, x.E)};
-  } else if (loss == BalanceLoss::global_batch) {
-    counts.source = CountSource::given;
-    counts.held = ints(c, x.E, "global counts");
-    c.rank.comm_waits_for_compute();
-    c.rank.compute_waits(all_reduce({.communicator = *c.rank.data,
-                                     .stream = c.rank.comm,
-                                     .send = count_E.pointer(),
-                                     .recv = counts.held.data(),
-                                     .count = x.E,
-                                     .dtype = DType::i32}));
-    count_fraction({.count_E = in_i32(counts.held, Shape(x.E)),
-                    .fraction_E = out_f32(c.router.global_fraction_E, Shape(x.E))},
-                   c.rank.ops);
-    counts.fraction_NE = in_f32(c.router.global_fraction_E, Shape(1, x.E));
-  } else if (c.rank.mesh.cp > 1) {
-    const bool each = loss == BalanceLoss::sequence;
-    const int64_t sequences = x.T * c.rank.mesh.cp / batch.sequence_length;
-    counts.source = CountSource::given;
-    counts.held = context_fractions(c, batch, expert_index_TK,
-                                    each ? FractionOf::each_sequence : FractionOf::all);
-    counts.fraction_NE = in_f32(counts.held, Shape(each ? sequences : 1, x.E));
-  } else if (loss == BalanceLoss::micro_batch) {
-    counts.source = CountSource::micro_batch;
-  }
-  return counts;
-}
-
-// Loads of this layer into the step's counts, and the balance losses of design.md section 3.
-void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffer& logits_TE,
-                     LayerState& s) {
-  const Extents x(c, batch.tokens);
-  const BalanceConfig& balance = c.rank.config.balance;
-  const InOut<int32_t> count_E(c.router.count_LE.as<int32_t>() + c.layer * x.E, Shape(x.E));
-  const In<int32_t> expert_index = in_i32(s.expert_index_TK, Shape(x.T, x.K));
-  expert_histogram({.expert_index_TK = expert_index, .count_E = count_E}, c.rank.ops);
-  if (balance.loss != BalanceLoss::none && batch.balance_gradient_scale > 0) {
-    const BalanceCounts counts =
-        balance_counts(c, batch, expert_index, {count_E.pointer(), Shape(x.E)});
-    const int64_t blocks = x.T / c.rank.config.numerics.block_tokens;
-    const Buffer leaf = floats(c, blocks, "balance loss");
-    s.d_probs_TE = floats(c, x.T * x.E, "d probs");
-    balance_loss({.probs_TE = in_f32(s.probs_TE, Shape(x.T, x.E)),
-                  .expert_index_TK = expert_index,
-                  .fraction_NE = counts.fraction_NE,
-                  .sequence_length = batch.sequence_length / c.rank.mesh.cp,
-                  .positions = batch.sequence_length,
-                  .block_tokens = c.rank.config.numerics.block_tokens,
-                  .source = counts.source,
-                  .loss_scale = static_cast<float>(balance.loss_weight),
-                  .gradient_scale = static_cast<float>(batch.balance_gradient_scale),
-                  .loss_leaf_B = out_f32(leaf, Shape(blocks)),
-                  .d_probs_TE = out_f32(s.d_probs_TE, Shape(x.T, x.E))},
-                 c.rank.ops);
-    metric_sum({.value_N = in_f32(leaf, Shape(blocks)),
-                .leaf_BM = batch.metric_leaf_BM,
-                .column = metric_column(c.rank.config, kMetricBalance, c.layer)},
-               c.rank.ops);
-  }
-  if (balance.z_loss_weight > 0 && batch.z_gradient_scale > 0) {
-    const Buffer loss = floats(c, x.T, "z loss");
-    s.d_logits_TE = floats(c, x.T * x.E, "z loss d logits");
-    z_loss({.logits_TE = in_f32(logits_TE, Shape(x.T, x.E)),
-            .loss_scale = static_cast<float>(balance.z_loss_weight),
-            .gradient_scale = static_cast<float>(batch.z_gradient_scale),
-            .loss_T = out_f32(loss, Shape(x.T)),
-            .d_logits_TE = out_f32(s.d_logits_TE, Shape(x.T, x.E))},
-           c.rank.ops);
-    metric_sum({.value_N = in_f32(loss, Shape(x.T)),
-                .leaf_BM = batch.metric_leaf_BM,
-                .column = metric_column(c.rank.config, kMetricZ, c.layer)},
-               c.rank.ops);
-  }
-}
-
-// Keys and values that attention reads: this rank's, or whole sequences with cp > 1.
-struct AttentionKeys {
-  In<Real> k, v;
-};
-AttentionKeys attention_keys(const LayerContext& c, const Extents& x, const LayerState& s) {
-  if (c.rank.mesh.cp > 1) {
-    const Shape whole(x.T * c.rank.mesh.cp, x.G, x.Q);
-    return {c.in(s.k_SC, whole), c.in(s.v_SC, whole)};
-  }
-  return {c.in(s.k_TGQ, Shape(x.T, x.G, x.Q)),
-          qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G)};
-}
-
-void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
-  const Extents x(c, batch.tokens);
-  OpContext& ops = c.rank.ops;
-  s.attn_rstd_T = floats(c, x.T, "attention norm rstd");
-  s.normed_TD = c.real(Shape(x.T, x.D), "normed input");
-  rms_norm({.x_TD = c.in(s.x_TD, Shape(x.T, x.D)),
-            .gain_D = gain(c, c.tensors.attn_norm),
-            .y_TD = c.out(s.normed_TD, Shape(x.T, x.D)),
-            .rstd_T = out_f32(s.attn_rstd_T, Shape(x.T)),
-            .epsilon = static_cast<float>(c.model.norm_epsilon)},
-           ops);
-  s.qkv_TC = c.real(Shape(x.T, x.C), "qkv");
-  linear({.x_TK = c.in(s.normed_TD, Shape(x.T, x.D)),
-          .w_NK = c.dense.weight(*c.tensors.qkv, Shape(x.C, x.D)),
-          .y_TN = c.out(s.qkv_TC, Shape(x.T, x.C))},
-         ops);
-  s.q_THQ = c.real(Shape(x.T, x.H, x.Q), "q");
-  s.k_TGQ = c.real(Shape(x.T, x.G, x.Q), "k");
-  const bool normed = c.model.qk_norm != QkNorm::none;
-  const bool per_head = c.model.qk_norm == QkNorm::per_head;
-  s.q_rstd = floats(c, x.T * (per_head ? x.H : 1), "q rstd");
-  s.k_rstd = floats(c, x.T * (per_head ? x.G : 1), "k rstd");
-  qk_norm_rope({.q_THQ = qkv_part<In<Real>>(c, s.qkv_TC, x, 0, x.H),
-                .k_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, x.H * x.Q, x.G),
-                .q_gain = gain(c, c.tensors.q_norm),
-                .k_gain = gain(c, c.tensors.k_norm),
-                .cos_SC = c.cos_SC,
-                .sin_SC = c.sin_SC,
-                .position_T = in_i32(batch.position_T, Shape(x.T)),
-                .q_out_THQ = c.out(s.q_THQ, Shape(x.T, x.H, x.Q)),
-                .k_out_TGQ = c.out(s.k_TGQ, Shape(x.T, x.G, x.Q)),
-                .q_rstd = normed ? out_f32(s.q_rstd, Shape(x.T, per_head ? x.H : 1)) : Out<float>(),
-                .k_rstd = normed ? out_f32(s.k_rstd, Shape(x.T, per_head ? x.G : 1)) : Out<float>(),
-                .epsilon = static_cast<float>(c.model.norm_epsilon),
-                .kind = qk_norm_kind(c.model.qk_norm)},
-               ops);
-  s.o_TC = c.real(Shape(x.T, x.H, x.Q), "attention output");
-  s.lse_TH = floats(c, x.T * x.H, "attention lse");
-  if (c.rank.mesh.cp > 1) {
-    const int64_t width = x.G * x.Q;
-    s.k_SC = gather_context(c, batch, c.in(s.k_TGQ, Shape(x.T, width)));
-    const In<Real> v_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G);
-    s.v_SC = gather_context(c, batch, {v_TGQ.data, c.dtype(), Shape(x.T, width), x.C});
-  }
-  const AttentionKeys keys = attention_keys(c, x, s);
-  attention({.q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
-             .k_TGQ = keys.k,
-             .v_TGQ = keys.v,
-             .document_start_T = batch.document_start_T.empty()
-                                     ? In<int32_t>()
-                                     : in_i32(batch.document_start_T, Shape(x.T)),
-             .o_THQ = c.out(s.o_TC, Shape(x.T, x.H, x.Q)),
-             .lse_TH = out_f32(s.lse_TH, Shape(x.T, x.H)),
-             .sequence_length = batch.sequence_length,
-             .block_tokens = c.rank.config.numerics.block_tokens,
-             .scale = attention_scale(x.Q),
-             .share = context_share(c.rank)},
-            ops);
-  s.sum_TD = c.real(Shape(x.T, x.D), "residual stream");
-  linear({.x_TK = c.in(s.o_TC, Shape(x.T, x.H * x.Q)),
-          .w_NK = c.dense.weight(*c.tensors.attn_out, Shape(x.D, x.H * x.Q)),
-          .residual_TN = c.in(s.x_TD, Shape(x.T, x.D)),
-          .y_TN = c.out(s.sum_TD, Shape(x.T, x.D))},
-         ops);
-}
-
-void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
-  const Extents x(c, batch.tokens);
-  OpContext& ops = c.rank.ops;
-  s.mlp_rstd_T = floats(c, x.T, "mlp norm rstd");
-  s.mlp_normed_TD = c.real(Shape(x.T, x.D), "mlp normed");
-  rms_norm({.x_TD = c.in(s.sum_TD, Shape(x.T, x.D)),
-            .gain_D = gain(c, c.tensors.mlp_norm),
-            .y_TD = c.out(s.mlp_normed_TD, Shape(x.T, x.D)),
-            .rstd_T = out_f32(s.mlp_rstd_T, Shape(x.T)),
-            .epsilon = static_cast<float>(c.model.norm_epsilon)},
-           ops);
-  const Buffer logits_TE = floats(c, x.T * x.E, "router logits");
-  linear({.x_TK = c.in(s.mlp_normed_TD, Shape(x.T, x.D)),
-          .w_NK = c.dense.weight(*c.tensors.router, Shape(x.E, x.D)),
-          .y_TN = out_f32(logits_TE, Shape(x.T, x.E))},
-         ops);
-  s.probs_TE = floats(c, x.T * x.E, "router probs");
-  s.expert_index_TK = ints(c, x.T * x.K, "expert index");
-  s.weight_TK = floats(c, x.T * x.K, "routing weight");
-  In<float> bias;
-  if (!c.router.select_bias_LE.empty()) {
-    bias = {c.router.select_bias_LE.f32() + c.layer * x.E, Shape(x.E)};
-  }
-  router_topk(
-      {.logits_TE = in_f32(logits_TE, Shape(x.T, x.E)),
-       .select_bias_E = bias,
-       .probs_TE = out_f32(s.probs_TE, Shape(x.T, x.E)),
-       .expert_index_TK = out_i32(s.expert_index_TK, Shape(x.T, x.K)),
-       .weight_TK = out_f32(s.weight_TK, Shape(x.T, x.K)),
-       .normalize = c.model.normalize_top_k ? TopkNormalize::over_top_k : TopkNormalize::none},
-      ops);
-  balance_forward(c, batch, logits_TE, s);
-}
-
-}  // namespace
-
-void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s) {
-  const Extents x(c, batch.tokens);
-  s.x_TD = std::move(x_TD);
-  attention_forward(c, batch, s);
-  router_forward(c, batch, s);
-  if (x.P == 1) return;
-  DispatchState& d = s.dispatch;
-  const int64_t capacity = dispatch_capacity(x.T, x.K, x.P);
-  d.send_count_P2 = ints(c, 2 * x.P, "send counts");
-  d.recv_count_P2 = ints(c, 2 * x.P, "received counts");
-  d.send_token_M = ints(c, capacity, "send token");
-  d.send_expert_MK = ints(c, capacity * x.K, "send expert");
-  d.send_weight_MK = floats(c, capacity * x.K, "send weight");
-  d.return_row_TK = ints(c, x.T * x.K, "return row");
-  d.token_part_TP = ints(c, x.T * x.P, "token part");
-  dispatch_plan({.expert_index_TK = in_i32(s.expert_index_TK, Shape(x.T, x.K)),
-                 .weight_TK = in_f32(s.weight_TK, Shape(x.T, x.K)),
-                 .ranks = x.P,
-                 .experts_per_rank = x.e,
-                 .send_count_P2 = out_i32(d.send_count_P2, Shape(x.P, 2)),
-                 .send_token_M = out_i32(d.send_token_M, Shape(capacity)),
-                 .send_expert_MK = out_i32(d.send_expert_MK, Shape(capacity, x.K)),
-                 .send_weight_MK = out_f32(d.send_weight_MK, Shape(capacity, x.K)),
-                 .return_row_TK = out_i32(d.return_row_TK, Shape(x.T, x.K)),
-                 .token_part_TP = out_i32(d.token_part_TP, Shape(x.T, x.P))},
-                c.rank.ops);
-  const std::vector<int64_t> two_each(x.P, 2);
-  c.rank.comm_waits_for_compute();
-  d.counts_ticket = all_to_all_v({.communicator = *c.rank.expert,
-                                  .stream = c.rank.comm,
-                                  .send = d.send_count_P2.data(),
-                                  .recv = d.recv_count_P2.data(),
-                                  .send_counts = two_each,
-                                  .recv_counts = two_each,
-                                  .dtype = DType::i32});
-}
 
 namespace {
 
@@ -413,9 +34,10 @@ void exchange_rows(const LayerContext& c, const void* send, void* recv,
 // The host wait of an MoE layer: counts that stage 1 exchanged, reused in backward.
 void read_counts(const LayerContext& c, DispatchState& d) {
   const int64_t P = c.rank.mesh.ep;
-  c.rank.host.wait(d.counts_ticket);
-  const auto* sent = d.send_count_P2.as<int32_t>();
-  const auto* received = d.recv_count_P2.as<int32_t>();
+  c.rank.compute_waits(d.counts_ticket);
+  const auto* sent = c.rank.download<int32_t>(d.send_count_P2);
+  const auto* received = c.rank.download<int32_t>(d.recv_count_P2);
+  c.rank.host.wait(c.rank.compute.record());
   for (int64_t p = 0; p < P; ++p) {
     d.send_tokens.push_back(sent[2 * p]);
     d.send_rows.push_back(sent[2 * p + 1]);
@@ -472,7 +94,18 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
   }
 }
 
-void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s, Keep keep) {
+namespace {
+
+// What the experts' rows are gathered from: local tokens, or received ones.
+In<Real> expert_tokens(const LayerContext& c, const LayerState& s) {
+  const DispatchState& d = s.dispatch;
+  return c.in(c.rank.mesh.ep == 1 ? s.mlp_normed_TD : d.recv_x_MD,
+              Shape(d.received, c.model.hidden));
+}
+
+}  // namespace
+
+void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
   OpContext& ops = c.rank.ops;
   const DispatchState& d = s.dispatch;
@@ -500,7 +133,7 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
                   .index_M = in_i32(m.row_slot_R, Shape(R)),
                   .y_M = out_f32(m.weight_R, Shape(R))},
                  ops);
-  if (is_exact(c) && keep == Keep::for_backward) {
+  if (is_exact(c) && c.keep != Keep::nothing) {
     m.row_block_R = ints(c, R, "row block");
     gather_row_blocks(
         {.token_block_T = in_i32(local ? batch.token_block_T : d.recv_block_M, Shape(M)),
@@ -508,20 +141,17 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
          .row_block_R = out_i32(m.row_block_R, Shape(R))},
         ops);
   }
-  m.x_RD = c.real(Shape(R, x.D), "expert input rows");
-  gather_rows({.x_TD = c.in(local ? s.mlp_normed_TD : d.recv_x_MD, Shape(M, x.D)),
-               .index_M = in_i32(m.row_token_R, Shape(R)),
-               .y_MD = c.out(m.x_RD, Shape(R, x.D))},
-              ops);
   m.gate_up_RN = c.real(Shape(R, x.N), "gate and up");
   const Buffer h_RF = c.real(Shape(R, x.F), "h");
   const In<int32_t> offset = in_i32(m.expert_offset_e1, Shape(x.e + 1));
-  grouped_up({.x_RD = c.in(m.x_RD, Shape(R, x.D)),
+  grouped_up({.x_RD = expert_tokens(c, s),
               .w_up_eND = c.expert.expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
               .expert_offset_e1 = offset,
               .gate_up_RN = c.out(m.gate_up_RN, Shape(R, x.N)),
-              .h_RF = c.out(h_RF, Shape(R, x.F))},
+              .h_RF = c.out(h_RF, Shape(R, x.F)),
+              .row_token_R = in_i32(m.row_token_R, Shape(R))},
              ops);
+  if (c.keep == Keep::recomputing) return;
   m.y_RD = c.real(Shape(R, x.D), "expert output rows");
   grouped_down({.h_RF = c.in(h_RF, Shape(R, x.F)),
                 .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
@@ -561,24 +191,6 @@ Buffer send_home(const LayerContext& c, LayerState& s, const Buffer& rows_RD) {
   return recv;
 }
 
-// Sums what came home (or the local rows) per token and adds the residual.
-void sum_rows(const LayerContext& c, int64_t tokens, LayerState& s, const Buffer& rows,
-              In<Real> residual_TD, Out<Real> out_TD) {
-  const Extents x(c, tokens);
-  const DispatchState& d = s.dispatch;
-  const int64_t home_rows = x.P == 1 || is_exact(c) ? x.T * x.K : d.sent;
-  In<int32_t> index = in_i32(s.expert.slot_row_MK, Shape(x.T, x.K));
-  if (x.P > 1) {
-    index = is_exact(c) ? in_i32(d.return_row_TK, Shape(x.T, x.K))
-                        : in_i32(d.token_part_TP, Shape(x.T, x.P));
-  }
-  combine_rows({.y_RD = c.in(rows, Shape(home_rows, x.D)),
-                .row_index_TK = index,
-                .residual_TD = residual_TD,
-                .out_TD = out_TD},
-               c.rank.ops);
-}
-
 }  // namespace
 
 void combine_forward(const LayerContext& c, const MicroBatch&, LayerState& s) {
@@ -599,25 +211,29 @@ Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerSt
 
 void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                         LayerGradients& g) {
+  if (c.rank.mesh.ep == 1) return;
   const Extents x(c, batch.tokens);
   const DispatchState& d = s.dispatch;
-  Buffer recv;
-  if (x.P > 1) {
-    const Buffer send = c.real(Shape(d.sent, x.D), "combine backward send");
-    gather_rows({.x_TD = c.in(g.d_out_TD, Shape(x.T, x.D)),
-                 .index_M = in_i32(d.send_token_M, Shape(d.sent)),
-                 .y_MD = c.out(send, Shape(d.sent, x.D))},
-                c.rank.ops);
-    recv = c.real(Shape(d.received, x.D), "combine backward received");
-    c.rank.comm_waits_for_compute();
-    exchange_rows(c, send.data(), recv.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
-  }
-  g.d_y_RD = c.real(Shape(d.rows, x.D), "d expert output rows");
-  gather_rows({.x_TD = c.in(x.P == 1 ? g.d_out_TD : recv, Shape(d.received, x.D)),
-               .index_M = in_i32(s.expert.row_token_R, Shape(d.rows)),
-               .y_MD = c.out(g.d_y_RD, Shape(d.rows, x.D))},
+  const Buffer send = c.real(Shape(d.sent, x.D), "combine backward send");
+  gather_rows({.x_TD = c.in(g.d_out_TD, Shape(x.T, x.D)),
+               .index_M = in_i32(d.send_token_M, Shape(d.sent)),
+               .y_MD = c.out(send, Shape(d.sent, x.D))},
               c.rank.ops);
+  g.d_y_MD = c.real(Shape(d.received, x.D), "combine backward received");
+  c.rank.comm_waits_for_compute();
+  exchange_rows(c, send.data(), g.d_y_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
 }
+
+namespace {
+
+// The gradients that the experts' rows are gathered from.
+In<Real> expert_token_gradients(const LayerContext& c, const LayerState& s,
+                                const LayerGradients& g) {
+  return c.in(c.rank.mesh.ep == 1 ? g.d_out_TD : g.d_y_MD,
+              Shape(s.dispatch.received, c.model.hidden));
+}
+
+}  // namespace
 
 void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients& g) {
   const Extents x(c);
@@ -627,14 +243,15 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
   g.d_gate_up_RN = c.real(Shape(R, x.N), "d gate and up");
   g.d_weight_R = floats(c, R, "d row weight");
   g.weighted_h_RF = c.real(Shape(R, x.F), "weighted h");
-  grouped_down_dgrad({.d_y_RD = c.in(g.d_y_RD, Shape(R, x.D)),
+  grouped_down_dgrad({.d_y_RD = expert_token_gradients(c, s, g),
                       .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
                       .gate_up_RN = c.in(m.gate_up_RN, Shape(R, x.N)),
                       .expert_offset_e1 = offset,
                       .weight_R = in_f32(m.weight_R, Shape(R)),
                       .d_gate_up_RN = c.out(g.d_gate_up_RN, Shape(R, x.N)),
                       .d_weight_R = out_f32(g.d_weight_R, Shape(R)),
-                      .weighted_h_RF = c.out(g.weighted_h_RF, Shape(R, x.F))},
+                      .weighted_h_RF = c.out(g.weighted_h_RF, Shape(R, x.F)),
+                      .row_token_R = in_i32(m.row_token_R, Shape(R))},
                      c.rank.ops);
   g.d_x_RD = c.real(Shape(R, x.D), "d expert input rows");
   grouped_up_dgrad({.d_gate_up_RN = c.in(g.d_gate_up_RN, Shape(R, x.N)),
@@ -644,35 +261,34 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
                    c.rank.ops);
 }
 
-namespace {
-
-void grouped_expert_wgrad(const LayerContext& c, const ExpertState& m, const ParamTensor& tensor,
-                          In<Real> d_y_RN, In<Real> x_RK, int64_t experts) {
-  grouped_wgrad(
-      {.d_y_RN = d_y_RN,
-       .x_RK = x_RK,
-       .expert_offset_e1 = in_i32(m.expert_offset_e1, Shape(experts + 1)),
-       .row_block_R = m.row_block_R.empty() ? In<int32_t>() : in_i32(m.row_block_R, Shape(x_RK[0])),
-       .d_w_SeNK = c.expert.grad_slots(tensor, Shape(experts, d_y_RN[1], x_RK[1])),
-       .present_Se = c.expert.grad_present(tensor, experts),
-       .target = c.expert.target(),
-       .expert_stride = c.expert.expert_stride(tensor)},
-      c.rank.ops);
-}
-
-}  // namespace
-
 void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g) {
   const Extents x(c);
+  const ExpertState& m = s.expert;
   const int64_t R = s.dispatch.rows;
-  grouped_expert_wgrad(c, s.expert, *c.tensors.down, c.in(g.d_y_RD, Shape(R, x.D)),
-                       c.in(g.weighted_h_RF, Shape(R, x.F)), x.e);
-  grouped_expert_wgrad(c, s.expert, *c.tensors.gate_up, c.in(g.d_gate_up_RN, Shape(R, x.N)),
-                       c.in(s.expert.x_RD, Shape(R, x.D)), x.e);
-  g.d_y_RD.reset();
+  const In<int32_t> token = in_i32(m.row_token_R, Shape(R));
+  const auto wgrad_into = [&](const ParamTensor& tensor, Shape matrix) {
+    return GroupedWgradArgs{
+        .expert_offset_e1 = in_i32(m.expert_offset_e1, Shape(x.e + 1)),
+        .row_block_R = m.row_block_R.empty() ? In<int32_t>() : in_i32(m.row_block_R, Shape(R)),
+        .d_w_SeNK = c.expert.grad_slots(tensor, Shape(x.e, matrix[0], matrix[1])),
+        .present_Se = c.expert.grad_present(tensor, x.e),
+        .target = c.expert.target(),
+        .expert_stride = c.expert.expert_stride(tensor)};
+  };
+  GroupedWgradArgs down = wgrad_into(*c.tensors.down, Shape(x.D, x.F));
+  down.d_y_RN = expert_token_gradients(c, s, g);
+  down.d_y_token_R = token;
+  down.x_RK = c.in(g.weighted_h_RF, Shape(R, x.F));
+  grouped_wgrad(down, c.rank.ops);
+  GroupedWgradArgs up = wgrad_into(*c.tensors.gate_up, Shape(x.N, x.D));
+  up.d_y_RN = c.in(g.d_gate_up_RN, Shape(R, x.N));
+  up.x_RK = expert_tokens(c, s);
+  up.x_token_R = token;
+  grouped_wgrad(up, c.rank.ops);
+  g.d_y_MD.reset();
   g.weighted_h_RF.reset();
   g.d_gate_up_RN.reset();
-  s.expert.x_RD.reset();
+  s.dispatch.recv_x_MD.reset();
   s.expert.gate_up_RN.reset();
 }
 
@@ -696,197 +312,21 @@ void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) 
   g.d_weight_R.reset();
 }
 
-namespace {
-
-// Gradient of the second norm's output: the experts' part, then the router's on top.
-Buffer router_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
-                       LayerGradients& g) {
-  const Extents x(c, batch.tokens);
-  OpContext& ops = c.rank.ops;
-  const bool local = x.P == 1;
-  const Buffer d_weight_TK = floats(c, x.T * x.K, "d routing weight");
-  gather_scalars(
-      {.x_N = in_f32(local ? g.d_weight_R : g.d_returned_weight, Shape(x.T * x.K)),
-       .index_M = in_i32(local ? s.expert.slot_row_MK : s.dispatch.return_row_TK, Shape(x.T * x.K)),
-       .y_M = out_f32(d_weight_TK, Shape(x.T * x.K))},
-      ops);
-  Buffer d_logits_TE = floats(c, x.T * x.E, "d router logits");
-  auto optional_TE = [&](const Buffer& buffer) {
-    return buffer.empty() ? In<float>() : in_f32(buffer, Shape(x.T, x.E));
-  };
-  router_topk_backward(
-      {.probs_TE = in_f32(s.probs_TE, Shape(x.T, x.E)),
-       .expert_index_TK = in_i32(s.expert_index_TK, Shape(x.T, x.K)),
-       .d_weight_TK = in_f32(d_weight_TK, Shape(x.T, x.K)),
-       .d_probs_TE = optional_TE(s.d_probs_TE),
-       .d_logits_in_TE = optional_TE(s.d_logits_TE),
-       .d_logits_TE = out_f32(d_logits_TE, Shape(x.T, x.E)),
-       .normalize = c.model.normalize_top_k ? TopkNormalize::over_top_k : TopkNormalize::none},
-      ops);
-  Buffer d_normed_TD = c.real(Shape(x.T, x.D), "d mlp normed");
-  sum_rows(c, x.T, s, local ? g.d_x_RD : g.d_returned, {}, c.out(d_normed_TD, Shape(x.T, x.D)));
-  linear_dgrad({.d_y_TN = in_f32(d_logits_TE, Shape(x.T, x.E)),
-                .w_NK = c.dense.weight(*c.tensors.router, Shape(x.E, x.D)),
-                .residual_TK = c.in(d_normed_TD, Shape(x.T, x.D)),
-                .d_x_TK = c.out(d_normed_TD, Shape(x.T, x.D))},
-               ops);
-  dense_wgrad(c, g, *c.tensors.router, in_f32(d_logits_TE, Shape(x.T, x.E)),
-              c.in(s.mlp_normed_TD, Shape(x.T, x.D)));
-  keep_for_weights(g, d_logits_TE);
-  return d_normed_TD;
-}
-
-// Backward of an RMSNorm whose input is also the residual stream.
-Buffer norm_backward(const LayerContext& c, const MicroBatch& batch, LayerGradients& g,
-                     const ParamTensor& tensor, const Buffer& d_y_TD, const Buffer& x_TD,
-                     const Buffer& rstd_T, const Buffer& d_residual_TD) {
-  const Extents x(c, batch.tokens);
-  const int64_t block = c.rank.config.numerics.block_tokens, blocks = x.T / block;
-  Buffer d_x_TD = c.real(Shape(x.T, x.D), "d norm input");
-  Buffer leaf = floats(c, blocks * x.D, "d gain leaves");
-  rms_norm_backward({.d_y_TD = c.in(d_y_TD, Shape(x.T, x.D)),
-                     .x_TD = c.in(x_TD, Shape(x.T, x.D)),
-                     .gain_D = gain(c, &tensor),
-                     .rstd_T = in_f32(rstd_T, Shape(x.T)),
-                     .d_residual_TD = c.in(d_residual_TD, Shape(x.T, x.D)),
-                     .d_x_TD = c.out(d_x_TD, Shape(x.T, x.D)),
-                     .d_gain_leaf_BD = out_f32(leaf, Shape(blocks, x.D)),
-                     .block_tokens = block},
-                    c.rank.ops);
-  gain_wgrad(c, g, tensor, std::move(leaf), blocks);
-  return d_x_TD;
-}
-
-// Gradients around attention itself.
-struct AttentionGrads {
-  In<Real> o;
-  Out<Real> q, k, v;
-};
-void attention_core_backward(const LayerContext& c, const MicroBatch& batch, const LayerState& s,
-                             const AttentionGrads& d) {
-  const Extents x(c, batch.tokens);
-  const AttentionKeys keys = attention_keys(c, x, s);
-  AttentionBackwardArgs backward{
-      .q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
-      .k_TGQ = keys.k,
-      .v_TGQ = keys.v,
-      .o_THQ = c.in(s.o_TC, Shape(x.T, x.H, x.Q)),
-      .d_o_THQ = d.o,
-      .lse_TH = in_f32(s.lse_TH, Shape(x.T, x.H)),
-      .document_start_T = batch.document_start_T.empty()
-                              ? In<int32_t>()
-                              : in_i32(batch.document_start_T, Shape(x.T)),
-      .d_q_THQ = d.q,
-      .sequence_length = batch.sequence_length,
-      .block_tokens = c.rank.config.numerics.block_tokens,
-      .scale = attention_scale(x.Q),
-      .share = context_share(c.rank)};
-  if (c.rank.mesh.cp == 1) {
-    backward.d_k_TGQ = d.k;
-    backward.d_v_TGQ = d.v;
-    attention_backward(backward, c.rank.ops);
-  } else {
-    const int64_t width = x.G * x.Q;
-    const int64_t rows =
-        attention_partial_rows(x.T, batch.sequence_length, backward.block_tokens, backward.share);
-    const Buffer k_partial = floats(c, rows * width, "d k of query blocks");
-    const Buffer v_partial = floats(c, rows * width, "d v of query blocks");
-    backward.d_k_partial_MC = out_f32(k_partial, Shape(rows, width));
-    backward.d_v_partial_MC = out_f32(v_partial, Shape(rows, width));
-    attention_backward(backward, c.rank.ops);
-    fold_context(c, batch, k_partial, d.k);
-    fold_context(c, batch, v_partial, d.v);
-  }
-}
-
-// From the gradient of the attention block's output to that of the qkv projection's output.
-Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, LayerState& s,
-                              LayerGradients& g, const Buffer& d_sum_TD) {
-  const Extents x(c, batch.tokens);
-  OpContext& ops = c.rank.ops;
-  const Buffer d_o = c.real(Shape(x.T, x.H, x.Q), "d attention output");
-  linear_dgrad({.d_y_TN = c.in(d_sum_TD, Shape(x.T, x.D)),
-                .w_NK = c.dense.weight(*c.tensors.attn_out, Shape(x.D, x.H * x.Q)),
-                .d_x_TK = c.out(d_o, Shape(x.T, x.H * x.Q))},
-               ops);
-  dense_wgrad(c, g, *c.tensors.attn_out, c.in(d_sum_TD, Shape(x.T, x.D)),
-              c.in(s.o_TC, Shape(x.T, x.H * x.Q)));
-  const Buffer d_q = c.real(Shape(x.T, x.H, x.Q), "d q");
-  const Buffer d_k = c.real(Shape(x.T, x.G, x.Q), "d k");
-  Buffer d_qkv = c.real(Shape(x.T, x.C), "d qkv");
-  attention_core_backward(c, batch, s,
-                          {.o = c.in(d_o, Shape(x.T, x.H, x.Q)),
-                           .q = c.out(d_q, Shape(x.T, x.H, x.Q)),
-                           .k = c.out(d_k, Shape(x.T, x.G, x.Q)),
-                           .v = qkv_part<Out<Real>>(c, d_qkv, x, (x.H + x.G) * x.Q, x.G)});
-  const int64_t block = c.rank.config.numerics.block_tokens, blocks = x.T / block;
-  const bool per_head = c.model.qk_norm == QkNorm::per_head;
-  Buffer q_leaf, k_leaf;
-  QkNormRopeBackwardArgs args{.d_q_out_THQ = c.in(d_q, Shape(x.T, x.H, x.Q)),
-                              .d_k_out_TGQ = c.in(d_k, Shape(x.T, x.G, x.Q)),
-                              .cos_SC = c.cos_SC,
-                              .sin_SC = c.sin_SC,
-                              .position_T = in_i32(batch.position_T, Shape(x.T)),
-                              .d_q_THQ = qkv_part<Out<Real>>(c, d_qkv, x, 0, x.H),
-                              .d_k_TGQ = qkv_part<Out<Real>>(c, d_qkv, x, x.H * x.Q, x.G),
-                              .block_tokens = block,
-                              .kind = qk_norm_kind(c.model.qk_norm)};
-  if (c.tensors.q_norm != nullptr) {
-    const int64_t q_width = c.tensors.q_norm->elements, k_width = c.tensors.k_norm->elements;
-    q_leaf = floats(c, blocks * q_width, "d q gain leaves");
-    k_leaf = floats(c, blocks * k_width, "d k gain leaves");
-    args.q_THQ = qkv_part<In<Real>>(c, s.qkv_TC, x, 0, x.H);
-    args.k_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, x.H * x.Q, x.G);
-    args.q_gain = gain(c, c.tensors.q_norm);
-    args.k_gain = gain(c, c.tensors.k_norm);
-    args.q_rstd = in_f32(s.q_rstd, Shape(x.T, per_head ? x.H : 1));
-    args.k_rstd = in_f32(s.k_rstd, Shape(x.T, per_head ? x.G : 1));
-    args.d_q_gain_leaf_BN = out_f32(q_leaf, Shape(blocks, q_width));
-    args.d_k_gain_leaf_BN = out_f32(k_leaf, Shape(blocks, k_width));
-  }
-  qk_norm_rope_backward(args, ops);
-  if (c.tensors.q_norm != nullptr) {
-    gain_wgrad(c, g, *c.tensors.q_norm, std::move(q_leaf), blocks);
-    gain_wgrad(c, g, *c.tensors.k_norm, std::move(k_leaf), blocks);
-  }
-  return d_qkv;
-}
-
-}  // namespace
-
-Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
-                       LayerGradients& g) {
-  const Extents x(c, batch.tokens);
-  const Buffer d_mlp_normed = router_backward(c, batch, s, g);
-  Buffer d_sum_TD = norm_backward(c, batch, g, *c.tensors.mlp_norm, d_mlp_normed, s.sum_TD,
-                                  s.mlp_rstd_T, g.d_out_TD);
-  Buffer d_qkv = attention_backward_qkv(c, batch, s, g, d_sum_TD);
-  const Buffer d_normed = c.real(Shape(x.T, x.D), "d normed input");
-  linear_dgrad({.d_y_TN = c.in(d_qkv, Shape(x.T, x.C)),
-                .w_NK = c.dense.weight(*c.tensors.qkv, Shape(x.C, x.D)),
-                .d_x_TK = c.out(d_normed, Shape(x.T, x.D))},
-               c.rank.ops);
-  dense_wgrad(c, g, *c.tensors.qkv, c.in(d_qkv, Shape(x.T, x.C)),
-              c.in(s.normed_TD, Shape(x.T, x.D)));
-  Buffer d_x_TD =
-      norm_backward(c, batch, g, *c.tensors.attn_norm, d_normed, s.x_TD, s.attn_rstd_T, d_sum_TD);
-  keep_for_weights(g, d_sum_TD);
-  keep_for_weights(g, d_qkv);
-  return d_x_TD;
-}
-
 void release_for_weights(LayerState& s, LayerGradients& g) {
   LayerState kept;
   kept.normed_TD = std::move(s.normed_TD);
   kept.o_TC = std::move(s.o_TC);
   kept.mlp_normed_TD = std::move(s.mlp_normed_TD);
   kept.dispatch.rows = s.dispatch.rows;
+  kept.dispatch.received = s.dispatch.received;
+  kept.dispatch.recv_x_MD = std::move(s.dispatch.recv_x_MD);
   kept.expert.expert_offset_e1 = std::move(s.expert.expert_offset_e1);
+  kept.expert.row_token_R = std::move(s.expert.row_token_R);
   kept.expert.row_block_R = std::move(s.expert.row_block_R);
-  kept.expert.x_RD = std::move(s.expert.x_RD);
+  const bool gathers_received = !kept.dispatch.recv_x_MD.empty();  // else from d_out_TD
   s = std::move(kept);
-  for (Buffer* done :
-       {&g.d_out_TD, &g.d_x_RD, &g.d_weight_R, &g.d_returned, &g.d_returned_weight}) {
+  if (gathers_received) g.d_out_TD.reset();
+  for (Buffer* done : {&g.d_x_RD, &g.d_weight_R, &g.d_returned, &g.d_returned_weight}) {
     done->reset();
   }
 }

@@ -61,6 +61,10 @@ struct RouterState {
   Buffer global_fraction_E;  // balance loss `global_batch`: work space
 };
 
+// What a forward pass is for. `nothing`: evaluation. `recomputing`: a second time, for a backward
+// pass whose first forward kept the layer's input alone; losses and loads are counted already.
+enum class Keep { for_backward, nothing, recomputing };
+
 // What the stages of one layer share.
 struct LayerContext {
   Rank& rank;
@@ -71,6 +75,7 @@ struct LayerContext {
   In<float> cos_SC, sin_SC;  // C = Q / 2
   LayerTensors tensors;
   int64_t layer = 0;
+  Keep keep = Keep::for_backward;
 
   DType dtype() const;  // of activations
   Buffer real(Shape shape, const char* what) const;
@@ -91,7 +96,7 @@ struct DispatchState {
 
 struct ExpertState {
   Buffer expert_offset_e1, row_token_R, row_slot_R, ordered_row_R, slot_row_MK, row_block_R;
-  Buffer weight_R, x_RD, gate_up_RN, y_RD;
+  Buffer weight_R, gate_up_RN, y_RD;
 };
 
 // Saved by forward, consumed by backward. Freed piece by piece in program order.
@@ -105,12 +110,10 @@ struct LayerState {
   Buffer returned;  // stage 4's rows or parts on the token side
 };
 
-enum class Keep { for_backward, nothing };  // `nothing`: evaluation
-
 // Forward stages. `attend_forward` takes the layer's input, `aggregate_forward` returns its output.
 void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s);
 void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
-void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s, Keep keep);
+void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 
@@ -131,7 +134,7 @@ struct GainWgrad {
 // Gradients between backward stages.
 struct LayerGradients {
   Buffer d_out_TD;  // of the layer's output; the residual's part of d_sum_TD
-  Buffer d_y_RD;    // of the experts' weighted rows
+  Buffer d_y_MD;    // of the received tokens' weighted rows; with ep = 1 that is d_out_TD
   Buffer d_x_RD, d_weight_R, d_gate_up_RN, weighted_h_RF;
   Buffer d_returned;  // rows or parts of d_x on the token side
   Buffer d_returned_weight;

@@ -521,8 +521,8 @@ void ParamGroup::gather_weights() {
                                     .send = weights_.f32() + shard_first(),
                                     .recv = weights_.data(),
                                     .count = shard_elements()}));
+    refresh_compute_copy();
   }
-  refresh_compute_copy();
 }
 
 void ParamGroup::set_weights(const ParamPiece& piece, const std::vector<float>& values) {

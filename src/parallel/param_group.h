@@ -102,9 +102,14 @@ class ParamGroup {
   float* gradient(int64_t flat_offset) const;
   float* moment1(int64_t flat_offset) const { return moment1_.f32() + flat_offset - state_first_; }
   float* moment2(int64_t flat_offset) const { return moment2_.f32() + flat_offset - state_first_; }
+  // bf16 compute weights from a flat offset in a stored piece on; null when compute is fp32.
+  uint16_t* compute_copy(int64_t flat_offset) const {
+    return compute_.empty() ? nullptr : compute_.as<uint16_t>() + flat_offset - stored_first_;
+  }
   // Multiplies the final gradient of the optimized pieces (the fault `expert_gradient_scale`).
   void scale_gradient(float factor);
-  // After the optimizer: every replica gets every shard (none: it has them; full: it never does).
+  // After the optimizer, which wrote the owned part of the compute copy: every replica gets every
+  // shard (none: it has them; full: it never does).
   void gather_weights();
   // Host values into the fp32 weights of a stored piece.
   void set_weights(const ParamPiece& piece, const std::vector<float>& values);

@@ -1,10 +1,54 @@
 #include "src/parallel/rank.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/copy.h"
+#include "kernels/cuda_stream.h"
 
 namespace cambium {
+
+namespace {
+
+constexpr int64_t kStagingBlockBytes = int64_t{1} << 20;  // a step's uploads of a small model
+constexpr int64_t kStagingAlignment = 256;
+
+std::unique_ptr<AddressSpace> address_space(DeviceKind device, int64_t ranks) {
+  if constexpr (kHasCuda) {
+    if (device == DeviceKind::cuda) return cuda::device_address_space();
+  }
+  CHECK(device == DeviceKind::cpu);
+  return host_address_space(ranks);
+}
+
+}  // namespace
+
+HostBuffer::HostBuffer(DeviceKind device, int64_t bytes) : device_(device), bytes_(bytes) {
+  if constexpr (kHasCuda) {
+    if (device == DeviceKind::cuda) {
+      data_ = static_cast<std::byte*>(cuda::allocate_pinned(bytes));
+      return;
+    }
+  }
+  data_ = new std::byte[static_cast<size_t>(bytes)];
+}
+
+HostBuffer& HostBuffer::operator=(HostBuffer&& other) noexcept {
+  std::swap(device_, other.device_);
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+HostBuffer::~HostBuffer() {
+  if constexpr (kHasCuda) {
+    if (device_ == DeviceKind::cuda) {
+      cuda::free_pinned(data_);
+      return;
+    }
+  }
+  delete[] data_;
+}
 
 Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
     : config(run_config),
@@ -12,7 +56,8 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
       host(rank_environment.host()),
       mesh(make_mesh(run_config.parallel)),
       at(mesh_coordinates(mesh, rank_environment.rank())),
-      arena(INT64_MAX / 2, rank_environment.poison()),
+      arena(INT64_MAX / 2, rank_environment.poison(),
+            address_space(run_config.run.device, rank_environment.ranks())),
       compute(rank_environment.make_stream("compute")),
       comm(rank_environment.make_stream("comm")),
       pipe(rank_environment.make_stream("pipe")) {
@@ -23,6 +68,7 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
   data = environment.make_communicator("data", data_group(mesh, at));
   expert = environment.make_communicator("expert", expert_group(mesh, at));
   expert_data = environment.make_communicator("expert_data", expert_data_group(mesh, at));
+  ops.backend = run_config.run.device == DeviceKind::cuda ? Backend::cuda : Backend::reference;
   ops.stream = &compute;
   ops.totals = &totals;
 }
@@ -41,14 +87,36 @@ bool Rank::has_init_fault(const char* kind) const {
   return false;
 }
 
+std::byte* Rank::stage(int64_t bytes) {
+  const auto fits = [&] { return staging_used_ + bytes <= staging_[staging_block_].size_bytes(); };
+  while (staging_block_ < staging_.size() && !fits()) {
+    ++staging_block_;
+    staging_used_ = 0;
+  }
+  if (staging_block_ == staging_.size()) {
+    staging_.emplace_back(config.run.device, std::max(bytes, kStagingBlockBytes));
+  }
+  std::byte* staged = staging_[staging_block_].as<std::byte>() + staging_used_;
+  staging_used_ += (bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
+  return staged;
+}
+
 Buffer Rank::upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what) {
-  auto& staged = staging_.emplace_back(std::make_unique<std::byte[]>(static_cast<size_t>(bytes)));
-  std::memcpy(staged.get(), source, static_cast<size_t>(bytes));
+  std::byte* staged = stage(bytes);
+  std::memcpy(staged, source, static_cast<size_t>(bytes));
   Buffer buffer = arena.allocate(bytes, memory_class, what);
-  copy_bytes({.from_N = {reinterpret_cast<const uint8_t*>(staged.get()), Shape(bytes)},
+  copy_bytes({.from_N = {reinterpret_cast<const uint8_t*>(staged), Shape(bytes)},
               .to_N = {buffer.as<uint8_t>(), Shape(bytes)}},
              ops);
   return buffer;
+}
+
+const std::byte* Rank::download(const void* from, int64_t bytes) {
+  std::byte* staged = stage(bytes);
+  copy_bytes({.from_N = {static_cast<const uint8_t*>(from), Shape(bytes)},
+              .to_N = {reinterpret_cast<uint8_t*>(staged), Shape(bytes)}},
+             ops);
+  return staged;
 }
 
 void Rank::zero(const Buffer& buffer) {
@@ -60,7 +128,8 @@ void Rank::finish_step() {
   host.wait(compute.record());
   host.wait(comm.record());
   host.wait(pipe.record());
-  staging_.clear();
+  staging_block_ = 0;
+  staging_used_ = 0;
   arena.reclaim();
 }
 

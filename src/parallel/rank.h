@@ -15,6 +15,26 @@
 
 namespace cambium {
 
+// Host memory that copies in stream order read and write: pinned where ranks run on a GPU.
+class HostBuffer {
+ public:
+  HostBuffer() = default;
+  HostBuffer(DeviceKind device, int64_t bytes);
+  HostBuffer(HostBuffer&& other) noexcept { *this = std::move(other); }
+  HostBuffer& operator=(HostBuffer&& other) noexcept;
+  ~HostBuffer();
+  int64_t size_bytes() const { return bytes_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+
+ private:
+  DeviceKind device_ = DeviceKind::cpu;
+  std::byte* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
 class Rank {
  public:
   Rank(const Config& run_config, RankEnvironment& rank_environment);
@@ -57,6 +77,20 @@ class Rank {
     return upload(values.data(), static_cast<int64_t>(values.size() * sizeof(T)),
                   MemoryClass::activations, what);
   }
+  // Device data to the host in `compute`'s order. What is returned is valid once the host has
+  // waited for it, and until the first upload or download after `finish_step`.
+  template <class T>
+  const T* download(const Buffer& buffer) {
+    return reinterpret_cast<const T*>(download(buffer.data(), buffer.size_bytes()));
+  }
+  // The values at a device address, now: waits.
+  template <class T>
+  std::vector<T> read(const void* from, int64_t count) {
+    const std::byte* bytes = download(from, count * static_cast<int64_t>(sizeof(T)));
+    host.wait(compute.record());
+    const T* values = reinterpret_cast<const T*>(bytes);
+    return {values, values + count};
+  }
   // Fills a buffer's bytes in stream order.
   void zero(const Buffer& buffer);
   // `compute` waits for `ticket`, or `comm` for everything computed so far.
@@ -66,7 +100,13 @@ class Rank {
   void finish_step();
 
  private:
-  std::vector<std::unique_ptr<std::byte[]>> staging_;
+  std::byte* stage(int64_t bytes);
+  const std::byte* download(const void* from, int64_t bytes);
+
+  // Blocks of staged uploads and downloads, used again from the first one on after `finish_step`.
+  std::vector<HostBuffer> staging_;
+  size_t staging_block_ = 0;
+  int64_t staging_used_ = 0;
 };
 
 }  // namespace cambium

@@ -72,11 +72,11 @@ std::string generate_on_rank(RankEnvironment& environment, const Config& single_
                                                   .sequence_length = count},
                                                  {});
     step.model().forward(batch, 0, {}, nullptr, logits.f32());
+    const std::vector<float> last = rank.read<float>(logits.f32() + (count - 1) * vocab, vocab);
     rank.finish_step();
     // Ids that the tokenizer does not have are never drawn.
     const int64_t drawable = std::min(vocab, tokenizer.vocab());
-    const int32_t next = draw_token(logits.f32() + (count - 1) * vocab, drawable, request,
-                                    static_cast<uint64_t>(draw));
+    const int32_t next = draw_token(last.data(), drawable, request, static_cast<uint64_t>(draw));
     if (next == tokenizer.eos() && request.at_document_end == DocumentEnd::stop) break;
     tokens.push_back(next);
   }

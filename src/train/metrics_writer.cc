@@ -50,6 +50,10 @@ Json step_json(const StepMetrics& metrics) {
   put_number(object, "lr", metrics.lr);
   put_number(object, "step_ms", metrics.step_ms);
   put_number(object, "tokens_per_s", metrics.tokens_per_s);
+  put_optional(object, "mfu", metrics.mfu);
+  if (metrics.peak_memory_bytes.has_value()) {
+    object["peak_memory_bytes"] = *metrics.peak_memory_bytes;
+  }
   put_text(object, "digest", metrics.digest);
   put_optional(object, "validation_loss", metrics.validation_loss);
   put_optional(object, "balance_loss", metrics.balance_loss);
@@ -69,6 +73,7 @@ std::vector<Scalar> step_scalars(const StepMetrics& metrics) {
   const auto add = [&](const char* tag, const std::optional<double>& value) {
     if (value.has_value()) scalars.push_back({tag, *value});
   };
+  add("speed/mfu", metrics.mfu);
   add("validation/loss", metrics.validation_loss);
   add("train/balance_loss", metrics.balance_loss);
   add("train/z_loss", metrics.z_loss);

@@ -22,7 +22,9 @@ struct StepMetrics {
   double lr = 0;
   double step_ms = 0;
   double tokens_per_s = 0;
-  int64_t tokens = 0;  // non-ignored tokens of this step
+  std::optional<double> mfu;                 // training FLOPs over the GPU's peak
+  std::optional<int64_t> peak_memory_bytes;  // of the rank's device memory, since the run began
+  int64_t tokens = 0;                        // non-ignored tokens of this step
   std::string digest;  // hex digest of all parameters after the step; empty = not digested
   std::optional<double> balance_loss;
   std::optional<double> z_loss;

@@ -1,6 +1,7 @@
 #include "src/train/train_run.h"
 
 #include <cmath>
+#include <deque>
 #include <limits>
 
 #include "kernels/copy.h"
@@ -44,9 +45,9 @@ void load_range(Rank& rank, TensorSource& source, const std::string& name, int64
   }
 }
 
-std::vector<double> as_doubles(const Buffer& buffer) {
-  const float* values = buffer.f32();
-  return {values, values + buffer.size_bytes() / 4};
+std::vector<double> as_doubles(Rank& rank, const Buffer& buffer) {
+  const std::vector<float> values = rank.read<float>(buffer.data(), buffer.size_bytes() / 4);
+  return {values.begin(), values.end()};
 }
 
 void restore(Rank& rank, const CheckpointState& state, const char* name, const Buffer& buffer) {
@@ -94,11 +95,18 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
   Rank& rank = step.rank();
   rank.host.yield("checkpoint");
   std::vector<ShardPiece> pieces;
+  std::deque<std::vector<float>> copies;  // of device memory
+  const bool on_host = run.config->run.device == DeviceKind::cpu;
   for (const auto& group : step.model().groups()) {
     for (const ParamPiece& piece : group->owned_pieces()) {
       const int64_t at = piece.flat_offset(), total = piece.tensor->elements;
       const std::string& name = piece.tensor->canonical.name;
       auto add = [&](const std::string& piece_name, const float* data) {
+        if (!on_host) {
+          copies.push_back(rank.read<float>(data, piece.elements));
+          rank.finish_step();
+          data = copies.back().data();
+        }
         pieces.push_back({piece_name, piece.first_element, piece.elements, total, data});
       };
       add(name, group->weights(at));
@@ -126,10 +134,10 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
     state.integers["data.batches"] = at_step;  // global batches consumed
     const RouterState& router = step.model().router();
     if (!router.select_bias_LE.empty()) {
-      state.float_arrays["router.select_bias"] = as_doubles(router.select_bias_LE);
+      state.float_arrays["router.select_bias"] = as_doubles(rank, router.select_bias_LE);
     }
     if (!router.fraction_LE.empty()) {
-      state.float_arrays["router.fraction"] = as_doubles(router.fraction_LE);
+      state.float_arrays["router.fraction"] = as_doubles(rank, router.fraction_LE);
     }
     commit_checkpoint(*run.files, directory, ranks, state);
     retain_checkpoints(*run.files, directory, at_step, run.config->checkpoint.keep);
@@ -164,20 +172,23 @@ double validation_loss(TrainStep& step, const TrainRun& run) {
 }
 
 // Whether rank 0 was asked to stop, the same answer on every rank.
-bool stop_requested(Rank& rank, const TrainRun& run, const Buffer& flag) {
+bool stop_requested(Rank& rank, const TrainRun& run) {
   if (run.stop_signal == nullptr) return false;
-  if (rank.is_first()) *flag.as<int32_t>() = *run.stop_signal != 0 ? 1 : 0;
-  rank.host.wait(broadcast({.communicator = *rank.world,
-                            .stream = rank.comm,
-                            .data = flag.data(),
-                            .count = 1,
-                            .dtype = DType::i32}));
-  return *flag.as<int32_t>() != 0;
+  const int32_t asked = *run.stop_signal != 0 ? 1 : 0;
+  if (rank.world->ranks() == 1) return asked != 0;
+  const Buffer flag = rank.upload(std::vector<int32_t>{asked}, "stop flag");
+  rank.comm_waits_for_compute();
+  rank.compute_waits(broadcast({.communicator = *rank.world,
+                                .stream = rank.comm,
+                                .data = flag.data(),
+                                .count = 1,
+                                .dtype = DType::i32}));
+  return rank.read<int32_t>(flag.data(), 1).front() != 0;
 }
 
 // Rank 0's record of one step.
 void record_step(const TrainRun& run, int64_t step, const StepResult& result, int64_t elapsed_ns,
-                 double validation) {
+                 double validation, int64_t peak_bytes) {
   StepMetrics metrics;
   metrics.step = step;
   metrics.loss = result.loss;
@@ -187,6 +198,11 @@ void record_step(const TrainRun& run, int64_t step, const StepResult& result, in
   metrics.tokens = result.tokens;
   metrics.tokens_per_s = static_cast<double>(run.derived->tokens_per_step) * 1e9 /
                          static_cast<double>(std::max<int64_t>(1, elapsed_ns));
+  if (run.config->run.device == DeviceKind::cuda) {
+    metrics.mfu =
+        run.derived->training_flops_per_token * metrics.tokens_per_s / run.peak_flops_per_s;
+    metrics.peak_memory_bytes = peak_bytes;
+  }
   metrics.digest = total_digest(result.digests);
   if (run.config->balance.loss != BalanceLoss::none) metrics.balance_loss = result.balance_loss;
   if (run.config->balance.z_loss_weight > 0) metrics.z_loss = result.z_loss;
@@ -199,11 +215,10 @@ void record_step(const TrainRun& run, int64_t step, const StepResult& result, in
 
 }  // namespace
 
-void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome& outcome) {
+TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run) {
   const Config& config = *run.config;
   Rank rank(config, environment);
   TrainStep step(rank, config.model);
-  const Buffer stop_flag = rank.workspace(4, "stop flag");
   int64_t done = 0;
   if (run.resume != nullptr) {
     load_checkpoint(step, *run.resume);
@@ -228,7 +243,7 @@ void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome&
                                           digest ? WithDigests::yes : WithDigests::no);
     const int64_t elapsed_ns = rank.host.now_ns() - start_ns;
     done = now;
-    const bool stopping = stop_requested(rank, run, stop_flag);
+    const bool stopping = stop_requested(rank, run);
     const bool last = done == run.last_step || stopping;
     validation = std::numeric_limits<double>::quiet_NaN();
     const int64_t eval_every = run.derived->eval_every_steps;
@@ -236,7 +251,9 @@ void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome&
         (done == config.train.steps || done % eval_every == 0)) {
       validation = validation_loss(step, run);
     }
-    if (rank.is_first()) record_step(run, done, result, elapsed_ns, validation);
+    if (rank.is_first()) {
+      record_step(run, done, result, elapsed_ns, validation, rank.arena.peak_bytes());
+    }
     if (last || done % save_every == 0) save_checkpoint(step, run, done);
     if (stopping && done < run.last_step) {
       reason = StopReason::signal;
@@ -244,11 +261,10 @@ void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome&
     }
   }
   rank.finish_step();
-  if (!rank.is_first()) return;
   if (reason == StopReason::finished && done < config.train.steps) {
     reason = StopReason::stop_after_step;
   }
-  outcome = {done, reason, validation};
+  return {done, reason, validation};
 }
 
 }  // namespace cambium

@@ -28,13 +28,14 @@ struct TrainRun {
   CheckpointReader* resume = nullptr;  // null = start at step 0
   int64_t last_step = 0;               // stop_after_step or train.steps
   const volatile std::sig_atomic_t* stop_signal = nullptr;
+  double peak_flops_per_s = 0;  // of all GPUs of the run; 0 = no MFU
   MetricsWriter* metrics = nullptr;
   Progress* progress = nullptr;
 };
 
 enum class StopReason { finished, stop_after_step, signal };
 
-// Written by rank 0.
+// The same on every rank.
 struct TrainOutcome {
   int64_t step = 0;  // optimizer steps done
   StopReason reason = StopReason::finished;
@@ -44,7 +45,7 @@ struct TrainOutcome {
 std::string checkpoint_directory(const std::string& run_directory);
 std::string layout_text(const Config& config);
 
-void train_rank(RankEnvironment& environment, const TrainRun& run, TrainOutcome& outcome);
+TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run);
 
 // Parameters (and optimizer and router state when the checkpoint has them) into a rank's model.
 // `source` holds canonical names; `with_optimizer` also reads "m/<name>" and "v/<name>".

@@ -148,7 +148,7 @@ void TrainStep::reduce_metrics() {
 std::vector<float> TrainStep::canonical_metrics() const {
   const int64_t columns = metric_columns(rank_.config);
   std::vector<float> table(static_cast<size_t>(layout_.total_blocks * columns), 0.0f);
-  const float* from = gathered_metrics_.f32();
+  const float* from = host_metrics_;
   for (int64_t rank = 0; rank < rank_.mesh.ranks(); ++rank) {
     for (int64_t micro = 0; micro < layout_.micro_batches; ++micro) {
       for (const BlockRange& range : layout_.blocks(rank, micro)) {
@@ -188,27 +188,50 @@ void TrainStep::compute_norm() {
              rank_.ops);
 }
 
+namespace {
+
+// Elements next to each other that AdamW treats alike.
+struct OptimizedRun {
+  int64_t first = 0, elements = 0;  // flat
+  bool decays = false;
+};
+
+std::vector<OptimizedRun> optimized_runs(const ParamGroup& group, DecayRule decay) {
+  std::vector<OptimizedRun> runs;
+  for (const ParamPiece& piece : group.optimized_pieces()) {
+    const bool decays =
+        decay == DecayRule::all || piece.tensor->canonical.decay_kind() == DecayKind::matrix;
+    const bool joins = !runs.empty() && runs.back().decays == decays &&
+                       runs.back().first + runs.back().elements == piece.flat_offset();
+    if (!joins) runs.push_back({piece.flat_offset(), 0, decays});
+    runs.back().elements += piece.elements;
+  }
+  return runs;
+}
+
+}  // namespace
+
 void TrainStep::apply_adamw(int64_t step, double learning_rate) {
   const OptimizerConfig& optimizer = rank_.config.optimizer;
   const double count = static_cast<double>(step);
   const double correction1 = 1.0 - fmath::pow(optimizer.beta1, count);
   const double correction2 = 1.0 - fmath::pow(optimizer.beta2, count);
   for (const auto& group : model_.groups()) {
-    for (const ParamPiece& piece : group->optimized_pieces()) {
-      const int64_t at = piece.flat_offset();
-      const Shape shape(piece.elements);
-      const bool decays = optimizer.decay == DecayRule::all ||
-                          piece.tensor->canonical.decay_kind() == DecayKind::matrix;
-      adamw({.param_N = {group->weights(at), shape},
-             .m_N = {group->moment1(at), shape},
-             .v_N = {group->moment2(at), shape},
-             .grad_N = {group->gradient(at), shape},
+    for (const OptimizedRun& run : optimized_runs(*group, optimizer.decay)) {
+      const Shape shape(run.elements);
+      Out<Real> compute;
+      if (uint16_t* copy = group->compute_copy(run.first)) compute = {copy, DType::bf16, shape};
+      adamw({.param_N = {group->weights(run.first), shape},
+             .m_N = {group->moment1(run.first), shape},
+             .v_N = {group->moment2(run.first), shape},
+             .grad_N = {group->gradient(run.first), shape},
              .scale_1 = {clip_result_.f32() + kClipScale, Shape(1)},
+             .compute_N = compute,
              .lr = learning_rate,
              .beta1 = optimizer.beta1,
              .beta2 = optimizer.beta2,
              .epsilon = optimizer.epsilon,
-             .weight_decay = decays ? optimizer.weight_decay : 0.0,
+             .weight_decay = run.decays ? optimizer.weight_decay : 0.0,
              .bias_correction1 = correction1,
              .bias_correction2 = correction2},
             rank_.ops);
@@ -255,15 +278,21 @@ void TrainStep::enqueue_digests() {
                                   .recv = gathered_digests_.data(),
                                   .count = digest_table_.size_bytes(),
                                   .dtype = DType::u8}));
+  host_digests_ = rank_.download<uint64_t>(gathered_digests_);
+}
+
+void TrainStep::download_results() {
+  host_metrics_ = rank_.download<float>(gathered_metrics_);
+  host_counts_ = rank_.download<int32_t>(global_count_LE_);
+  host_clip_ = rank_.download<float>(clip_result_);
 }
 
 std::map<std::string, Digest128> TrainStep::read_digests() {
   const int64_t tensors = std::ssize(model_.tensors());
-  const auto* words = gathered_digests_.as<uint64_t>();
   std::map<std::string, Digest128> digests;
   for (int64_t rank = 0; rank < rank_.world->ranks(); ++rank) {
     for (int64_t tensor = 0; tensor < tensors; ++tensor) {
-      const uint64_t* sum = words + 2 * (rank * tensors + tensor);
+      const uint64_t* sum = host_digests_ + 2 * (rank * tensors + tensor);
       digests[model_.tensors()[tensor].name] += Digest128{sum[0], sum[1]};
     }
   }
@@ -277,7 +306,7 @@ std::map<std::string, Digest128> TrainStep::digests() {
 }
 
 void TrainStep::check_finite(int64_t step) const {
-  const float* result = clip_result_.f32();
+  const float* result = host_clip_;
   const char* next = "next: look at the last finite steps in metrics.jsonl, lower optimizer.lr";
   if (result[kClipNonFinite] != 0.0f) {
     const int64_t tensor = static_cast<int64_t>(result[kClipFirstTensor]);
@@ -306,9 +335,9 @@ StepResult TrainStep::read_result() const {
     result.balance_loss += tree_sum(first + at, columns, all) / sequences;
     result.z_loss += tree_sum(first + at + 1, columns, all) / positions;
   }
-  result.grad_norm = clip_result_.f32()[kClipNorm];
+  result.grad_norm = host_clip_[kClipNorm];
   const int64_t layers = model_.config().layers, experts = model_.config().experts;
-  const int32_t* count = global_count_LE_.as<int32_t>();
+  const int32_t* count = host_counts_;
   for (int64_t layer = 0; layer < layers; ++layer) {
     result.expert_load.emplace_back(count + layer * experts, count + (layer + 1) * experts);
   }
@@ -319,6 +348,7 @@ StepResult TrainStep::update(int64_t step, double learning_rate, WithDigests wit
   apply_adamw(step, learning_rate);
   update_router_state();
   if (with_digests == WithDigests::yes) enqueue_digests();
+  download_results();
   rank_.finish_step();
   check_finite(step);
   StepResult result = read_result();
@@ -332,6 +362,7 @@ TrainStep::Evaluation TrainStep::evaluate(const SequenceSource& source, int64_t 
   begin(batch_index, source);
   PipelinePass(*this, source, batch_index).evaluate(evaluation_, logits_TV);
   reduce_metrics();
+  host_metrics_ = rank_.download<float>(gathered_metrics_);
   rank_.finish_step();
   const std::vector<float> table = canonical_metrics();
   const double loss =
@@ -346,10 +377,12 @@ std::map<std::string, std::vector<float>> TrainStep::owned_gradients() {
     for (const ParamPiece& piece : group->owned_pieces()) {
       std::vector<float>& whole = gradients[piece.tensor->canonical.name];
       whole.resize(static_cast<size_t>(piece.tensor->elements));
-      const float* from = group->gradient(piece.flat_offset());
+      const std::vector<float> from =
+          rank_.read<float>(group->gradient(piece.flat_offset()), piece.elements);
       for (int64_t i = 0; i < piece.elements; ++i) {
         whole[piece.first_element + i] = from[i] / static_cast<float>(targets_);
       }
+      rank_.finish_step();
     }
   }
   return gradients;

@@ -68,6 +68,10 @@ class TrainStep {
   Rank& rank() { return rank_; }
   const BatchLayout& layout() const { return layout_; }
 
+  // The start of a step and of each of its micro-batches: parts of `accumulate`, for benchmarks.
+  void begin(int64_t batch_index, const SequenceSource& source);
+  MicroBatch upload_micro_batch(const SequenceSource& source, int64_t batch_index,
+                                int64_t micro_batch);
   // Steps 1 to 3: leaves the summed gradients in the groups. `batch_index` is 0-based.
   void accumulate(const SequenceSource& source, int64_t batch_index);
   // Steps 4 and 5; waits, and throws exit code 50 when a gradient or the loss is not finite.
@@ -87,15 +91,13 @@ class TrainStep {
 
  private:
   friend class PipelinePass;
-  void begin(int64_t batch_index, const SequenceSource& source);
-  MicroBatch upload_micro_batch(const SequenceSource& source, int64_t batch_index,
-                                int64_t micro_batch);
   void reduce_metrics();
   std::vector<float> canonical_metrics() const;
   void compute_norm();
   void apply_adamw(int64_t step, double learning_rate);
   void update_router_state();
   void enqueue_digests();
+  void download_results();
   std::map<std::string, Digest128> read_digests();
   StepResult read_result() const;
   void check_finite(int64_t step) const;
@@ -109,6 +111,11 @@ class TrainStep {
   Buffer metric_table_, gathered_metrics_;
   Buffer global_count_LE_, norm_partial_, first_norm_block_, clip_result_;
   Buffer digest_table_, gathered_digests_;
+  // On the host after `finish_step` (Rank::download).
+  const float* host_metrics_ = nullptr;
+  const int32_t* host_counts_ = nullptr;
+  const float* host_clip_ = nullptr;
+  const uint64_t* host_digests_ = nullptr;
 };
 
 }  // namespace cambium

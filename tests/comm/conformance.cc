@@ -5,12 +5,15 @@
 #include <cstring>
 #include <numeric>
 
+#include "src/base/digest.h"
+
 namespace cambium::conformance {
 
 namespace {
 
 constexpr int64_t kGuardBytes = 64;
 constexpr uint8_t kGuard = 0xa5;
+constexpr int64_t kChunkElements = 1 << 18;  // of filling and comparing, which run on all workers
 
 void store(DType dtype, void* data, int64_t index, int64_t value) {
   switch (dtype) {
@@ -49,48 +52,74 @@ double load(DType dtype, const void* data, int64_t index) {
   return 0;
 }
 
+// Calls body(i) for i in [0, count), in chunks.
+template <class Body>
+void for_elements(Workers& workers, int64_t count, const Body& body) {
+  const int64_t chunks = (count + kChunkElements - 1) / kChunkElements;
+  workers.parallel_for(chunks, [&](int64_t chunk, Scratch&) {
+    const int64_t end = std::min(count, (chunk + 1) * kChunkElements);
+    for (int64_t i = chunk * kChunkElements; i < end; ++i) body(i);
+  });
+}
+
 // What `rank` sends at `index`: 0 .. 16, so that eight ranks' sums are exact in bf16 and u8.
 int64_t value_of(int64_t rank, int64_t index, int64_t salt) {
   return (rank * 5 + index * 3 + index / 17 + salt * 7) % 17;
 }
 
-// Elements between guard bands; `check_guards` finds writes outside.
+// Elements between guard bands, with a mirror on the host; `fetch` finds writes outside.
 class Block {
  public:
-  Block(const Memory& memory, DType dtype, int64_t count)
-      : memory_(memory), dtype_(dtype), bytes_(count * dtype_bytes(dtype)) {
-    base_ = static_cast<uint8_t*>(memory_.allocate(bytes_ + 2 * kGuardBytes));
-    std::memset(base_, kGuard, static_cast<size_t>(bytes_ + 2 * kGuardBytes));
+  Block(Workers& workers, const Memory& memory, DType dtype, int64_t count)
+      : workers_(workers),
+        memory_(memory),
+        dtype_(dtype),
+        bytes_(count * dtype_bytes(dtype)),
+        mirror_(static_cast<size_t>(bytes_ + 2 * kGuardBytes), kGuard),
+        base_(memory_.allocate(std::ssize(mirror_))) {
+    memory_.copy(mirror_.data(), base_.get(), std::ssize(mirror_));
   }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
-  ~Block() { memory_.release(base_); }
-  void* data(int64_t index = 0) const { return base_ + kGuardBytes + index * dtype_bytes(dtype_); }
+  void* data(int64_t index = 0) const { return device(index); }
   void fill(int64_t first, int64_t count, int64_t rank, int64_t salt) {
-    for (int64_t i = 0; i < count; ++i) store(dtype_, data(first), i, value_of(rank, i, salt));
+    uint8_t* values = mirror_.data() + offset(first);
+    for_elements(workers_, count,
+                 [&](int64_t i) { store(dtype_, values, i, value_of(rank, i, salt)); });
+    memory_.copy(values, device(first), count * dtype_bytes(dtype_));
   }
-  double at(int64_t index) const { return load(dtype_, data(), index); }
-  bool guards_intact() const {
+  // Brings the mirror up to date; false when something was written outside the elements.
+  bool fetch() {
+    memory_.copy(base_.get(), mirror_.data(), std::ssize(mirror_));
     for (int64_t i = 0; i < kGuardBytes; ++i) {
-      if (base_[i] != kGuard || base_[kGuardBytes + bytes_ + i] != kGuard) return false;
+      const size_t front = static_cast<size_t>(i);
+      if (mirror_[front] != kGuard || mirror_[mirror_.size() - 1 - front] != kGuard) return false;
     }
     return true;
   }
+  double at(int64_t index) const { return load(dtype_, elements(), index); }
+  const uint8_t* elements() const { return mirror_.data() + kGuardBytes; }
   int64_t bytes() const { return bytes_; }
 
  private:
+  uint8_t* device(int64_t index) const {
+    return static_cast<uint8_t*>(base_.get()) + offset(index);
+  }
+  int64_t offset(int64_t index) const { return kGuardBytes + index * dtype_bytes(dtype_); }
+
+  Workers& workers_;
   Memory memory_;
   DType dtype_;
   int64_t bytes_;
-  uint8_t* base_ = nullptr;
+  std::vector<uint8_t> mirror_;
+  std::shared_ptr<void> base_;
 };
 
-// One rank's run of one case.
+// One rank's run of cases over one communicator of all ranks.
 class Run {
  public:
-  Run(RankEnvironment& environment, const Case& test, const Memory& memory)
+  Run(RankEnvironment& environment, const Memory& memory)
       : environment_(environment),
-        test_(test),
         memory_(memory),
         stream_(environment.make_stream("conformance")) {
     world_members_.resize(static_cast<size_t>(environment.ranks()));
@@ -98,31 +127,33 @@ class Run {
     world_ = environment.make_communicator("world", world_members_);
   }
 
-  uint64_t run();
+  void run(const Case& test);
+  uint64_t hash() const { return hash_; }
 
  private:
   int ranks() const { return environment_.ranks(); }
   int rank() const { return environment_.rank(); }
-  Block block(int64_t count) { return Block(memory_, test_.dtype, count); }
+  Block block(int64_t count) { return Block(environment_.workers(), memory_, test_.dtype, count); }
   void await(const Ticket& ticket) { environment_.host().wait(ticket); }
 
   // Compares `count` received elements from `first` on with `want(i)` and hashes them.
   template <class Want>
-  void expect(const Block& got, int64_t first, int64_t count, const Want& want) {
-    for (int64_t i = 0; i < count; ++i) {
+  void expect(Block& got, int64_t first, int64_t count, const Want& want) {
+    const bool guards_intact = got.fetch();
+    for_elements(environment_.workers(), count, [&](int64_t i) {
       const double value = got.at(first + i);
       const auto wanted = static_cast<double>(want(i));
       if (value != wanted) {
         fail(ExitCode::verification_mismatch, "{}: rank {} element {}: got {}, expected {}",
              test_.name(), rank(), first + i, value, wanted);
       }
-    }
-    if (!got.guards_intact()) {
+    });
+    if (!guards_intact) {
       fail(ExitCode::verification_mismatch, "{}: rank {} wrote outside its buffer", test_.name(),
            rank());
     }
-    const auto* bytes = static_cast<const uint8_t*>(got.data());
-    for (int64_t i = 0; i < got.bytes(); ++i) hash_ = (hash_ ^ bytes[i]) * 0x100000001b3u;
+    const Digest128 digest = xxh3_128(got.elements(), static_cast<size_t>(got.bytes()));
+    hash_ = (hash_ ^ digest.low) * 0x100000001b3u;
   }
   int64_t sum_at(const std::vector<int>& members, int64_t index, int64_t salt) const {
     int64_t sum = 0;
@@ -151,7 +182,7 @@ class Run {
                    int64_t salt);
 
   RankEnvironment& environment_;
-  const Case& test_;
+  Case test_;
   Memory memory_;
   Stream& stream_;
   std::vector<int> world_members_;
@@ -448,7 +479,9 @@ void Run::many_outstanding() {
   expect(recv, 0, test_.count, [&](int64_t i) { return value_of(0, i, 13); });
 }
 
-uint64_t Run::run() {
+void Run::run(const Case& test) {
+  CHECK_EQ(environment_.ranks(), test.ranks);
+  test_ = test;
   const int64_t count = test_.count;
   const auto even = [&](int, int) { return count; };
   const auto ragged = [&](int from, int to) { return (from * 3 + to * 5) % 4 * count / 2; };
@@ -515,7 +548,6 @@ uint64_t Run::run() {
       many_outstanding();
       break;
   }
-  return hash_;
 }
 
 constexpr const char* kSubjectNames[] = {
@@ -572,14 +604,36 @@ std::vector<Case> all_cases(int most_ranks) {
   return cases;
 }
 
-Memory host_memory() {
-  return {[](int64_t bytes) { return std::malloc(static_cast<size_t>(bytes)); },
-          [](void* data) { std::free(data); }};
+std::vector<Case> large_cases(int ranks, int64_t most_bytes) {
+  std::vector<Case> cases;
+  for (const Subject subject :
+       {Subject::all_gather, Subject::reduce_scatter, Subject::all_reduce_sum,
+        Subject::broadcast_first, Subject::all_to_all_even, Subject::exchange_ring}) {
+    const bool wide = subject == Subject::reduce_scatter || subject == Subject::all_to_all_even;
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (int64_t bytes = 1 << 20; bytes <= most_bytes; bytes *= 32) {
+        const int64_t count = bytes / dtype_bytes(dtype) / (wide ? ranks : 1);
+        cases.push_back({subject, ranks, dtype, count, Placement::apart});
+      }
+    }
+  }
+  return cases;
 }
 
-uint64_t run_case(RankEnvironment& environment, const Case& test, const Memory& memory) {
-  CHECK_EQ(environment.ranks(), test.ranks);
-  return Run(environment, test, memory).run();
+Memory host_memory() {
+  return {[](int64_t bytes) {
+            return std::shared_ptr<void>(std::malloc(static_cast<size_t>(bytes)), std::free);
+          },
+          [](const void* from, void* to, int64_t bytes) {
+            std::memcpy(to, from, static_cast<size_t>(bytes));
+          }};
+}
+
+uint64_t run_cases(RankEnvironment& environment, std::span<const Case> cases,
+                   const Memory& memory) {
+  Run run(environment, memory);
+  for (const Case& test : cases) run.run(test);
+  return run.hash();
 }
 
 }  // namespace cambium::conformance

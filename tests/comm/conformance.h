@@ -1,13 +1,15 @@
 // Conformance suite of communicators, written against comm.h and rank_environment.h alone.
 //
 // Every case is data: what is called, on how many ranks, with which dtype, count and variant. A
-// rank runs its part with `run_case`, which compares every received element with a plain-loop
+// rank runs its part with `run_cases`, which compares every received element with a plain-loop
 // oracle. Values are small integers, so sums are exact in every dtype and every reduction order.
 // The same cases run on the simulator (sim_conformance.cc) and, given memory that the device can
 // reach, on NCCL.
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -52,15 +54,21 @@ struct Case {
 // All cases for up to `most_ranks` ranks, in a fixed order.
 std::vector<Case> all_cases(int most_ranks);
 
-// Memory that host code can write and the communicator can transfer.
+// Large ones for exactly `ranks` ranks: fp32 and bf16, from 1 MiB to `most_bytes` per rank's send
+// buffer. For transports whose path depends on the size.
+std::vector<Case> large_cases(int ranks, int64_t most_bytes);
+
+// Memory that the communicator can transfer, which host code need not reach: `copy` moves bytes
+// between it and the host's, either way, and returns when done.
 struct Memory {
-  void* (*allocate)(int64_t bytes);
-  void (*release)(void* data);
+  std::shared_ptr<void> (*allocate)(int64_t bytes);
+  void (*copy)(const void* from, void* to, int64_t bytes);
 };
 Memory host_memory();
 
-// This rank's part of `test`; the job has exactly test.ranks ranks. Throws an Error of exit code 51
-// at the first wrong element. Returns a hash of everything received, for comparing runs.
-uint64_t run_case(RankEnvironment& environment, const Case& test, const Memory& memory);
+// This rank's part of `cases`, one after another; the job has exactly as many ranks as each of
+// them. Throws an Error of exit code 51 at the first wrong element. Returns a hash of everything
+// received, for comparing runs.
+uint64_t run_cases(RankEnvironment& environment, std::span<const Case> cases, const Memory& memory);
 
 }  // namespace cambium::conformance

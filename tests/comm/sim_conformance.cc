@@ -12,7 +12,8 @@ uint64_t run_on_cluster(const Case& test, sim::ClusterOptions options) {
   options.poison = Poison::on;
   std::vector<uint64_t> hashes(static_cast<size_t>(test.ranks));
   sim::run_cluster(options, [&](RankEnvironment& environment) {
-    hashes[static_cast<size_t>(environment.rank())] = run_case(environment, test, host_memory());
+    hashes[static_cast<size_t>(environment.rank())] =
+        run_cases(environment, {&test, 1}, host_memory());
   });
   uint64_t all = 0;
   for (const uint64_t hash : hashes) all = all * 0x9e3779b97f4a7c15u + hash;
@@ -65,7 +66,7 @@ TEST(SimConformance, OracleFindsWrongElement) {
     sim::run_cluster({.ranks = 2}, [&](RankEnvironment& environment) {
       const Memory memory = host_memory();
       if (environment.rank() == 1) {
-        run_case(environment, test, memory);
+        run_cases(environment, {&test, 1}, memory);
         return;
       }
       std::vector<float> wrong(13, 99.0f);

@@ -249,6 +249,7 @@ TEST(ConfigModel, ReductionFollowsTheDeviceUnlessGiven) {
   EXPECT_EQ(parse_config(kTiny, "x", {}).numerics.reduction, ReductionMode::exact);
   const std::vector<std::string> cuda = {"run.device=cuda"};
   EXPECT_EQ(parse_config(kTiny, "x", cuda).numerics.reduction, ReductionMode::fast);
+  EXPECT_EQ(parse_config(kTiny, "x", cuda).numerics.compute, ComputeType::bf16);
   const std::vector<std::string> both = {"run.device=cuda", "numerics.reduction=exact"};
   EXPECT_EQ(parse_config(kTiny, "x", both).numerics.reduction, ReductionMode::exact);
 }

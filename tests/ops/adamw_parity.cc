@@ -1,8 +1,11 @@
 // Parity of AdamW: several steps against fp64, hand-made steps, NaN scale, bf16 copy, D1.
 #include "tests/ops/adamw_cases.h"
+#include "tests/ops/cuda_test.h"
 
 namespace cambium::test {
 namespace {
+
+constexpr double kQuietNan = std::numeric_limits<double>::quiet_NaN();
 
 TEST(Adamw, FollowsTheOracleForSeveralSteps) {
   for (const int64_t N : kAdamwCases) {
@@ -51,7 +54,7 @@ TEST(Adamw, NanScaleChangesNothing) {
   copy.fill(7);
   t.v.fill(0.5);
   const AdamwTensors before = t;
-  t.scale.set(0, std::numeric_limits<double>::quiet_NaN());
+  t.scale.set(0, kQuietNan);
   t.grad.set(5, std::numeric_limits<double>::infinity());
   AdamwArgs args = adamw_args(t, {}, 1);
   args.compute_N = copy.out<Real>();
@@ -109,6 +112,26 @@ TEST(Adamw, MustFailCoupledDecayIsDetected) {
   adamw_oracle(no_decay, 1, coupled, state);
   run_op(adamw, adamw_args(t, {}, 1));
   EXPECT_FALSE(within(t.param, state.param, tolerance(6, 5)));
+}
+
+TEST(Adamw, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const int64_t N : kAdamwCases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      AdamwTensors t(N, N + 1);
+      TestTensor copy(Shape(N), dtype);
+      TestRandom random(N + 3);
+      t.m.fill_normal(random, 0.1);
+      for (int64_t i = 0; i < N; ++i) t.v.set(i, random.uniform());
+      t.scale.set(0, 0.3);
+      AdamwArgs args = adamw_args(t, {}, 7);
+      expect_cuda_agrees(adamw, args);
+      args.compute_N = copy.out<Real>();
+      expect_cuda_agrees(adamw, args);
+      t.scale.set(0, kQuietNan);
+      expect_cuda_agrees(adamw, args);
+    }
+  }
 }
 
 }  // namespace

@@ -9,7 +9,8 @@
 
 namespace cambium::test {
 
-enum class Documents { absent, lengths_of_one, mixed };
+// mixed: a document begins at every 13th token, long_ones: at every 150th, on average.
+enum class Documents { absent, lengths_of_one, mixed, long_ones };
 
 struct AttentionCase {
   int64_t sequences = 0;
@@ -30,6 +31,15 @@ inline const std::vector<AttentionCase> kAttentionCases = {
     {2, 31, 3, 3, 20, 32, Documents::mixed},   {1, 96, 4, 2, 13, 32, Documents::mixed},
     {2, 65, 2, 2, 24, 32, Documents::absent},  {3, 64, 4, 2, 32, 64, Documents::mixed},
     {2, 128, 4, 2, 32, 32, Documents::absent}, {2, 40, 4, 2, 64, 8, Documents::mixed},
+};
+
+// Around the GPU kernels' tiles of 128 rows and warpgroups of 64, padded and whole head sizes.
+inline const std::vector<AttentionCase> kAttentionTileCases = {
+    {2, 1, 4, 1, 128, 32, Documents::absent},      {3, 64, 4, 1, 128, 32, Documents::absent},
+    {2, 65, 2, 2, 64, 32, Documents::mixed},       {2, 127, 4, 4, 128, 32, Documents::absent},
+    {1, 128, 8, 1, 128, 32, Documents::absent},    {2, 129, 8, 1, 128, 32, Documents::mixed},
+    {2, 257, 4, 2, 32, 32, Documents::absent},     {1, 300, 4, 2, 64, 32, Documents::long_ones},
+    {2, 513, 2, 1, 128, 32, Documents::long_ones}, {1, 640, 2, 1, 96, 32, Documents::mixed},
 };
 
 struct AttentionExpected {

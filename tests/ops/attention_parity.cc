@@ -1,6 +1,7 @@
 // attention against its oracle: exact cases, tolerances over blocks and documents, finite
 // differences, strided views, and independence of threads and of other sequences.
 #include "tests/ops/attention_cases.h"
+#include "tests/ops/cuda_test.h"
 
 namespace cambium::test {
 namespace {
@@ -18,16 +19,18 @@ struct AttentionTensors {
         d_o(Shape(c.T(), c.H, c.Q), dtype),
         d_q(Shape(c.T(), c.H, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
         d_k(Shape(c.T(), c.G, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
-        d_v(Shape(c.T(), c.G, c.Q), dtype) {
+        d_v(Shape(c.T(), c.G, c.Q), dtype),
+        delta(Shape(c.T(), c.H)) {
     TestRandom random(static_cast<uint64_t>(c.T() * 1000 + c.Q));
     for (TestTensor* tensor : {&q, &k, &v, &d_o}) tensor->fill_family(random, family);
     for (int64_t t = 0; t < c.T(); ++t) {
-      const bool begins =
-          t % c.S == 0 || c.documents == Documents::lengths_of_one || random.integer(0, 12) == 0;
+      const int64_t mean = c.documents == Documents::long_ones ? 150 : 13;
+      const bool begins = t % c.S == 0 || c.documents == Documents::lengths_of_one ||
+                          random.integer(0, mean - 1) == 0;
       document_start.set(t, begins ? t : document_start.at(t - 1));
     }
   }
-  void forward(int threads = 2) {
+  AttentionArgs forward_args() {
     AttentionArgs args{.q_THQ = q.in<Real>(),
                        .k_TGQ = k.in<Real>(),
                        .v_TGQ = v.in<Real>(),
@@ -37,9 +40,9 @@ struct AttentionTensors {
                        .block_tokens = c.block_tokens,
                        .scale = scale};
     if (c.documents != Documents::absent) args.document_start_T = document_start.in<int32_t>();
-    run_op(attention, args, threads);
+    return args;
   }
-  void backward(int threads = 2) {
+  AttentionBackwardArgs backward_args() {
     AttentionBackwardArgs args{.q_THQ = q.in<Real>(),
                                .k_TGQ = k.in<Real>(),
                                .v_TGQ = v.in<Real>(),
@@ -49,11 +52,18 @@ struct AttentionTensors {
                                .d_q_THQ = d_q.out<Real>(),
                                .d_k_TGQ = d_k.out<Real>(),
                                .d_v_TGQ = d_v.out<Real>(),
+                               .delta_TH = delta.out<float>(),
                                .sequence_length = c.S,
                                .block_tokens = c.block_tokens,
                                .scale = scale};
     if (c.documents != Documents::absent) args.document_start_T = document_start.in<int32_t>();
-    run_op(attention_backward, args, threads);
+    return args;
+  }
+  void forward(int threads = 2) { run_op(attention, forward_args(), threads); }
+  void backward(int threads = 2) { run_op(attention_backward, backward_args(), threads); }
+  void cuda_both() {
+    run_cuda_op(attention, forward_args());
+    run_cuda_op(attention_backward, backward_args());
   }
   AttentionValues values() const {
     AttentionValues in{q.values(), k.values(), v.values(), {}};
@@ -62,7 +72,7 @@ struct AttentionTensors {
   }
   AttentionCase c;
   float scale;
-  TestTensor q, k, v, document_start, o, lse, d_o, d_q, d_k, d_v;
+  TestTensor q, k, v, document_start, o, lse, d_o, d_q, d_k, d_v, delta;
 };
 
 TEST(Attention, ZeroQueriesAverageTheValuesExactly) {
@@ -163,30 +173,52 @@ void copy_rows(const TestTensor& from, int64_t from_row, TestTensor& to, double 
   for (int64_t i = 0; i < to.elements(); ++i) to.set(i, from.at(from_row * width + i) + shift);
 }
 
+AttentionTensors one_sequence(const AttentionTensors& all, int64_t sequence) {
+  AttentionCase c = all.c;
+  c.sequences = 1;
+  AttentionTensors alone(c, InputFamily::normals, all.q.dtype());
+  const int64_t row = sequence * c.S;
+  copy_rows(all.q, row, alone.q);
+  copy_rows(all.k, row, alone.k);
+  copy_rows(all.v, row, alone.v);
+  copy_rows(all.d_o, row, alone.d_o);
+  copy_rows(all.document_start, row, alone.document_start, -static_cast<double>(row));
+  return alone;
+}
+
+// all_bits of what `all` holds for a sequence; `shape` is a batch of that one.
+std::vector<std::byte> bits_of_sequence(const AttentionTensors& all, int64_t sequence,
+                                        const AttentionTensors& shape) {
+  AttentionTensors expected = shape;
+  const int64_t row = sequence * all.c.S;
+  copy_rows(all.o, row, expected.o);
+  copy_rows(all.lse, row, expected.lse);
+  copy_rows(all.d_q, row, expected.d_q);
+  copy_rows(all.d_k, row, expected.d_k);
+  copy_rows(all.d_v, row, expected.d_v);
+  return all_bits(expected);
+}
+
 TEST(Attention, SequencesDoNotDependOnTheBatch) {
   AttentionTensors all({5, 40, 4, 2, 24, 16, Documents::mixed}, InputFamily::normals);
   all.forward();
   all.backward();
   for (int64_t sequence = 0; sequence < 5; ++sequence) {
-    AttentionCase alone_case = all.c;
-    alone_case.sequences = 1;
-    AttentionTensors alone(alone_case, InputFamily::normals);
-    const int64_t row = sequence * all.c.S;
-    copy_rows(all.q, row, alone.q);
-    copy_rows(all.k, row, alone.k);
-    copy_rows(all.v, row, alone.v);
-    copy_rows(all.d_o, row, alone.d_o);
-    copy_rows(all.document_start, row, alone.document_start, -static_cast<double>(row));
+    AttentionTensors alone = one_sequence(all, sequence);
     alone.forward();
     alone.backward();
-    AttentionTensors expected = alone;
-    copy_rows(all.o, row, expected.o);
-    copy_rows(all.lse, row, expected.lse);
-    copy_rows(all.d_q, row, expected.d_q);
-    copy_rows(all.d_k, row, expected.d_k);
-    copy_rows(all.d_v, row, expected.d_v);
-    EXPECT_TRUE(bits_equal(all_bits(alone), all_bits(expected))) << sequence;
+    EXPECT_TRUE(bits_equal(all_bits(alone), bits_of_sequence(all, sequence, alone))) << sequence;
   }
+}
+
+AttentionTensors prefix_of(const AttentionTensors& whole, int64_t length) {
+  AttentionCase c = whole.c;
+  c.S = length;
+  AttentionTensors prefix(c, InputFamily::normals, whole.q.dtype());
+  copy_rows(whole.q, 0, prefix.q);
+  copy_rows(whole.k, 0, prefix.k);
+  copy_rows(whole.v, 0, prefix.v);
+  return prefix;
 }
 
 TEST(Attention, APrefixHasTheBitsOfTheWholeSequence) {
@@ -194,10 +226,7 @@ TEST(Attention, APrefixHasTheBitsOfTheWholeSequence) {
   AttentionTensors whole({1, 50, 4, 2, 32, 16, Documents::absent}, InputFamily::normals);
   whole.forward();
   for (const int64_t length : {1, 5, 16, 17, 33, 49}) {
-    AttentionTensors prefix({1, length, 4, 2, 32, 16, Documents::absent}, InputFamily::normals);
-    copy_rows(whole.q, 0, prefix.q);
-    copy_rows(whole.k, 0, prefix.k);
-    copy_rows(whole.v, 0, prefix.v);
+    AttentionTensors prefix = prefix_of(whole, length);
     prefix.forward();
     TestTensor expected = prefix.o;
     copy_rows(whole.o, 0, expected);
@@ -319,6 +348,129 @@ TEST(Attention, MustFailWithoutTheMaskAndForBadDocuments) {
   EXPECT_FALSE(within(t.o, attention_oracle(t.c, unmasked, t.scale).o, tolerance(2, 32)));
   t.document_start.set(3, 4);  // a document cannot begin after its token
   EXPECT_THROW(t.forward(), Error);
+}
+
+// ---- the GPU ---------------------------------------------------------------------------------
+
+std::vector<AttentionCase> cuda_cases() {
+  std::vector<AttentionCase> cases = kAttentionCases;
+  cases.insert(cases.end(), kAttentionTileCases.begin(), kAttentionTileCases.end());
+  return cases;
+}
+
+TEST(Attention, CudaIsExactForZeroQueriesAndDocumentsOfOneToken) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (AttentionCase c : cuda_cases()) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      SCOPED_TRACE(testing::Message()
+                   << c.S << " positions, head " << c.Q << " " << dtype_name(dtype));
+      AttentionTensors average(c, InputFamily::integers, dtype);
+      average.q.fill(0.0);
+      run_cuda_op(attention, average.forward_args());
+      EXPECT_TRUE(bits_equal(average.o, attention_oracle(c, average.values(), average.scale).o));
+      AttentionCase alone = c;
+      alone.documents = Documents::lengths_of_one;
+      AttentionTensors t(alone, InputFamily::integers, dtype);
+      t.cuda_both();
+      const auto expected = attention_oracle(alone, t.values(), t.scale);
+      const auto gradients = attention_backward_oracle(alone, t.values(), t.d_o.values(), t.scale);
+      EXPECT_TRUE(bits_equal(t.o, expected.o));
+      // The tensor-core kernels' scores carry log2(e), which is not exact.
+      EXPECT_TRUE(within(t.lse, expected.lse, tolerance(2, 1)));
+      EXPECT_TRUE(bits_equal(t.d_q, gradients.d_q));
+      EXPECT_TRUE(bits_equal(t.d_k, gradients.d_k));
+      EXPECT_TRUE(bits_equal(t.d_v, gradients.d_v));
+    }
+  }
+}
+
+TEST(Attention, CudaFp32StaysWithinRounding) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const AttentionCase& c : cuda_cases()) {
+    if (c.S == 1) continue;
+    SCOPED_TRACE(testing::Message() << c.S << " positions, head " << c.Q);
+    AttentionTensors t(c, InputFamily::normals);
+    t.cuda_both();
+    const auto expected = attention_oracle(c, t.values(), t.scale);
+    const auto gradients = attention_backward_oracle(c, t.values(), t.d_o.values(), t.scale);
+    EXPECT_TRUE(within(t.o, expected.o, tolerance(2, c.Q + 16)));
+    EXPECT_TRUE(within(t.lse, expected.lse, tolerance(2, c.Q + 16)));
+    EXPECT_TRUE(within(t.d_q, gradients.d_q, tolerance(4, c.Q + 16)));
+    EXPECT_TRUE(within(t.d_k, gradients.d_k, tolerance(4, c.Q + 16)));
+    EXPECT_TRUE(within(t.d_v, gradients.d_v, tolerance(4, c.Q + 16)));
+  }
+}
+
+// P and dS are operands in bf16: each of their roundings is at most 2^-9 of its value, with random
+// signs, so a sum of them errs by less than the one rounding of its result that the bound allows.
+TEST(Attention, CudaBf16StaysWithinRounding) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const AttentionCase& c : cuda_cases()) {
+    if (c.S == 1) continue;
+    SCOPED_TRACE(testing::Message() << c.S << " positions, head " << c.Q);
+    AttentionTensors t(c, InputFamily::normals, DType::bf16);
+    t.cuda_both();
+    const auto expected = attention_oracle(c, t.values(), t.scale);
+    const auto gradients = attention_backward_oracle(c, t.values(), t.d_o.values(), t.scale);
+    const double bound = bf16_tolerance(2, c.Q + 16);
+    EXPECT_TRUE(within(t.o, expected.o, bound));
+    EXPECT_TRUE(within(t.lse, expected.lse, tolerance(2, c.Q + 16)));
+    // delta comes from the rounded output.
+    EXPECT_TRUE(within(t.d_q, gradients.d_q, 2 * bound));
+    EXPECT_TRUE(within(t.d_k, gradients.d_k, 2 * bound));
+    EXPECT_TRUE(within(t.d_v, gradients.d_v, bound));
+  }
+}
+
+TEST(Attention, CudaLargeScoresDoNotOverflow) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  AttentionTensors t({1, 200, 2, 1, 128, 16, Documents::mixed}, InputFamily::normals, DType::bf16);
+  t.scale = 200.0f;
+  t.cuda_both();
+  EXPECT_TRUE(within(t.o, attention_oracle(t.c, t.values(), t.scale).o, 4e-3));
+  for (const TestTensor* tensor : {&t.d_q, &t.d_k, &t.d_v}) {
+    for (const double value : tensor->values()) ASSERT_TRUE(std::isfinite(value));
+  }
+}
+
+TEST(Attention, CudaRunsGiveTheSameBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  const AttentionCase c{2, 700, 8, 2, 128, 32, Documents::long_ones};
+  AttentionTensors first(c, InputFamily::normals, DType::bf16);
+  first.cuda_both();
+  for (int run = 0; run < 5; ++run) {
+    AttentionTensors again(c, InputFamily::normals, DType::bf16);
+    again.cuda_both();
+    EXPECT_TRUE(bits_equal(all_bits(again), all_bits(first)));
+  }
+}
+
+// D2: a sequence's bits do not depend on the others, nor a row's on the positions after it.
+TEST(Attention, CudaSequencesDoNotDependOnTheBatch) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    AttentionTensors all({5, 200, 4, 2, 64, 16, Documents::mixed}, InputFamily::normals, dtype);
+    all.cuda_both();
+    for (int64_t sequence = 0; sequence < 5; ++sequence) {
+      AttentionTensors alone = one_sequence(all, sequence);
+      alone.cuda_both();
+      EXPECT_TRUE(bits_equal(all_bits(alone), bits_of_sequence(all, sequence, alone)));
+    }
+  }
+}
+
+TEST(Attention, CudaAPrefixHasTheBitsOfTheWholeSequence) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  const AttentionCase c{1, 300, 4, 2, 128, 16, Documents::absent};
+  AttentionTensors whole(c, InputFamily::normals, DType::bf16);
+  run_cuda_op(attention, whole.forward_args());
+  for (const int64_t length : {1, 63, 64, 127, 128, 129, 299}) {
+    AttentionTensors prefix = prefix_of(whole, length);
+    run_cuda_op(attention, prefix.forward_args());
+    TestTensor expected = prefix.o;
+    copy_rows(whole.o, 0, expected);
+    EXPECT_TRUE(bits_equal(prefix.o, expected)) << length;
+  }
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Parity of the load-balance loss: three sources of counts, D1, D2 by sequence, finite differences.
 #include "tests/ops/balance_loss_cases.h"
+#include "tests/ops/cuda_test.h"
 
 namespace cambium::test {
 namespace {
@@ -94,6 +95,39 @@ TEST(BalanceLoss, MustFailCountsOfTheWholeBatchAreNotTheSequences) {
   EXPECT_FALSE(within(t.loss_leaf_B, expected.loss_leaf_B, tolerance(1, 40)));
   t.args.source = CountSource::given;  // without fractions
   EXPECT_THROW(run_op(balance_loss, t.args), Error);
+}
+
+TEST(BalanceLoss, CudaAgreesWithTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  std::vector<BalanceLossCase> cases = kBalanceLossCases;
+  cases.push_back({{1000, 128, 8, Spread::random}, 500, 100});
+  for (const BalanceLossCase& c : cases) {
+    for (const CountSource source : kSources) {
+      BalanceLossTensors t(c, source, 3);
+      expect_cuda_agrees(balance_loss, t.args, tolerance(1, c.sequence_length + 8));
+    }
+  }
+}
+
+// With its own counts a sequence's bits depend on the sequence alone: one call a sequence.
+TEST(BalanceLoss, CudaBitsDependOnTheSequenceAlone) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  const int64_t S = 200;
+  BalanceLossTensors t({{3 * S, 64, 6, Spread::random}, S, 100}, CountSource::own_sequence, 5);
+  ArgsCopy<BalanceLossArgs> whole(t.args), parts(t.args);
+  run_cuda_op(balance_loss, whole.args);
+  for (int64_t sequence = 0; sequence < 3; ++sequence) {
+    BalanceLossArgs part = parts.args;
+    const auto cut = [&](RawView& view, int64_t rows) {
+      view.data = static_cast<std::byte*>(view.data) + 4 * sequence * rows * view.row_stride;
+      view.shape.extent[0] = rows;
+    };
+    cut(part.probs_TE, S), cut(part.expert_index_TK, S), cut(part.d_probs_TE, S);
+    cut(part.loss_leaf_B, 2);
+    run_cuda_op(balance_loss, part);
+  }
+  EXPECT_TRUE(tensor_of(parts.args.loss_leaf_B).same_bytes(tensor_of(whole.args.loss_leaf_B)));
+  EXPECT_TRUE(tensor_of(parts.args.d_probs_TE).same_bytes(tensor_of(whole.args.d_probs_TE)));
 }
 
 }  // namespace

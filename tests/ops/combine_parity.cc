@@ -1,5 +1,6 @@
 // Parity of combine: exact sums, the order of additions, aliasing, bf16, D1 and D2.
 #include "tests/ops/combine_cases.h"
+#include "tests/ops/cuda_test.h"
 
 namespace cambium::test {
 namespace {
@@ -128,6 +129,30 @@ TEST(Combine, MustFailMissingRowIsDetected) {
   EXPECT_THROW(run_op(combine_rows,
                       {y_RD.in<Real>(), index_TK.in<int32_t>(), In<Real>(), out_TD.out<Real>()}),
                Error);
+}
+
+TEST(Combine, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  std::vector<CombineCase> cases = kCombineCases;
+  cases.push_back({37, 8, 2048, 296});
+  cases.push_back({9, 19, 264, 40});
+  for (const CombineCase& c : cases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      SCOPED_TRACE(testing::Message() << c.T << "x" << c.D << " " << dtype_name(dtype));
+      TestRandom random(c.T + c.D);
+      TestTensor y_RD = make_tensor(Shape(c.R, c.D), random, InputFamily::normals, dtype);
+      TestTensor residual_TD = make_tensor(Shape(c.T, c.D), random, InputFamily::normals, dtype);
+      TestTensor index_TK = make_combine_index(c, 3), out_TD(Shape(c.T, c.D), dtype);
+      CombineRowsArgs args{y_RD.in<Real>(), index_TK.in<int32_t>(), residual_TD.in<Real>(),
+                           out_TD.out<Real>()};
+      expect_cuda_agrees(combine_rows, args);
+      args.out_TD = residual_TD.out<Real>();
+      expect_cuda_agrees(combine_rows, args);
+      args.residual_TD = {};
+      expect_cuda_agrees(combine_rows, args);
+      if (c.T == 37) expect_cuda_rows_independent(combine_rows, args, c.T);
+    }
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Parity of copy_bytes, zero_bytes, cast_real, scale_values and add_values with plain loops.
 #include "kernels/copy.h"
 #include "tests/ops/copy_cases.h"
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/op_test.h"
 
 namespace cambium::test {
@@ -43,6 +44,34 @@ TEST(CopyOp, ScaleMultipliesInPlace) {
   for (double& element : want) element *= 4.0;
   run_op(scale_values, ScaleValuesArgs{.value_N = value.inout<float>(), .factor = 4.0f});
   EXPECT_TRUE(bits_equal(value, want));
+}
+
+TEST(CopyOp, CudaAgreesWithTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const int64_t size : copy_case_sizes()) {
+    TestRandom random(static_cast<uint64_t>(size));
+    TestTensor bytes(Shape(size), DType::u8), copied(Shape(size), DType::u8);
+    bytes.fill_integers(random, 1, 254);
+    run_cuda_op(copy_bytes,
+                CopyBytesArgs{.from_N = bytes.in<uint8_t>(), .to_N = copied.out<uint8_t>()});
+    EXPECT_TRUE(bits_equal(copied, bytes)) << size;
+    run_cuda_op(zero_bytes, ZeroBytesArgs{.to_N = copied.out<uint8_t>()});
+    EXPECT_TRUE(bits_equal(copied, std::vector<double>(static_cast<size_t>(size), 0.0))) << size;
+    TestTensor value{Shape(size)}, narrow(Shape(size), DType::bf16), wide{Shape(size)};
+    value.fill_normal(random);
+    run_cuda_op(cast_real, CastRealArgs{.from_N = value.in<Real>(), .to_N = narrow.out<Real>()});
+    EXPECT_TRUE(bits_equal(narrow, value.values())) << size;
+    run_cuda_op(cast_real, CastRealArgs{.from_N = narrow.in<Real>(), .to_N = wide.out<Real>()});
+    EXPECT_TRUE(bits_equal(wide, narrow.values())) << size;
+    std::vector<double> scaled = value.values();
+    for (double& element : scaled) element *= 4.0;
+    run_cuda_op(scale_values, ScaleValuesArgs{.value_N = value.inout<float>(), .factor = 4.0f});
+    EXPECT_TRUE(bits_equal(value, scaled)) << size;
+    for (int64_t i = 0; i < size; ++i) scaled[i] = static_cast<float>(scaled[i]) + wide.at(i);
+    run_cuda_op(add_values,
+                AddValuesArgs{.sum_N = value.inout<float>(), .addend_N = wide.in<float>()});
+    EXPECT_TRUE(bits_equal(value, scaled)) << size;
+  }
 }
 
 TEST(CopyOp, AddValuesAddsInPlace) {

@@ -1,5 +1,6 @@
 // cross_entropy against its oracle: exact cases, tolerances, ignored rows, finite differences.
 #include "tests/ops/cross_entropy_cases.h"
+#include "tests/ops/cuda_test.h"
 
 namespace cambium::test {
 namespace {
@@ -18,14 +19,13 @@ struct CrossEntropyTensors {
       target.set(t, t % 5 == 4 ? kIgnoredTarget : random.integer(0, c.V - 1));
     }
   }
-  void run(int threads = 2) {
-    run_op(cross_entropy,
-           CrossEntropyArgs{.logits_TV = logits.in<Real>(),
-                            .target_T = target.in<int32_t>(),
-                            .loss_T = loss.out<float>(),
-                            .d_logits_TV = d_logits.out<Real>()},
-           threads);
+  CrossEntropyArgs args() {
+    return {.logits_TV = logits.in<Real>(),
+            .target_T = target.in<int32_t>(),
+            .loss_T = loss.out<float>(),
+            .d_logits_TV = d_logits.out<Real>()};
   }
+  void run(int threads = 2) { run_op(cross_entropy, args(), threads); }
   CrossEntropyExpected oracle() const {
     return cross_entropy_oracle(logits.values(), target.values(), c.V);
   }
@@ -139,6 +139,44 @@ TEST(CrossEntropy, MustFailOnAnOffByOneTargetAndABadOne) {
   EXPECT_FALSE(within(t.d_logits, wrong.d_logits, tolerance(2, 16)));
   t.target.set(3, 40);
   EXPECT_THROW(t.run(), Error);
+}
+
+// Beside the common cases: one to eight blocks a row, a real vocabulary, and one that a cluster
+// does not hold.
+TEST(CrossEntropy, CudaAgreesWithTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  std::vector<CrossEntropyCase> cases = kCrossEntropyCases;
+  for (const int64_t V : {20480, 20488, 50257, 151936, 202048}) cases.push_back({3, V});
+  for (const CrossEntropyCase& c : cases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      SCOPED_TRACE(testing::Message() << c.T << "x" << c.V << " " << dtype_name(dtype));
+      CrossEntropyTensors t(c, dtype);
+      const double bound = dtype == DType::bf16 ? bf16_tolerance(2, 16) : tolerance(2, 16);
+      expect_cuda_agrees(cross_entropy, t.args(), bound);
+      CrossEntropyArgs in_place = t.args(), loss_alone = t.args();
+      in_place.d_logits_TV = t.logits.out<Real>();
+      loss_alone.d_logits_TV = {};
+      expect_cuda_agrees(cross_entropy, in_place, bound);
+      expect_cuda_agrees(cross_entropy, loss_alone, tolerance(2, 16));
+    }
+  }
+}
+
+TEST(CrossEntropy, CudaExtremesFollowTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  CrossEntropyTensors peaked({16, 40});
+  for (int64_t i = 0; i < peaked.logits.elements(); ++i) {
+    peaked.logits.set(i, i % 40 == 7 ? 100.0 : -100.0);
+  }
+  expect_cuda_agrees(cross_entropy, peaked.args(), tolerance(1, 1));
+}
+
+TEST(CrossEntropy, CudaBitsDependOnTheTokenAlone) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const int64_t V : {77, 40000}) {
+    CrossEntropyTensors t({37, V}, DType::bf16);
+    expect_cuda_rows_independent(cross_entropy, t.args(), 37);
+  }
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Parity of the dispatch plan: exact, deduplicated, the same for any thread count.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/dispatch_plan_cases.h"
 
 namespace cambium::test {
@@ -72,6 +73,28 @@ TEST(DispatchPlan, MustFailWithoutDedupOrWithAWrongHome) {
   EXPECT_LT(expected.count_P2[0], expected.count_P2[1]);  // dedup merged something
   index_TK.set(5, 8);                                     // beyond the last expert
   EXPECT_THROW(run_dispatch_plan(index_TK, weight_TK, 2, 4), Error);
+}
+
+TEST(DispatchPlan, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const DispatchPlanCase& c : kDispatchPlanCases) {
+    SCOPED_TRACE(testing::Message() << c.routing.T << " tokens to " << c.ranks << " ranks");
+    const int64_t T = c.routing.T, K = c.routing.K, M = dispatch_capacity(T, K, c.ranks);
+    TestTensor index_TK = make_routing(c.routing, 3), weight_TK = make_weights(c.routing);
+    TestTensor count = make_index_output(Shape(c.ranks, 2)), token = make_index_output(Shape(M));
+    TestTensor expert = make_index_output(Shape(M, K)), weight(Shape(M, K));
+    TestTensor row = make_index_output(Shape(T, K)), part = make_index_output(Shape(T, c.ranks));
+    expect_cuda_agrees(dispatch_plan, {.expert_index_TK = index_TK.in<int32_t>(),
+                                       .weight_TK = weight_TK.in<float>(),
+                                       .ranks = c.ranks,
+                                       .experts_per_rank = c.routing.E / c.ranks,
+                                       .send_count_P2 = count.out<int32_t>(),
+                                       .send_token_M = token.out<int32_t>(),
+                                       .send_expert_MK = expert.out<int32_t>(),
+                                       .send_weight_MK = weight.out<float>(),
+                                       .return_row_TK = row.out<int32_t>(),
+                                       .token_part_TP = part.out<int32_t>()});
+  }
 }
 
 }  // namespace

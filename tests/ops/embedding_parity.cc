@@ -1,4 +1,5 @@
 // embedding against its oracle: gathered bits, and the sparse weight gradient in both modes.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/embedding_cases.h"
 
 namespace cambium::test {
@@ -31,16 +32,15 @@ struct EmbeddingTensors {
         EmbeddingArgs{.w_VD = w.in<Real>(), .token_T = token.in<int32_t>(), .x_TD = x.out<Real>()},
         threads);
   }
-  void accumulate(int threads = 2) {
-    run_op(embedding_wgrad,
-           EmbeddingWgradArgs{.d_x_TD = d_x.in<Real>(),
-                              .token_T = token.in<int32_t>(),
-                              .d_w_SVD = d_w.inout<float>()},
-           threads);
+  EmbeddingWgradArgs accumulate_args() {
+    return {
+        .d_x_TD = d_x.in<Real>(), .token_T = token.in<int32_t>(), .d_w_SVD = d_w.inout<float>()};
   }
+  void accumulate(int threads = 2) { run_op(embedding_wgrad, accumulate_args(), threads); }
   // Rows of `nodes`: first, end, destination, fold count, folds.
-  void fold(const std::vector<std::vector<int>>& nodes, int64_t first_block = 0, int threads = 2) {
-    TestTensor table(Shape(static_cast<int64_t>(nodes.size()), kNodeColumns), DType::i32);
+  EmbeddingWgradArgs fold_args(const std::vector<std::vector<int>>& nodes,
+                               int64_t first_block = 0) {
+    table = TestTensor(Shape(static_cast<int64_t>(nodes.size()), kNodeColumns), DType::i32);
     for (size_t node = 0; node < nodes.size(); ++node) {
       for (size_t column = 0; column < nodes[node].size(); ++column) {
         table.set(static_cast<int64_t>(node) * kNodeColumns + column, nodes[node][column]);
@@ -53,7 +53,10 @@ struct EmbeddingTensors {
     args.target = {GradMode::nodes, table.in<int32_t>(), first_block + c.blocks};
     args.first_block = first_block;
     args.block_tokens = c.block_tokens;
-    run_op(embedding_wgrad, args, threads);
+    return args;
+  }
+  void fold(const std::vector<std::vector<int>>& nodes, int64_t first_block = 0, int threads = 2) {
+    run_op(embedding_wgrad, fold_args(nodes, first_block), threads);
   }
   // Value of (slot, id), absent when its presence is 0.
   std::optional<std::vector<float>> value(int64_t slot, int64_t id) const {
@@ -66,6 +69,7 @@ struct EmbeddingTensors {
   }
   EmbeddingCase c;
   TestTensor w, token, x, d_x, d_w, present;
+  TestTensor table{Shape(1, kNodeColumns), DType::i32};
 };
 
 TEST(Embedding, ForwardCopiesRowsBitForBit) {
@@ -175,6 +179,31 @@ TEST(Embedding, MustFailWhenAbsentIsZeroAndForBadIds) {
   EXPECT_THROW(t.fold({{0, 4, 0, 0}}), Error);
   t.token.set(5, -1);
   EXPECT_THROW(t.accumulate(), Error);
+}
+
+TEST(Embedding, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  std::vector<EmbeddingCase> cases = kEmbeddingCases;
+  cases.push_back({24, 32, 50, 2056});  // more columns than a block has at once
+  for (const EmbeddingCase& c : cases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      SCOPED_TRACE(testing::Message() << c.T() << " tokens, " << c.V << " ids of " << c.D);
+      EmbeddingTensors t(c, InputFamily::normals, dtype);
+      expect_cuda_agrees(embedding, EmbeddingArgs{.w_VD = t.w.in<Real>(),
+                                                  .token_T = t.token.in<int32_t>(),
+                                                  .x_TD = t.x.out<Real>()});
+      t.d_w.fill(0.75);
+      expect_cuda_agrees(embedding_wgrad, t.accumulate_args());
+      for (int64_t i = 0; i < 3 * c.V; ++i) t.present.set(i, i % 3 == 0 ? 1 : 0);
+      const int blocks = static_cast<int>(c.blocks), split = blocks > 1 ? 1 : 0;
+      expect_cuda_agrees(embedding_wgrad, t.fold_args({{64, 64 + blocks, 1, 0}}, 64));
+      expect_cuda_agrees(embedding_wgrad, t.fold_args({{64, 64 + blocks, 2, 2, 2, 0}}, 64));
+      if (split == 0) continue;
+      const int middle = static_cast<int>(canonical_split(blocks));
+      expect_cuda_agrees(embedding_wgrad,
+                         t.fold_args({{0, middle, 0, 0}, {middle, blocks, 1, 1, 0}}));
+    }
+  }
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Parity of the expert histogram and the selection bias: exact.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/expert_load_cases.h"
 
 namespace cambium::test {
@@ -78,6 +79,18 @@ TEST(ExpertLoad, MustFailOutOfRangeExpertIsRefused) {
   index_TK.assign(std::vector<double>{0, 4});
   count_E.fill(0);
   EXPECT_THROW(run_op(expert_histogram, {index_TK.in<int32_t>(), count_E.inout<int32_t>()}), Error);
+}
+
+TEST(ExpertLoad, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const RoutingCase& c : kExpertLoadCases) {
+    TestTensor index_TK = make_local_routing(c, 4), count_E(Shape(c.E), DType::i32);
+    TestRandom random(c.E);
+    count_E.fill_integers(random, 0, 1000000000);
+    expect_cuda_agrees(expert_histogram, {index_TK.in<int32_t>(), count_E.inout<int32_t>()});
+    TestTensor bias_E = make_tensor(Shape(c.E), random, InputFamily::normals);
+    expect_cuda_agrees(router_bias_update, {count_E.in<int32_t>(), bias_E.inout<float>(), 0.25f});
+  }
 }
 
 }  // namespace

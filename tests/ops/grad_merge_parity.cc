@@ -1,4 +1,5 @@
 // Parity of grad_merge and grad_finish: every presence combination, aliasing, padding, threads.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/grad_merge_cases.h"
 
 namespace cambium::test {
@@ -90,6 +91,19 @@ TEST(GradMerge, MustFailAddingAnAbsentOperandIsDetected) {
   run_op(grad_merge, slots.merge_args());
   run_op(grad_merge, wrong.merge_args());
   EXPECT_FALSE(bits_equal(wrong.data, slots.data));
+}
+
+TEST(GradMerge, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const GradMergeCase& c : kGradMergeCases) {
+    for (uint64_t seed = 0; seed < 8; ++seed) {
+      MergeSlots slots(c, seed);
+      expect_cuda_agrees(grad_merge, slots.merge_args());
+      TestTensor gradient(Shape(c.groups, c.elements), DType::f32, c.elements + (seed % 2) * 7);
+      expect_cuda_agrees(grad_finish, {slots.slots(), slots.present.in<uint8_t>(),
+                                       gradient.out<float>(), c.group_stride, c.left});
+    }
+  }
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Parity of the gradient norm: blocks, shards, clipping, non-finite gradients.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/grad_norm_cases.h"
 
 namespace cambium::test {
@@ -96,6 +97,44 @@ TEST(GradNorm, MustFailAnElementCountedTwiceIsDetected) {
   ASSERT_TRUE(within(partial_B, expected, tolerance(1, 128)));
   expected[0] += grad.at(3) * grad.at(3);
   EXPECT_FALSE(within(partial_B, expected, tolerance(1, 128)));
+}
+
+TEST(GradNorm, CudaSquareSumGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const int64_t N : kSquareSumCases) {
+    TestRandom random(N);
+    TestTensor grad = make_tensor(Shape(N), random, InputFamily::normals);
+    TestTensor partial_B(Shape(norm_block_count(N)));
+    expect_cuda_agrees(square_sum, {grad.in<float>(), partial_B.out<float>()});
+  }
+}
+
+TEST(GradNorm, CudaClipScaleGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const int64_t tensors : {1, 2, 7, 1500}) {
+    TestRandom random(tensors);
+    TestTensor offsets(Shape(tensors + 1), DType::i32), result(Shape(4));
+    int64_t blocks = 0;
+    for (int64_t n = 0; n < tensors; ++n) {
+      offsets.set(n, static_cast<double>(blocks));
+      blocks += n == 1 ? 5003 : random.integer(0, 9);
+    }
+    offsets.set(tensors, static_cast<double>(blocks = std::max<int64_t>(blocks, 1)));
+    TestTensor partial_B{Shape(blocks)};
+    for (int64_t b = 0; b < blocks; ++b) partial_B.set(b, random.uniform());
+    for (const double bad : {0.5, kInfinity, kNan}) {
+      partial_B.set(blocks - 1, bad);
+      for (const double clip : {0.0, 0.001, 1e6}) {
+        const ClipScaleArgs args{.partial_B = partial_B.in<float>(),
+                                 .tensor_first_block_n1 = offsets.in<int32_t>(),
+                                 .inverse_tokens = 1.0 / 300,
+                                 .clip = clip,
+                                 .result_4 = result.out<float>()};
+        // A NaN's sign and payload are the processor's affair.
+        expect_cuda_agrees(clip_scale, args, std::isfinite(bad) ? 0 : 1e-30);
+      }
+    }
+  }
 }
 
 }  // namespace

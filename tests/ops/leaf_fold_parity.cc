@@ -1,5 +1,6 @@
 // leaf_fold against its oracle: the tree's bits in fp32, nodes and folds, and that any cut of the
 // leaves into nodes ends in the same bits (D3).
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/leaf_fold_cases.h"
 
 namespace cambium::test {
@@ -20,15 +21,16 @@ struct LeafFoldTensors {
     for (int64_t i = 0; i < c.N; ++i) values.push_back(static_cast<float>(d_w.at(index * c.N + i)));
     return values;
   }
-  void accumulate(int threads = 2) {
+  LeafFoldArgs accumulate_args() {
     LeafFoldArgs args{.leaf_BN = leaf.in<float>(), .d_w_SN = d_w.inout<float>()};
     args.rows_per_block = c.rows_per_block;
-    run_op(leaf_fold, args, threads);
+    return args;
   }
+  void accumulate(int threads = 2) { run_op(leaf_fold, accumulate_args(), threads); }
   // `nodes` holds first, end, destination, fold count and folds, a row per node, for leaves that
   // begin at canonical block `first_block`.
-  void fold(const std::vector<std::vector<int>>& nodes, int64_t first_block = 0, int threads = 2) {
-    TestTensor table(Shape(static_cast<int64_t>(nodes.size()), kNodeColumns), DType::i32);
+  LeafFoldArgs fold_args(const std::vector<std::vector<int>>& nodes, int64_t first_block = 0) {
+    table = TestTensor(Shape(static_cast<int64_t>(nodes.size()), kNodeColumns), DType::i32);
     for (size_t node = 0; node < nodes.size(); ++node) {
       for (size_t column = 0; column < nodes[node].size(); ++column) {
         table.set(static_cast<int64_t>(node) * kNodeColumns + column, nodes[node][column]);
@@ -40,10 +42,14 @@ struct LeafFoldTensors {
     args.target = {GradMode::nodes, table.in<int32_t>(), first_block + c.blocks};
     args.first_block = first_block;
     args.rows_per_block = c.rows_per_block;
-    run_op(leaf_fold, args, threads);
+    return args;
+  }
+  void fold(const std::vector<std::vector<int>>& nodes, int64_t first_block = 0, int threads = 2) {
+    run_op(leaf_fold, fold_args(nodes, first_block), threads);
   }
   LeafFoldCase c;
   TestTensor leaf, d_w, present;
+  TestTensor table{Shape(1, kNodeColumns), DType::i32};
 };
 
 TEST(LeafFold, AccumulateAddsTheTreeSumToSlotZero) {
@@ -118,6 +124,25 @@ TEST(LeafFold, MustFailForASequentialSumAndABadNode) {
   EXPECT_NE(t.slot(0), sequential);
   EXPECT_THROW(t.fold({{0, 33, 0, 0}}), Error);
   EXPECT_THROW(t.fold({{0, 32, 0, 1, 9}}), Error);
+}
+
+TEST(LeafFold, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  std::vector<LeafFoldCase> cases = kLeafFoldCases;
+  cases.push_back({512, 300, 1});
+  cases.push_back({777, 1, 8});
+  for (const LeafFoldCase& c : cases) {
+    SCOPED_TRACE(testing::Message() << c.blocks << " leaves of " << c.N);
+    LeafFoldTensors t(c, InputFamily::normals);
+    t.d_w.fill(3.0);
+    expect_cuda_agrees(leaf_fold, t.accumulate_args());
+    t.present.set(3, 1);
+    const int blocks = static_cast<int>(c.blocks);
+    expect_cuda_agrees(leaf_fold, t.fold_args({{1024, 1024 + blocks, 2, 2, 3, 1}}, 1024));
+    if (blocks == 1) continue;
+    const int middle = static_cast<int>(canonical_split(blocks));
+    expect_cuda_agrees(leaf_fold, t.fold_args({{0, middle, 0, 0}, {middle, blocks, 1, 2, 0, 3}}));
+  }
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Parity of the linear layer: exact integers, normals, the promised chain, D1, D2 and D3.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/forest_test.h"
 #include "tests/ops/linear_cases.h"
 
@@ -136,6 +137,7 @@ struct WgradForest {
   int64_t total_blocks, block_tokens;
   TestTensor& d_y_TN;
   TestTensor& x_TK;
+  Backend backend = Backend::reference;
   std::vector<std::byte> run(const std::vector<std::pair<int64_t, int64_t>>& ranges, int threads) {
     const int64_t N = d_y_TN.shape()[1], K = x_TK.shape()[1], S = 2 * total_blocks;
     TestTensor d_w(Shape(S, N, K)), present(Shape(S), DType::u8);
@@ -144,16 +146,23 @@ struct WgradForest {
       TestTensor table = forest.plan_call(first, end);
       const int64_t rows = (end - first) * block_tokens, offset = first * block_tokens;
       LinearWgradArgs args;
-      args.d_y_TN =
-          In<Real>(static_cast<float*>(d_y_TN.data()) + offset * N, DType::f32, Shape(rows, N));
-      args.x_TK =
-          In<Real>(static_cast<float*>(x_TK.data()) + offset * K, DType::f32, Shape(rows, K));
+      const auto rows_of = [&](TestTensor& tensor, int64_t width) {
+        std::byte* data = static_cast<std::byte*>(tensor.data());
+        return In<Real>(data + offset * width * dtype_bytes(tensor.dtype()), tensor.dtype(),
+                        Shape(rows, width));
+      };
+      args.d_y_TN = rows_of(d_y_TN, N);
+      args.x_TK = rows_of(x_TK, K);
       args.d_w_SNK = d_w.inout<float>();
       args.present_S = present.inout<uint8_t>();
       args.target = {GradMode::nodes, table.in<int32_t>(), total_blocks};
       args.first_block = first;
       args.block_tokens = block_tokens;
-      run_op(linear_wgrad, args, threads);
+      if (backend == Backend::cuda) {
+        run_cuda_op(linear_wgrad, args);
+      } else {
+        run_op(linear_wgrad, args, threads);
+      }
     }
     for (const Forest::Merge& merge : forest.remaining_merges()) {
       GradMergeArgs args;
@@ -266,6 +275,87 @@ TEST(Linear, GradientsAgreeWithFiniteDifferences) {
   const auto of_w = [&](const std::vector<double>& values) { return loss(x.values(), values); };
   EXPECT_LT(finite_difference_error(of_x, x.values(), d_x.values(), random), 1e-5);
   EXPECT_LT(finite_difference_error(of_w, w.values(), d_w.values(), random), 1e-5);
+}
+
+// Shapes of cuBLASLt (multiples of 8) and of the own kernels, with operands in bf16.
+const std::vector<LinearCase> kCudaLinearCases = {
+    {1, 8, 8},       {7, 13, 11},     {5, 16, 24},       {33, 48, 257},    {96, 272, 600},
+    {128, 384, 128}, {200, 64, 1032}, {1000, 128, 2048}, {257, 4096, 512},
+};
+
+TEST(Linear, CudaAgreesWithOracle) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const LinearCase& c : kCudaLinearCases) {
+    SCOPED_TRACE(testing::Message() << c.T << " " << c.N << " " << c.K);
+    TestRandom random(c.T * 1000 + c.K);
+    const auto normal = [&](Shape shape) {
+      return make_tensor(shape, random, InputFamily::normals, DType::bf16);
+    };
+    TestTensor x = normal(Shape(c.T, c.K)), w = normal(Shape(c.N, c.K));
+    TestTensor d_y = normal(Shape(c.T, c.N)), residual = normal(Shape(c.T, c.N));
+    TestTensor y(Shape(c.T, c.N), DType::bf16), y_f32(Shape(c.T, c.N));
+    TestTensor d_x(Shape(c.T, c.K), DType::bf16), d_w(Shape(1, c.N, c.K));
+    d_w.fill_normal(random);
+    const std::vector<double> d_w_want = add(linear_wgrad_oracle(d_y, x), d_w.values());
+    run_cuda_op(linear, LinearArgs{x.in<Real>(), w.in<Real>(), residual.in<Real>(), y.out<Real>()});
+    run_cuda_op(linear, LinearArgs{x.in<Real>(), w.in<Real>(), {}, y_f32.out<Real>()});
+    run_cuda_op(linear_dgrad, LinearDgradArgs{d_y.in<Real>(), w.in<Real>(), {}, d_x.out<Real>()});
+    LinearWgradArgs wgrad{d_y.in<Real>(), x.in<Real>(), d_w.inout<float>(), {}, {}, 0, 0};
+    run_cuda_op(linear_wgrad, wgrad);
+    const std::vector<double> product = linear_oracle(x, w);
+    EXPECT_TRUE(within(y_f32, product, tolerance(kLinearChainFactor, c.K)));
+    EXPECT_TRUE(
+        within(y, add(product, residual.values()), bf16_tolerance(kLinearChainFactor, c.K)));
+    EXPECT_TRUE(within(d_x, linear_dgrad_oracle(d_y, w), bf16_tolerance(kLinearChainFactor, c.N)));
+    EXPECT_TRUE(within(d_w, d_w_want, tolerance(kLinearChainFactor, c.T + 1)));
+  }
+}
+
+// D2 on the GPU: the library's algorithm follows N and K, never the row count.
+TEST(Linear, CudaRowsDoNotDependOnTheBatch) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const LinearCase& c :
+       {LinearCase{700, 384, 128}, {1500, 128, 2048}, {600, 4104, 512}, {300, 72, 300}}) {
+    TestRandom random(7);
+    TestTensor x = make_tensor(Shape(c.T, c.K), random, InputFamily::normals, DType::bf16);
+    TestTensor w = make_tensor(Shape(c.N, c.K), random, InputFamily::normals, DType::bf16);
+    expect_rows_independent(c.T, [&](const std::vector<int64_t>& rows) {
+      const auto count = static_cast<int64_t>(rows.size());
+      TestTensor part(Shape(count, c.K), DType::bf16), y(Shape(count, c.N), DType::bf16);
+      TestTensor y_f32(Shape(count, c.N)), d_x(Shape(count, c.K), DType::bf16);
+      for (int64_t i = 0; i < count * c.K; ++i) part.set(i, x.at(rows[i / c.K] * c.K + i % c.K));
+      run_cuda_op(linear, LinearArgs{part.in<Real>(), w.in<Real>(), {}, y.out<Real>()});
+      run_cuda_op(linear, LinearArgs{part.in<Real>(), w.in<Real>(), {}, y_f32.out<Real>()});
+      run_cuda_op(linear_dgrad, LinearDgradArgs{y.in<Real>(), w.in<Real>(), {}, d_x.out<Real>()});
+      std::vector<std::vector<std::byte>> bits_of_rows;
+      append_row_bits(y, bits_of_rows);
+      append_row_bits(y_f32, bits_of_rows);
+      append_row_bits(d_x, bits_of_rows);
+      return bits_of_rows;
+    });
+  }
+}
+
+// D3 on the GPU: nodes do not depend on the split into calls, and are the sums of their blocks.
+TEST(Linear, CudaNodesAreIndependentOfTheSplitIntoCalls) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const int64_t total_blocks : {1, 3, 7, 8, 13}) {
+    const int64_t block_tokens = 16, N = 40, K = 48, T = total_blocks * block_tokens;
+    TestRandom random(total_blocks);
+    TestTensor d_y = make_tensor(Shape(T, N), random, InputFamily::normals, DType::bf16);
+    TestTensor x = make_tensor(Shape(T, K), random, InputFamily::normals, DType::bf16);
+    WgradForest forest{total_blocks, block_tokens, d_y, x, Backend::cuda};
+    const auto whole = forest.run(call_ranges(total_blocks, total_blocks, CallOrder::ascending), 1);
+    TestTensor sum(Shape(N, K));
+    std::memcpy(sum.data(), whole.data(), whole.size());
+    EXPECT_TRUE(within(sum, linear_wgrad_oracle(d_y, x), tolerance(kLinearChainFactor, T)));
+    for (const int64_t width : {1, 2, 3}) {
+      for (const auto order : {CallOrder::ascending, CallOrder::descending, CallOrder::odd_first}) {
+        EXPECT_TRUE(bits_equal(forest.run(call_ranges(total_blocks, width, order), 1), whole))
+            << total_blocks << " blocks in calls of " << width;
+      }
+    }
+  }
 }
 
 TEST(Linear, MustFailWrongOutputIsDetected) {

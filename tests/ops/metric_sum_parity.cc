@@ -1,5 +1,6 @@
 // Parity of metric_sum and count_fraction with fp64 loops.
 #include "kernels/metric_sum.h"
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/metric_sum_cases.h"
 #include "tests/ops/op_test.h"
 
@@ -60,6 +61,24 @@ TEST(MetricSumOp, MustFailWhenABlockIsShifted) {
   run_op(metric_sum,
          MetricSumArgs{.value_N = value.in<float>(), .leaf_BM = table.inout<float>(), .column = 1});
   EXPECT_FALSE(within(table, want, tolerance(4, c.per_block)));
+}
+
+TEST(MetricSumOp, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const MetricSumCase& c : metric_sum_cases()) {
+    TestRandom random(static_cast<uint64_t>(c.blocks * 1000 + c.per_block));
+    TestTensor value = make_tensor(Shape(c.blocks * c.per_block), random, InputFamily::normals);
+    TestTensor table = make_tensor(Shape(c.blocks, kColumns), random, InputFamily::normals);
+    expect_cuda_agrees(
+        metric_sum, {.value_N = value.in<float>(), .leaf_BM = table.inout<float>(), .column = 1});
+  }
+  for (const int64_t total : {0, 100}) {
+    TestRandom random(3);
+    TestTensor count(Shape(61), DType::i32), fraction(Shape(61));
+    count.fill_integers(random, 0, total);
+    expect_cuda_agrees(count_fraction,
+                       {.count_E = count.in<int32_t>(), .fraction_E = fraction.out<float>()});
+  }
 }
 
 }  // namespace

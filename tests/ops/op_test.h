@@ -163,6 +163,8 @@ class TestTensor {
     }
     return result;
   }
+  // Guards and padding included.
+  bool same_bytes(const TestTensor& other) const { return bytes_ == other.bytes_; }
   bool guards_intact() const {
     TestTensor wiped = *this;
     const int64_t width = dtype_bytes(dtype_);

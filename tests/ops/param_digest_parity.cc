@@ -1,4 +1,5 @@
 // Parity of the parameter digest: exact, additive over shards, the same for any thread count.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/param_digest_cases.h"
 
 namespace cambium::test {
@@ -40,6 +41,25 @@ TEST(ParamDigest, MustFailOneBitAnywhereIsDetected) {
     TestTensor changed = data;
     static_cast<uint32_t*>(changed.data())[element] ^= 1;
     EXPECT_NE(run_param_digest(changed.in<float>(), 7, 0), before) << element;
+  }
+}
+
+TEST(ParamDigest, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  std::vector<int64_t> counts = kParamDigestCases;
+  for (int64_t N = 2; N <= 70; ++N) counts.push_back(N);  // every short form of XXH3
+  for (const int64_t N : {255, 256, 257, 512, 4079, 4080, 4081, 600 * 4096 + 1000}) {
+    counts.push_back(N);
+  }
+  for (const int64_t N : counts) {
+    TestRandom random(N);
+    TestTensor data = make_tensor(Shape(N), random, InputFamily::normals);
+    TestTensor sum(Shape(2), DType::i64);
+    SCOPED_TRACE(N);
+    expect_cuda_agrees(param_digest, {.data_N = data.in<float>(),
+                                      .tensor_id = 0x9d3f77aa12345678u + static_cast<uint64_t>(N),
+                                      .first_block = N % 7,
+                                      .sum_2 = sum.out<int64_t>()});
   }
 }
 

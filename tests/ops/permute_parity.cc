@@ -1,6 +1,7 @@
 // Parity of the gathers: copies, so bitwise for every storage.
 #include "tests/ops/permute_cases.h"
 
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/routing_test.h"
 
 namespace cambium::test {
@@ -69,6 +70,30 @@ TEST(Permute, MustFailWrongIndexIsDetected) {
     index_M.set(4, outside);
     EXPECT_THROW(run_op(gather_rows, {x_TD.in<Real>(), index_M.in<int32_t>(), y_MD.out<Real>()}),
                  Error);
+  }
+}
+
+TEST(Permute, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  std::vector<GatherCase> cases = kGatherCases;
+  cases.push_back({64, 200, 2048});
+  for (const GatherCase& c : cases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (const int64_t padding : {0, 5}) {
+        TestRandom random(c.M + 1);
+        TestTensor x_TD(Shape(c.T, c.D), dtype, c.D + padding), y_MD(Shape(c.M, c.D), dtype, c.D);
+        x_TD.fill_normal(random);
+        TestTensor index_M = make_gather_index(c, 2), y_M(Shape(c.M));
+        expect_cuda_agrees(gather_rows, {x_TD.in<Real>(), index_M.in<int32_t>(), y_MD.out<Real>()});
+        TestTensor x_T = make_tensor(Shape(c.T), random, InputFamily::normals);
+        expect_cuda_agrees(gather_scalars,
+                           {x_T.in<float>(), index_M.in<int32_t>(), y_M.out<float>()});
+        TestTensor block_T(Shape(c.T), DType::i32), row_block(Shape(c.M), DType::i32);
+        block_T.fill_integers(random, 0, 1000);
+        expect_cuda_agrees(gather_row_blocks, {block_T.in<int32_t>(), index_M.in<int32_t>(),
+                                               row_block.out<int32_t>()});
+      }
+    }
   }
 }
 

@@ -1,4 +1,5 @@
 // qk_norm_rope against its oracle, and rope_table against Hugging Face's order of roundings.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/qk_norm_rope_cases.h"
 
 namespace cambium::test {
@@ -60,7 +61,7 @@ struct QkNormRopeTensors {
   }
   bool has_norm() const { return c.kind != QkNormKind::none; }
 
-  void forward(int threads = 2) {
+  QkNormRopeArgs forward_args() {
     QkNormRopeArgs args{.q_THQ = q.in<Real>(),
                         .k_TGQ = k.in<Real>(),
                         .cos_SC = cos.in<float>(),
@@ -74,9 +75,9 @@ struct QkNormRopeTensors {
       args.q_gain = q_gain.in<Real>(), args.k_gain = k_gain.in<Real>();
       args.q_rstd = q_rstd.out<float>(), args.k_rstd = k_rstd.out<float>();
     }
-    run_op(qk_norm_rope, args, threads);
+    return args;
   }
-  void backward(int threads = 2) {
+  QkNormRopeBackwardArgs backward_args() {
     QkNormRopeBackwardArgs args{.d_q_out_THQ = d_q_out.in<Real>(),
                                 .d_k_out_TGQ = d_k_out.in<Real>(),
                                 .cos_SC = cos.in<float>(),
@@ -92,8 +93,10 @@ struct QkNormRopeTensors {
       args.q_rstd = q_rstd.in<float>(), args.k_rstd = k_rstd.in<float>();
       args.d_q_gain_leaf_BN = d_q_gain.out<float>(), args.d_k_gain_leaf_BN = d_k_gain.out<float>();
     }
-    run_op(qk_norm_rope_backward, args, threads);
+    return args;
   }
+  void forward(int threads = 2) { run_op(qk_norm_rope, forward_args(), threads); }
+  void backward(int threads = 2) { run_op(qk_norm_rope_backward, backward_args(), threads); }
   // Rows of a table at the tokens' positions.
   std::vector<double> at_positions(const TestTensor& table) const {
     std::vector<double> rows;
@@ -264,6 +267,49 @@ TEST(QkNormRope, MustFailForInterleavedPairsAndBadPositions) {
   EXPECT_FALSE(within(t.q_out, interleaved, tolerance(2, 16)));
   t.position.set(3, kPositions);
   EXPECT_THROW(t.forward(), Error);
+}
+
+// Beside the common cases: production heads, which are whole vectors, and heads that need several
+// vectors a lane.
+std::vector<QkNormRopeCase> cuda_qk_norm_rope_cases() {
+  std::vector<QkNormRopeCase> cases = kQkNormRopeCases;
+  for (const QkNormKind kind : {QkNormKind::none, QkNormKind::per_head, QkNormKind::full_width}) {
+    cases.push_back({21, 32, 4, 128, 8, kind});
+    cases.push_back({9, 5, 1, 80, 4, kind});
+    cases.push_back({5, 60, 4, 128, 4, kind});
+  }
+  return cases;
+}
+
+TEST(QkNormRope, CudaAgreesWithTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const QkNormRopeCase& c : cuda_qk_norm_rope_cases()) {
+    for (const InputFamily family : {InputFamily::integers, InputFamily::normals}) {
+      for (const DType dtype : {DType::f32, DType::bf16}) {
+        SCOPED_TRACE(testing::Message() << c.T << "x" << c.H << "+" << c.G << "x" << c.Q << " kind "
+                                        << static_cast<int>(c.kind) << " " << dtype_name(dtype));
+        QkNormRopeTensors t(c, family, dtype);
+        t.forward();
+        const bool is_power = (c.Q & (c.Q - 1)) == 0 && (c.H & (c.H - 1)) == 0;
+        const bool exact = family == InputFamily::integers && is_power;
+        if (c.Q == 2 && !exact) continue;  // a mean over two cancels
+        const double bound = dtype == DType::bf16 ? bf16_tolerance(2, 16) : tolerance(2, 16);
+        expect_cuda_agrees(qk_norm_rope, t.forward_args(), exact ? 0 : bound);
+        // NOTE: sums of signed integers may reach zero from either side, so zeros keep a tolerance.
+        expect_cuda_agrees(qk_norm_rope_backward, t.backward_args(), exact ? 1e-30 : bound);
+      }
+    }
+  }
+}
+
+TEST(QkNormRope, CudaBitsDependOnTheTokenAlone) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const QkNormKind kind : {QkNormKind::none, QkNormKind::per_head, QkNormKind::full_width}) {
+    QkNormRopeTensors t({37, 8, 2, 128, 64, kind}, InputFamily::normals, DType::bf16);
+    t.forward();
+    expect_cuda_rows_independent(qk_norm_rope, t.forward_args(), 37);
+    expect_cuda_rows_independent(qk_norm_rope_backward, t.backward_args(), 37);
+  }
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // rms_norm against its oracle: bits on exact inputs, tolerances on normals, gradients by finite
 // differences, and independence of threads and of other rows.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/rms_norm_cases.h"
 
 namespace cambium::test {
@@ -43,7 +44,7 @@ struct RmsNormTensors {
   // What the forward pass normed.
   TestTensor& normed() { return has_residual() ? sum : x; }
 
-  void forward(int threads = 2) {
+  RmsNormArgs forward_args() {
     RmsNormArgs args{.x_TD = x.in<Real>(),
                      .gain_D = gain.in<Real>(),
                      .y_TD = y.out<Real>(),
@@ -53,9 +54,9 @@ struct RmsNormTensors {
       args.residual_TD = residual.in<Real>();
       args.sum_TD = sum.out<Real>();
     }
-    run_op(rms_norm, args, threads);
+    return args;
   }
-  void backward(int threads = 2) {
+  RmsNormBackwardArgs backward_args() {
     RmsNormBackwardArgs args{.d_y_TD = d_y.in<Real>(),
                              .x_TD = normed().in<Real>(),
                              .gain_D = gain.in<Real>(),
@@ -64,8 +65,10 @@ struct RmsNormTensors {
                              .d_gain_leaf_BD = d_gain_leaf.out<float>(),
                              .block_tokens = c.block_tokens};
     if (has_residual()) args.d_residual_TD = d_residual.in<Real>();
-    run_op(rms_norm_backward, args, threads);
+    return args;
   }
+  void forward(int threads = 2) { run_op(rms_norm, forward_args(), threads); }
+  void backward(int threads = 2) { run_op(rms_norm_backward, backward_args(), threads); }
 
   RmsNormCase c;
   float epsilon;
@@ -228,6 +231,43 @@ TEST(RmsNorm, MustFailWhenTheMeanIsWrong) {
                                             .y_TD = t.y.out<Real>(),
                                             .rstd_T = t.rstd.out<float>()}),
                Error);
+}
+
+// Beside the common cases: rows of whole vectors at a real width, and rows longer than one vector a
+// thread.
+std::vector<RmsNormCase> cuda_rms_norm_cases() {
+  std::vector<RmsNormCase> cases = kRmsNormCases;
+  cases.push_back({37, 2048, 16, Residual::present});
+  cases.push_back({3, 16384, 2, Residual::absent});
+  return cases;
+}
+
+TEST(RmsNorm, CudaAgreesWithTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const RmsNormCase& c : cuda_rms_norm_cases()) {
+    for (const InputFamily family : {InputFamily::integers, InputFamily::normals}) {
+      for (const DType dtype : {DType::f32, DType::bf16}) {
+        SCOPED_TRACE(testing::Message() << c.T << "x" << c.D << " " << dtype_name(dtype));
+        RmsNormTensors t(c, family, dtype);
+        t.forward();
+        const bool exact = family == InputFamily::integers && (c.D & (c.D - 1)) == 0;
+        const double bound = dtype == DType::bf16 ? bf16_tolerance(2, 16) : tolerance(2, 16);
+        expect_cuda_agrees(rms_norm, t.forward_args(), exact ? 0 : bound);
+        if (c.D == 1 && !exact) continue;  // its gradient cancels to rounding noise
+        expect_cuda_agrees(rms_norm_backward, t.backward_args(), exact ? 0 : bound);
+      }
+    }
+  }
+}
+
+TEST(RmsNorm, CudaBitsDependOnTheRowAlone) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const int64_t D : {72, 2048, 131}) {
+    RmsNormTensors t({37, D, 64, Residual::present}, InputFamily::normals, DType::bf16);
+    t.forward();
+    expect_cuda_rows_independent(rms_norm, t.forward_args(), 37);
+    expect_cuda_rows_independent(rms_norm_backward, t.backward_args(), 37);
+  }
 }
 
 }  // namespace

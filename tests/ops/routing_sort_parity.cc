@@ -1,4 +1,5 @@
 // Parity of the routing sort: exact, stable, the same for any thread count.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/routing_sort_cases.h"
 
 namespace cambium::test {
@@ -83,6 +84,33 @@ TEST(RoutingSort, MustFailUnstableOrderIsDetected) {
   EXPECT_FALSE(
       bits_equal(run_routing_sort(index_TK, 8, 128, RoutingOrder::reversed_within_expert).slot_R,
                  expected.slot_R));
+}
+
+TEST(RoutingSort, CudaGivesTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const RoutingCase& c : kRoutingSortCases) {
+    SCOPED_TRACE(testing::Message() << c.T << " tokens, " << c.E << " experts");
+    TestTensor all = make_routing(c, 3), some = make_local_routing(c, 4);
+    TestTensor none(all.shape(), DType::i32);
+    none.fill(-1);
+    for (TestTensor* index_TK : {&all, &some, &none}) {
+      for (const RoutingOrder order :
+           {RoutingOrder::stable, RoutingOrder::reversed_within_expert}) {
+        const Shape R(c.T * c.K);
+        TestTensor offset = make_index_output(Shape(c.E + 1)), token = make_index_output(R);
+        TestTensor slot = make_index_output(R), ordered = make_index_output(R);
+        TestTensor slot_row = make_index_output(all.shape());
+        expect_cuda_agrees(routing_sort, {.expert_index_TK = index_TK->in<int32_t>(),
+                                          .experts = c.E,
+                                          .expert_offset_e1 = offset.out<int32_t>(),
+                                          .row_token_R = token.out<int32_t>(),
+                                          .row_slot_R = slot.out<int32_t>(),
+                                          .ordered_row_R = ordered.out<int32_t>(),
+                                          .slot_row_TK = slot_row.out<int32_t>(),
+                                          .order = order});
+      }
+    }
+  }
 }
 
 }  // namespace

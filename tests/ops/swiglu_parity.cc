@@ -1,4 +1,5 @@
 // Parity of SwiGLU: normals, extremes, bf16, D1, D2 and finite differences.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/swiglu_cases.h"
 
 namespace cambium::test {
@@ -118,6 +119,28 @@ TEST(Swiglu, MustFailWrongOutputIsDetected) {
   for (int64_t i = 0; i < 256; ++i) swapped.set(i, gate_up.at(i / 32 * 32 + (i + 16) % 32));
   run_op(swiglu, SwigluArgs{swapped.in<Real>(), h.out<Real>()});
   EXPECT_FALSE(within(h, expected, kBound));
+}
+
+TEST(Swiglu, CudaAgreesWithTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  std::vector<SwigluCase> cases = kSwigluCases;
+  cases.push_back({37, 768});
+  for (const SwigluCase& c : cases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      TestRandom random(c.R + c.F);
+      TestTensor gate_up = make_tensor(Shape(c.R, 2 * c.F), random, InputFamily::normals, dtype);
+      TestTensor d_h = make_tensor(Shape(c.R, c.F), random, InputFamily::normals, dtype);
+      TestTensor h(Shape(c.R, c.F), dtype), d_gate_up(Shape(c.R, 2 * c.F), dtype);
+      const SwigluArgs forward{gate_up.in<Real>(), h.out<Real>()};
+      const SwigluBackwardArgs backward{gate_up.in<Real>(), d_h.in<Real>(), d_gate_up.out<Real>()};
+      const double bound = dtype == DType::bf16 ? 0x1p-8 : kBound;
+      expect_cuda_agrees(swiglu, forward, bound);
+      expect_cuda_agrees(swiglu_backward, backward, bound);
+      if (c.R != 37) continue;
+      expect_cuda_rows_independent(swiglu, forward, c.R);
+      expect_cuda_rows_independent(swiglu_backward, backward, c.R);
+    }
+  }
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Parity of the router's z-loss: oracle, extremes, D1, D2, finite differences.
+#include "tests/ops/cuda_test.h"
 #include "tests/ops/z_loss_cases.h"
 
 namespace cambium::test {
@@ -78,6 +79,19 @@ TEST(ZLoss, MustFailMissingFactorIsDetected) {
   const ZLossExpected wrong = z_loss_oracle(logits_TE.values(), 8, 1.00001, 0.5);
   EXPECT_FALSE(within(loss_T, wrong.loss_T, z_loss_bound(8)));
   EXPECT_FALSE(within(d_logits_TE, wrong.d_logits_TE, z_loss_bound(8)));
+}
+
+TEST(ZLoss, CudaAgreesWithTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const ZLossCase& c : kZLossCases) {
+    TestRandom random(c.T + c.E);
+    TestTensor logits_TE = make_tensor(Shape(c.T, c.E), random, InputFamily::normals);
+    TestTensor loss_T(Shape(c.T)), d_logits_TE(Shape(c.T, c.E), DType::f32, c.E + 3);
+    const ZLossArgs args{logits_TE.in<float>(), 0.5f, 3.0f, loss_T.out<float>(),
+                         d_logits_TE.out<float>()};
+    expect_cuda_agrees(z_loss, args, z_loss_bound(c.E));
+    if (c.T == 33) expect_cuda_rows_independent(z_loss, args, c.T);
+  }
 }
 
 }  // namespace

@@ -90,6 +90,22 @@ TEST(Layouts, OtherModelsAndBatchesToo) {
   }
 }
 
+// Backward computes every layer again from its input: the same bits, with less memory.
+TEST(Layouts, RecomputationKeepsTheBits) {
+  Config config = tiny_config();
+  config.balance.z_loss_weight = 1e-3;
+  config.model.layers = 4;
+  config.model.max_positions = config.train.sequence_length = 256;  // whose activations outweigh what a step's end needs
+  for (const TestLayout& layout :
+       {TestLayout{1, 1, 8, Sharding::none, 1}, TestLayout{4, 2, 1, Sharding::zero1, 2}}) {
+    Config kept = with_layout(config, layout), again = kept;
+    again.recompute.mode = RecomputeMode::full_layer;
+    const RunTrace want = run_trace(kept, kSteps), run = run_trace(again, kSteps);
+    expect_same_bits(run, want, layout_name(layout));
+    EXPECT_LT(run.ranks[0].peak_bytes, want.ranks[0].peak_bytes);
+  }
+}
+
 TEST(Layouts, AnotherSeedGivesOtherBits) {
   Config config = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
   const RunTrace one = run_trace(config, 1);

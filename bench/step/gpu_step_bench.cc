@@ -1,0 +1,147 @@
+// One GPU, Qwen3-30B-A3B shapes, 4 sequences of 4,096 tokens in bf16: a decoder layer forward and
+// backward, and a whole training step of 4 layers with the vocabulary of 151,936 (3.1 B
+// parameters; loss, clip, AdamW with fp32 master weights and state).
+//
+//   cambium_bench --benchmark_filter=gpu_
+// Beside them: bench/peers. The layer's time is the mean of 10 in one queue, the step's the median;
+// TFLOP/s count a causal score matrix as half a square. Printed with the GPU's peak memory.
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+
+#include "kernels/cuda_stream.h"
+#include "src/cli/launch.h"
+#include "src/train/synthetic.h"
+#include "src/train/train_step.h"
+
+namespace cambium {
+
+namespace {
+
+constexpr int64_t kSequences = 4, kSequenceLength = 4096;
+constexpr const char* kNoGpu = "skipped: no GPU";
+
+Config gpu_config(int64_t layers, int64_t vocab) {
+  return parse_config(
+      fmt::format("[model]\npreset = \"qwen3-30b-a3b\"\nlayers = {}\nvocab = {}\n[train]\n"
+                  "global_batch_sequences = {}\nmicro_batch_sequences = {}\nsteps = 1000\n"
+                  "sequence_length = {}\n[data]\ndocument_mask = false\n[run]\n"
+                  "device = \"cuda\"\n",
+                  layers, vocab, kSequences, kSequences, kSequenceLength),
+      "gpu_step_bench", {});
+}
+
+bool has_gpu(benchmark::State& state) {
+  try {
+    require_device(DeviceKind::cuda, 0);
+    return kHasCuda;
+  } catch (const Error&) {
+    state.SkipWithError(kNoGpu);
+    return false;
+  }
+}
+
+void report(benchmark::State& state, double seconds, double flops, const Rank& rank) {
+  state.SetIterationTime(seconds);
+  state.counters["TFLOP/s"] = 1e-12 * flops / seconds;
+  state.counters["tokens/s"] = static_cast<double>(kSequences * kSequenceLength) / seconds;
+  state.counters["peak_GB"] = 1e-9 * static_cast<double>(rank.arena.peak_bytes());
+}
+
+// One more step with events around every op: where its time goes, largest first, to stderr.
+void print_op_times(Rank& rank, TrainStep& step, const SequenceSource& source, int64_t now) {
+  if constexpr (kHasCuda) {
+    cuda::EventTimer timer;
+    rank.ops.timer = &timer;
+    step.accumulate(source, now - 1);
+    step.update(now, 1e-4, WithDigests::no);
+    rank.ops.timer = nullptr;
+    std::vector<std::pair<double, std::string>> rows;
+    double sum = 0;
+    for (const auto& [op, ms] : timer.take_totals_ms()) {
+      rows.emplace_back(ms, op);
+      sum += ms;
+    }
+    std::sort(rows.rbegin(), rows.rend());
+    for (const auto& [ms, op] : rows) {
+      fmt::print(stderr, "{:9.3f} ms  {:4.1f} %  {}\n", ms, 100 * ms / sum, op);
+    }
+    fmt::print(stderr, "{:9.3f} ms in all ops\n", sum);
+  }
+}
+
+void gpu_layer(benchmark::State& state) {
+  if (!kHasCuda || !has_gpu(state)) return state.SkipWithError(kNoGpu);
+  const Config config = gpu_config(1, 512);
+  const Derived derived = derive(config);
+  const SyntheticSequences source(config);
+  const double head_flops = 6.0 * static_cast<double>(config.model.vocab * config.model.hidden);
+  const double flops = (derived.training_flops_per_token - head_flops) *
+                       static_cast<double>(derived.tokens_per_step);
+  constexpr int kWarmUp = 3, kCounted = 10;
+  for (auto _ : state) {
+    launch_ranks({.ranks = 1, .device = DeviceKind::cuda}, [&](RankEnvironment& environment) {
+      Rank rank(config, environment);
+      TrainStep step(rank, config.model);
+      Model& model = step.model();
+      model.initialize(1);
+      step.begin(0, source);
+      for (const auto& group : model.groups()) group->begin_step();
+      {
+        const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+        int64_t start = 0;
+        for (int i = 0; i < kWarmUp + kCounted; ++i) {
+          if (i == kWarmUp) {
+            rank.host.wait(rank.compute.record());
+            start = rank.host.now_ns();
+          }
+          LayerState layer;
+          LayerGradients gradients;
+          gradients.d_out_TD =
+              model.layer_forward(batch, 0, model.embed(batch), layer, Keep::for_backward);
+          model.begin_layer(0, batch);
+          model.layer_backward(batch, 0, layer, gradients);
+          model.end_layer(0);
+        }
+        rank.host.wait(rank.compute.record());
+        report(state, 1e-9 * static_cast<double>(rank.host.now_ns() - start) / kCounted, flops,
+               rank);
+      }
+      rank.finish_step();
+    });
+  }
+}
+
+void gpu_step(benchmark::State& state) {
+  if (!kHasCuda || !has_gpu(state)) return state.SkipWithError(kNoGpu);
+  const Config config = gpu_config(4, 151936);
+  const Derived derived = derive(config);
+  const SyntheticSequences source(config);
+  constexpr int64_t kWarmUp = 3, kCounted = 9;
+  for (auto _ : state) {
+    std::vector<int64_t> times;
+    launch_ranks({.ranks = 1, .device = DeviceKind::cuda}, [&](RankEnvironment& environment) {
+      Rank rank(config, environment);
+      TrainStep step(rank, config.model);
+      step.model().initialize(1);
+      rank.finish_step();
+      for (int64_t now = 1; now <= kWarmUp + kCounted; ++now) {
+        const int64_t start = rank.host.now_ns();
+        step.accumulate(source, now - 1);
+        step.update(now, 1e-4, WithDigests::no);
+        if (now > kWarmUp) times.push_back(rank.host.now_ns() - start);
+      }
+      print_op_times(rank, step, source, kWarmUp + kCounted + 1);
+      std::nth_element(times.begin(), times.begin() + kCounted / 2, times.end());
+      report(state, 1e-9 * static_cast<double>(times[kCounted / 2]),
+             derived.training_flops_per_token * static_cast<double>(derived.tokens_per_step), rank);
+    });
+  }
+}
+
+BENCHMARK(gpu_layer)->UseManualTime()->Unit(benchmark::kMillisecond)->Iterations(1);
+BENCHMARK(gpu_step)->UseManualTime()->Unit(benchmark::kMillisecond)->Iterations(1);
+
+}  // namespace
+
+}  // namespace cambium

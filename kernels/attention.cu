@@ -1,0 +1,222 @@
+// Attention on the GPU: tensor cores for bf16 and head dims that are multiples of 8 up to 128,
+// plain kernels for the rest. The choice depends on dtype, head dim and strides, never on T (D2).
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+#include <climits>
+
+#include "kernels/attention_backward.cuh"
+#include "kernels/attention_plain.cuh"
+
+namespace cambium::cuda {
+
+namespace {
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, without linking the driver: a build machine has none.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                cudaEnableDefault, &result),
+               "cuTensorMapEncodeTiled");
+    CHECK(result == cudaDriverEntryPointSuccess);
+    return reinterpret_cast<EncodeTiled>(function);
+  }();
+  return found;
+}
+
+template <class Args>
+AttentionShape attention_shape(const Args& a) {
+  const int64_t T = a.q_THQ[0];
+  CHECK_LT(T, int64_t{INT_MAX});
+  CHECK_GT(a.scale, 0.0f);  // the largest score is that of the largest product
+  return {.sequences = static_cast<int>(T / a.sequence_length),
+          .S = static_cast<int>(a.sequence_length),
+          .H = static_cast<int>(a.q_THQ[1]),
+          .G = static_cast<int>(a.k_TGQ[1]),
+          .Q = static_cast<int>(a.q_THQ[2]),
+          .scale = a.scale,
+          .document_start = a.document_start_T.pointer()};
+}
+
+constexpr int kTmaAlignmentBytes = 16;
+
+// Whether TMA can carry every tensor and a padded head fits a tile.
+template <class Args>
+bool fits_tensor_cores(const Args& a) {
+  bool fits = a.q_THQ[2] % 8 == 0 && a.q_THQ[2] <= 2 * kPanelColumns;
+  visit_views(a, [&](const char*, const RawView& view) {
+    if (view.shape.rank != 3) return;
+    fits = fits && view.dtype == DType::bf16 && view.row_stride * 2 % kTmaAlignmentBytes == 0 &&
+           reinterpret_cast<uintptr_t>(view.data) % kTmaAlignmentBytes == 0;
+  });
+  return fits;
+}
+
+template <class Kernel, class... KernelArgs>
+void launch_tiles(Kernel* kernel, size_t shared_bytes, int64_t blocks, const Stream& stream,
+                  const KernelArgs&... args) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared_bytes)),
+             "attention: shared memory");
+  kernel<<<static_cast<unsigned>(blocks), kTileThreads, shared_bytes, native_stream(stream)>>>(
+      args...);
+  check_cuda(cudaGetLastError(), "attention");
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return count;
+}
+
+int64_t persistent_blocks(const AttentionShape& shape) {
+  const int64_t tiles = int64_t{shape.query_tiles()} * shape.sequences * shape.H;
+  CHECK_LT(tiles, int64_t{INT_MAX / 2});
+  return std::min<int64_t>(tiles, multiprocessors());
+}
+
+template <int kColumns>
+void forward_tiles(const AttentionArgs& a, const AttentionShape& shape, const Stream& stream) {
+  const ForwardMaps maps{
+      attention_map(a.q_THQ, shape, kTileRows), attention_map(a.k_TGQ, shape, kTileRows),
+      attention_map(a.v_TGQ, shape, kTileRows), attention_map(a.o_THQ, shape, kWarpgroupRows)};
+  launch_tiles(attention_forward_kernel<kColumns>, sizeof(ForwardShared<kColumns>),
+               persistent_blocks(shape), stream, maps,
+               ForwardArgs{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
+}
+
+template <int kColumns>
+void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape,
+                    const Stream& stream) {
+  const DeltaArgs delta{static_cast<const __nv_bfloat16*>(a.o_THQ.data),
+                        static_cast<const __nv_bfloat16*>(a.d_o_THQ.data),
+                        a.o_THQ.row_stride,
+                        a.d_o_THQ.row_stride,
+                        a.q_THQ[0] * shape.H,
+                        shape.H,
+                        shape.Q,
+                        a.delta_TH.pointer(),
+                        a.delta_TH.row_stride};
+  constexpr int kRowsPerBlock = kDeltaThreads / kDeltaLanes;
+  attention_delta_kernel<<<static_cast<unsigned>((delta.rows + kRowsPerBlock - 1) / kRowsPerBlock),
+                           kDeltaThreads, 0, native_stream(stream)>>>(delta);
+  check_cuda(cudaGetLastError(), "attention delta");
+  BackwardMaps maps{attention_map(a.q_THQ, shape, kTileRows),
+                    attention_map(a.d_o_THQ, shape, kTileRows),
+                    attention_map(a.k_TGQ, shape, kTileRows),
+                    attention_map(a.v_TGQ, shape, kTileRows),
+                    attention_map(a.d_q_THQ, shape, kWarpgroupRows),
+                    attention_map(a.d_k_TGQ, shape, kWarpgroupRows),
+                    attention_map(a.d_v_TGQ, shape, kWarpgroupRows)};
+  const BackwardArgs args{shape, a.lse_TH.pointer(), a.lse_TH.row_stride, a.delta_TH.pointer(),
+                          a.delta_TH.row_stride};
+  launch_tiles(attention_query_gradient_kernel<kColumns>, sizeof(QueryGradientShared<kColumns>),
+               persistent_blocks(shape), stream, maps, args);
+  maps.q = attention_map(a.q_THQ, shape, kStepRows);
+  maps.d_o = attention_map(a.d_o_THQ, shape, kStepRows);
+  launch_tiles(attention_key_gradient_kernel<kColumns>, sizeof(KeyGradientShared<kColumns>),
+               int64_t{shape.query_tiles()} * shape.sequences * shape.G, stream, maps, args);
+}
+
+template <class... KernelArgs>
+void launch_plain(void (*kernel)(KernelArgs...), const AttentionShape& shape, int heads,
+                  const Stream& stream, const KernelArgs&... args) {
+  const int64_t rows = int64_t{shape.sequences} * shape.S * heads;
+  kernel<<<static_cast<unsigned>((rows + kPlainWarps - 1) / kPlainWarps), kPlainWarps * kWarpLanes,
+           0, native_stream(stream)>>>(args...);
+  check_cuda(cudaGetLastError(), "attention");
+}
+
+void check_plain(const AttentionShape& shape) {
+  if (shape.Q <= kPlainColumns) return;
+  fail(ExitCode::usage, "attention: head dim {} exceeds {} on the GPU; set run.device = \"cpu\"",
+       shape.Q, kPlainColumns);
+}
+
+template <class T>
+void forward_plain(const AttentionArgs& a, const AttentionShape& shape, const Stream& stream) {
+  PlainArgs<T> plain{};
+  plain.shape = shape;
+  plain.q = plain_tensor<const T>(a.q_THQ);
+  plain.k = plain_tensor<const T>(a.k_TGQ);
+  plain.v = plain_tensor<const T>(a.v_TGQ);
+  plain.o_out = plain_tensor<T>(a.o_THQ);
+  plain.lse_out = a.lse_TH.pointer();
+  plain.lse_stride = a.lse_TH.row_stride;
+  launch_plain(attention_plain_kernel<T>, shape, shape.H, stream, plain);
+}
+
+template <class T>
+void backward_plain(const AttentionBackwardArgs& a, const AttentionShape& shape,
+                    const Stream& stream) {
+  PlainArgs<T> plain{};
+  plain.shape = shape;
+  plain.q = plain_tensor<const T>(a.q_THQ);
+  plain.k = plain_tensor<const T>(a.k_TGQ);
+  plain.v = plain_tensor<const T>(a.v_TGQ);
+  plain.o = plain_tensor<const T>(a.o_THQ);
+  plain.d_o = plain_tensor<const T>(a.d_o_THQ);
+  plain.d_q = plain_tensor<T>(a.d_q_THQ);
+  plain.d_k = plain_tensor<T>(a.d_k_TGQ);
+  plain.d_v = plain_tensor<T>(a.d_v_TGQ);
+  plain.lse = a.lse_TH.pointer();
+  plain.lse_stride = a.lse_TH.row_stride;
+  plain.delta = a.delta_TH.pointer();
+  plain.delta_stride = a.delta_TH.row_stride;
+  launch_plain(attention_plain_delta_kernel<T>, shape, shape.H, stream, plain);
+  launch_plain(attention_plain_query_gradient_kernel<T>, shape, shape.H, stream, plain);
+  launch_plain(attention_plain_key_gradient_kernel<T>, shape, shape.G, stream, plain);
+}
+
+}  // namespace
+
+CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int rows) {
+  const auto Q = static_cast<cuuint64_t>(shape.Q), S = static_cast<cuuint64_t>(shape.S);
+  const auto row_bytes = static_cast<cuuint64_t>(view.row_stride) * 2;
+  const cuuint64_t extents[4] = {Q, static_cast<cuuint64_t>(view[1]), S,
+                                 static_cast<cuuint64_t>(shape.sequences)};
+  const cuuint64_t strides[3] = {Q * 2, row_bytes, row_bytes * S};
+  const cuuint32_t box[4] = {kPanelColumns, 1, static_cast<cuuint32_t>(rows), 1};
+  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result =
+      encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, view.data, extents, strides, box,
+                     element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CHECK_EQ(static_cast<int>(result), static_cast<int>(CUDA_SUCCESS));
+  return map;
+}
+
+void attention(const AttentionArgs& args, Stream& stream) {
+  CHECK_EQ(args.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
+  const AttentionShape shape = attention_shape(args);
+  if (args.q_THQ[0] == 0) return;
+  if (fits_tensor_cores(args)) {
+    if (shape.Q <= kPanelColumns) return forward_tiles<kPanelColumns>(args, shape, stream);
+    return forward_tiles<2 * kPanelColumns>(args, shape, stream);
+  }
+  check_plain(shape);
+  if (args.q_THQ.dtype == DType::f32) return forward_plain<float>(args, shape, stream);
+  forward_plain<__nv_bfloat16>(args, shape, stream);
+}
+
+void attention_backward(const AttentionBackwardArgs& args, Stream& stream) {
+  CHECK_EQ(args.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
+  const AttentionShape shape = attention_shape(args);
+  if (args.q_THQ[0] == 0) return;
+  if (fits_tensor_cores(args)) {
+    if (shape.Q <= kPanelColumns) return backward_tiles<kPanelColumns>(args, shape, stream);
+    return backward_tiles<2 * kPanelColumns>(args, shape, stream);
+  }
+  check_plain(shape);
+  if (args.q_THQ.dtype == DType::f32) return backward_plain<float>(args, shape, stream);
+  backward_plain<__nv_bfloat16>(args, shape, stream);
+}
+
+}  // namespace cambium::cuda

@@ -1,0 +1,81 @@
+// Launching the tensor cores' kernel of the grouped GEMM: what it can take, tensor maps, grid.
+#pragma once
+
+#include <initializer_list>
+
+#include "kernels/grouped_epilogue.cuh"
+
+namespace cambium::cuda {
+
+// CTAs that share B through one multicast.
+constexpr int kGroupedCluster = 2;
+
+// Whether rows of `view` are bf16 and can be moved 16 bytes at a time. By layout alone, never by
+// the row count: which kernel takes a call decides the bits (D2).
+inline bool has_tile_rows(const RawView& view) {
+  return view.dtype == DType::bf16 && view.row_stride % 8 == 0;
+}
+
+// Whether the tensor cores' kernel takes a call with these operands and extents.
+inline bool is_tile_call(std::initializer_list<const RawView*> views, int64_t D, int64_t F,
+                         int64_t experts) {
+  for (const RawView* view : views) {
+    if (!has_tile_rows(*view)) return false;
+  }
+  return D > 0 && F > 0 && D % 64 == 0 && F % 64 == 0 && experts <= kMaxExperts;
+}
+
+inline const __nv_bfloat16* tile_rows(const RawView& view) {
+  CHECK_EQ(reinterpret_cast<uintptr_t>(view.data) % 16, uintptr_t{0});
+  return static_cast<const __nv_bfloat16*>(view.data);
+}
+inline __nv_bfloat16* tile_rows_out(const RawView& view) {
+  return const_cast<__nv_bfloat16*>(tile_rows(view));
+}
+
+// A [rows, columns] as boxes of 64 columns and `box_rows` rows.
+inline CUtensorMap rows_map(const RawView& view, int box_rows) {
+  return tensor_map_of(tile_rows(view),
+                       {.extent = {view.shape[1], view.shape[0], 1},
+                        .stride = {view.row_stride, view.row_stride * view.shape[0]},
+                        .box = {64, box_rows, 1}});
+}
+
+// Experts' matrices [e, outer, inner] as boxes of 64 inner and `box_rows` outer elements.
+inline CUtensorMap weights_map(const RawView& view, int box_rows) {
+  return tensor_map_of(tile_rows(view), {.extent = {view.shape[2], view.shape[1], view.shape[0]},
+                                         .stride = {view.shape[2], view.row_stride},
+                                         .box = {64, box_rows, 1}});
+}
+constexpr int kBoxRowsOfB = kTileColumns / 2;  // contracted extent inside
+constexpr int kBoxDepthOfB = kTileDepth / 2;   // contracted extent outside
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return count;
+}
+
+template <Product kProduct>
+void launch_tiles(const char* op, const GroupedTileParams& p, Stream& stream) {
+  constexpr auto kKernel = grouped_tile_kernel<kProduct, kGroupedCluster>;
+  constexpr int kSharedBytes = GroupedShared::kBytes;
+  check_cuda(
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), op);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kGroupedCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  const int blocks = multiprocessors() / kGroupedCluster * kGroupedCluster;
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kGroupedThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(kSharedBytes);
+  config.stream = native_stream(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, p), op);
+}
+
+}  // namespace cambium::cuda

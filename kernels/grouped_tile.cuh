@@ -1,0 +1,426 @@
+// The tensor cores' kernel of the grouped GEMM: persistent, warp-specialised, one CTA per SM.
+//
+// A CTA computes tiles of 128 rows and 256 columns, 64 of the contracted extent at a time, through
+// four stages of 48 KB. One warpgroup fetches, two multiply 64 rows each, 128 accumulators a
+// thread. Group 1 starts a stage behind group 0, so that one multiplies while the other writes its
+// results out. B is fetched by the copy engine, half by each CTA of a cluster for both; A by the
+// copy engine, or row by row through token indices.
+//
+// D2: the sum of an element runs over 16-wide steps of the contracted extent in ascending order,
+// whatever the tile, the slice or the cut of the rows. Rows beyond a tile's end are not stored.
+// Napkin, up forward at 131072 x 2048 x 1536: 825 GFLOP; a stage takes 1,024 cycles at the full
+// rate of 4,096 FLOP and 32 KB from the L2.
+#pragma once
+
+#include "kernels/cuda_hopper.cuh"
+#include "kernels/grouped_schedule.cuh"
+
+namespace cambium::cuda {
+
+// Which product: what lies in A and B and what happens to the result.
+enum class Product { up, down, down_dgrad, up_dgrad, wgrad, wgrad_transposed };
+
+template <Product kProduct>
+inline constexpr bool kIsWgrad =
+    kProduct == Product::wgrad || kProduct == Product::wgrad_transposed;
+// A is fetched row by row, through a token index where one is given.
+template <Product kProduct>
+inline constexpr bool kGathersRows =
+    kProduct == Product::up || kProduct == Product::down_dgrad || kIsWgrad<kProduct>;
+// B's contracted extent is its outer one: weights in input gradients, rows in weight gradients.
+template <Product kProduct>
+inline constexpr bool kIsBTransposed = kProduct != Product::up&& kProduct != Product::down;
+
+constexpr int kTileColumns = 256;
+constexpr int kTileDepth = 64;
+constexpr int kStages = 3;
+constexpr int kConsumerGroups = kTileSlices;             // a slice of 64 rows each
+constexpr int kSliceBytes = kSliceRows * kSwizzleBytes;  // 64 x 64 bf16
+constexpr int kABytes = kTileSlices * kSliceBytes;
+constexpr int kBBytes = kTileColumns * kSwizzleBytes;
+constexpr int kStageBytes = kABytes + kBBytes;
+constexpr int kUpColumns = kTileColumns / 2;  // columns of h in a tile: as many gate and up columns
+constexpr int kScratchBytes = 2 * 64 * (64 * 4 + 16);  // of each consumer group, for its results
+static_assert(kScratchBytes >= kSliceRows * kTileColumns * 2, "a group's bf16 results");
+
+constexpr int kGroupedThreads = (1 + kConsumerGroups) * kWarpgroupThreads;
+
+// Threads of the first warpgroup that fetch; the others write results out, where there are any.
+template <Product kProduct>
+inline constexpr int kFetchThreads = kProduct == Product::up  ? 2 * kWarpLanes
+                                     : kGathersRows<kProduct> ? kWarpgroupThreads
+                                                              : kWarpLanes;
+template <Product kProduct>
+inline constexpr int kWriteThreads = kWarpgroupThreads - kFetchThreads<kProduct>;
+template <Product kProduct>
+inline constexpr bool kHasWriters = kFetchThreads<kProduct> < kWarpgroupThreads;
+
+// Registers per thread after the warpgroups have exchanged them: what 384 threads start with.
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+static_assert(kProducerRegisters + kConsumerGroups * kConsumerRegisters <= 3 * 168,
+              "a warpgroup would wait for registers that do not exist");
+
+struct GroupedTileParams {
+  CUtensorMap a_map;  // where A comes by the copy engine
+  CUtensorMap b_map;
+  GroupedExtent extent;
+  const __nv_bfloat16* a = nullptr;  // where it comes row by row
+  int64_t a_stride = 0;
+  const int32_t* a_token = nullptr;  // optional
+  const __nv_bfloat16* b = nullptr;  // weight gradients: for the last rows of an expert
+  int64_t b_stride = 0;
+  int F = 0;                               // up, down_dgrad
+  const __nv_bfloat16* gate_up = nullptr;  // down_dgrad
+  int64_t gate_up_stride = 0;
+  __nv_bfloat16* wide = nullptr;  // [R, 2F]: gate_up or its gradient
+  int64_t wide_stride = 0;
+  __nv_bfloat16* narrow = nullptr;  // h, weighted_h, y or d_x
+  int64_t narrow_stride = 0;
+  const float* weight = nullptr;  // optional, of each row
+  float* partial_dot = nullptr;   // down_dgrad, optional: [column tiles, R]
+  int R = 0;
+  float* d_w = nullptr;  // weight gradients: accumulated
+  int64_t d_w_expert_stride = 0;
+  int64_t d_w_stride = 0;
+};
+
+// Shared memory: the stages, the consumers' scratch, the barriers, the schedule's table.
+struct GroupedShared {
+  static constexpr int kScratch = kStages * kStageBytes;
+  static constexpr int kBarriers = kScratch + kConsumerGroups * kScratchBytes;
+  static constexpr int kTable = kBarriers + 16 * kStages;
+  static constexpr int kBytes = kTable + static_cast<int>(sizeof(GroupedTable));
+  static_assert(kBytes <= 232448, "what a CTA may have");
+
+  uint32_t stages, full, empty;
+  GroupedTable& table;
+  __device__ explicit GroupedShared(unsigned char* memory)
+      : stages(shared_address(memory)),
+        full(stages + kBarriers),
+        empty(full + 8 * kStages),
+        table(*reinterpret_cast<GroupedTable*>(memory + kTable)) {}
+  __device__ uint32_t a(int stage) const { return stages + stage * kStageBytes; }
+  __device__ uint32_t b(int stage) const { return a(stage) + kABytes; }
+  __device__ uint32_t scratch(int group) const { return stages + kScratch + group * kScratchBytes; }
+};
+
+struct PipelineStage {
+  int index = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++index < kStages) return;
+    index = 0;
+    parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ int slices_of(int rows) { return ceil_divide(rows, kSliceRows); }
+__device__ __forceinline__ int stages_of(const GroupedTile& tile) {
+  return ceil_divide(tile.depth, kTileDepth);
+}
+
+// --- Fetching ---
+
+// B of one stage, by one thread. In a cluster each CTA fetches its half for both.
+template <Product kProduct, int kCluster>
+__device__ __forceinline__ void fetch_b(const GroupedTileParams& p, const GroupedTile& tile, int k,
+                                        uint32_t to, uint32_t barrier, int rank) {
+  const auto copy = [&](uint32_t place, TensorCoordinate at) {
+    if constexpr (kCluster == 1) {
+      copy_tensor(place, p.b_map, barrier, at);
+    } else {
+      copy_tensor_multicast(place, p.b_map, barrier, at, (1 << kCluster) - 1);
+    }
+  };
+  constexpr int kHalfRows = kTileColumns / 2, kHalfDepth = kTileDepth / 2;
+  for (int half = kCluster == 1 ? 0 : rank; half < (kCluster == 1 ? 2 : rank + 1); ++half) {
+    if constexpr (!kIsBTransposed<kProduct>) {
+      const int second = kProduct == Product::up ? p.F : kHalfRows;
+      copy(to + half * kHalfRows * kSwizzleBytes, {k, tile.column0 + half * second, tile.expert});
+    } else {
+      const int outer = kIsWgrad<kProduct> ? 0 : tile.expert;
+      for (int chunk = 0; chunk < kTileColumns / 64; ++chunk) {
+        const int column = tile.column0 + chunk * 64;
+        if (column >= p.extent.columns) break;
+        copy(to + chunk * kSliceBytes + half * kHalfDepth * kSwizzleBytes,
+             {column, tile.depth0 + k + half * kHalfDepth, outer});
+      }
+    }
+  }
+}
+
+template <Product kProduct>
+__device__ __forceinline__ uint32_t b_bytes(const GroupedTileParams& p, const GroupedTile& tile) {
+  if constexpr (!kIsBTransposed<kProduct>) return kBBytes;
+  return min(kTileColumns / 64, ceil_divide(p.extent.columns - tile.column0, 64)) * kSliceBytes;
+}
+
+// A's rows of one tile as offsets in 16 bytes: thread t serves rows t / 8 + kRowStep i, chunk t
+// % 8.
+template <int kThreads>
+struct GatheredRows {
+  static constexpr int kRowStep = kThreads / kSwizzleRows;
+  static_assert(kRowStep % kSwizzleRows == 0, "a thread's rows have one swizzle");
+  uint32_t offset[kTileRows / kRowStep];
+
+  __device__ __forceinline__ void find(const GroupedTileParams& p, const GroupedTile& tile) {
+    const int first = static_cast<int>(threadIdx.x) / kSwizzleRows;
+#pragma unroll
+    for (int i = 0; i < kTileRows / kRowStep; ++i) {
+      // Rows beyond the tile's end repeat the last one: they are multiplied and not stored.
+      const int row = tile.row0 + max(0, min(first + i * kRowStep, tile.rows - 1));
+      const int64_t from = p.a_token != nullptr && tile.rows > 0 ? p.a_token[row] : row;
+      offset[i] = static_cast<uint32_t>(from * p.a_stride / 8);
+    }
+  }
+  __device__ __forceinline__ void fetch(const GroupedTileParams& p, int slices, int k,
+                                        uint32_t to) const {
+    const int t = static_cast<int>(threadIdx.x), row = t / kSwizzleRows, chunk = t % kSwizzleRows;
+    const auto* from = reinterpret_cast<const uint4*>(p.a + k) + chunk;
+    to += row * kSwizzleBytes + ((chunk ^ row % kSwizzleRows) << 4);
+    constexpr int kPerSlice = kSliceRows / kRowStep;
+#pragma unroll
+    for (int slice = 0; slice < kTileSlices; ++slice) {
+      if (slice >= slices) break;
+#pragma unroll
+      for (int i = 0; i < kPerSlice; ++i) {
+        copy_16(to + slice * kSliceBytes + i * kRowStep * kSwizzleBytes,
+                from + offset[slice * kPerSlice + i]);
+      }
+    }
+  }
+};
+
+// Rows of a weight gradient's stage: 64 contracted rows of kChunks times 16 bytes, a lane a chunk.
+// Each warp serves 16 rows; its lane j < 16 finds the j-th, as an offset in 16 bytes. Rows beyond
+// the expert's end read as zeros.
+template <int kChunks>
+struct DepthRows {
+  static constexpr int kWarps = kWarpgroupThreads / kWarpLanes;
+  static constexpr int kRowsPerStep = kWarpLanes / kChunks;  // of a warp
+  static constexpr int kSteps = kTileDepth / (kWarps * kRowsPerStep);
+  static constexpr uint32_t kNoRow = ~0u;
+
+  __device__ static __forceinline__ int row_at(int step, int place, int warp) {
+    return (step * kWarps + warp) * kRowsPerStep + place;
+  }
+  __device__ static __forceinline__ uint32_t find(const GroupedTile& tile, const int32_t* token,
+                                                  int64_t stride, int k) {
+    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+    const int at = k + row_at(lane / kRowsPerStep, lane % kRowsPerStep, warp);
+    if (lane >= kSteps * kRowsPerStep || at >= tile.depth) return kNoRow;
+    const int64_t row = token != nullptr ? token[tile.depth0 + at] : tile.depth0 + at;
+    return static_cast<uint32_t>(row * stride / 8);
+  }
+  __device__ static __forceinline__ void fetch(const __nv_bfloat16* from, int chunks,
+                                               uint32_t row_of_lane, uint32_t to) {
+    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+    const int chunk = lane % kChunks, place = lane / kChunks;
+    const auto* source = reinterpret_cast<const uint4*>(from) + chunk;
+    to += chunk / kSwizzleRows * kSliceBytes;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t offset = __shfl_sync(kAllLanes, row_of_lane, step * kRowsPerStep + place);
+      const int at = row_at(step, place, warp);
+      const uint32_t target = to + at * kSwizzleBytes + ((chunk % 8 ^ at % 8) << 4);
+      if (chunk >= chunks) continue;
+      copy_16(target, source + (offset == kNoRow ? 0 : offset), offset == kNoRow ? 0 : 16);
+    }
+  }
+};
+
+// What the epilogue will read from memory, on its way into the L2.
+template <Product kProduct>
+__device__ __forceinline__ void prefetch_results(const GroupedTileParams& p,
+                                                 const GroupedTile& tile) {
+  constexpr int kLineBytes = 128;
+  const auto prefetch = [&](const void* first, int64_t stride_bytes, int lines, int bytes) {
+    const int per_line = bytes / kLineBytes;
+    for (int i = threadIdx.x; i < lines * per_line; i += kWarpgroupThreads) {
+      const int line = i / per_line;
+      prefetch_to_l2(static_cast<const char*>(first) + line * stride_bytes +
+                     (i - line * per_line) * kLineBytes);
+    }
+  };
+  const int columns = min(kTileColumns, p.extent.columns - tile.column0);
+  if constexpr (kIsWgrad<kProduct>) {
+    if (tile.rows == 0) return;
+    const float* matrix = p.d_w + tile.expert * p.d_w_expert_stride;
+    if constexpr (kProduct == Product::wgrad) {
+      prefetch(matrix + tile.row0 * p.d_w_stride + tile.column0, 4 * p.d_w_stride, tile.rows,
+               4 * columns);
+    } else {
+      prefetch(matrix + tile.column0 * p.d_w_stride + tile.row0, 4 * p.d_w_stride, columns,
+               4 * tile.rows);
+    }
+  } else if constexpr (kProduct == Product::down_dgrad) {
+    const __nv_bfloat16* gate = p.gate_up + tile.row0 * p.gate_up_stride + tile.column0;
+    prefetch(gate, 2 * p.gate_up_stride, tile.rows, 2 * columns);
+    prefetch(gate + p.F, 2 * p.gate_up_stride, tile.rows, 2 * columns);
+  }
+}
+
+template <Product kProduct>
+struct ScheduleOf {
+  template <int kCluster>
+  using type =
+      std::conditional_t<kIsWgrad<kProduct>, DepthSchedule<kCluster>, RowSchedule<kCluster>>;
+};
+template <Product kProduct, int kCluster>
+using Schedule = typename ScheduleOf<kProduct>::template type<kCluster>;
+
+// A and B by the copy engine: one thread.
+template <Product kProduct, int kCluster>
+__device__ __forceinline__ void fetch_tiles(const GroupedTileParams& p, const GroupedShared& shared,
+                                            int rank) {
+  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  PipelineStage stage;
+  GroupedTile tile;
+  while (schedule.next(tile)) {
+    const int slices = slices_of(tile.rows);
+    const uint32_t bytes = b_bytes<kProduct>(p, tile) + slices * kSliceBytes;
+    for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance()) {
+      const uint32_t full = shared.full + 8 * stage.index;
+      wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
+      arrive_expecting(full, bytes);
+      for (int slice = 0; slice < slices; ++slice) {
+        copy_tensor(shared.a(stage.index) + slice * kSliceBytes, p.a_map, full,
+                    {k, tile.row0 + slice * kSliceRows, 0});
+      }
+      fetch_b<kProduct, kCluster>(p, tile, k, shared.b(stage.index), full, rank);
+    }
+  }
+}
+
+// A row by row, B by the copy engine: the whole warpgroup.
+template <Product kProduct, int kCluster>
+__device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
+                                                   const GroupedShared& shared, int rank) {
+  constexpr int kPrefetchStages = 6;
+  using RowsOfA = DepthRows<kTileRows / 8>;
+  using RowsOfB = DepthRows<kTileColumns / 8>;
+  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  PipelineStage stage;
+  GroupedTile tile;
+  GatheredRows<kFetchThreads<kProduct>> rows;
+  while (schedule.next(tile)) {
+    const int slices = slices_of(tile.rows);
+    const int prefetch_k = max(0, stages_of(tile) - kPrefetchStages) * kTileDepth;
+    uint32_t row_of_lane = 0;
+    if constexpr (kIsWgrad<kProduct>) {
+      row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, 0);
+    } else {
+      rows.find(p, tile);
+    }
+    for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance()) {
+      const uint32_t full = shared.full + 8 * stage.index;
+      const bool is_whole = !kIsWgrad<kProduct> || k + kTileDepth <= tile.depth;
+      if (k == prefetch_k) prefetch_results<kProduct>(p, tile);
+      uint32_t next_row_of_lane = 0;
+      if constexpr (kIsWgrad<kProduct>) {
+        next_row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, k + kTileDepth);
+      }
+      wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
+      if (threadIdx.x == 0) {
+        arrive_expecting(full, is_whole ? b_bytes<kProduct>(p, tile) : 0);
+        if (is_whole) {
+          fetch_b<kProduct, kCluster>(p, tile, k, shared.b(stage.index), full, rank);
+        }
+      }
+      __syncwarp();
+      if constexpr (kIsWgrad<kProduct>) {
+        RowsOfA::fetch(p.a + tile.row0, slices * 8, row_of_lane, shared.a(stage.index));
+        if (!is_whole) {
+          const int columns = min(kTileColumns, p.extent.columns - tile.column0);
+          RowsOfB::fetch(p.b + tile.column0, columns / 8,
+                         RowsOfB::find(tile, nullptr, p.b_stride, k), shared.b(stage.index));
+        }
+        row_of_lane = next_row_of_lane;
+      } else {
+        rows.fetch(p, slices, k, shared.a(stage.index));
+      }
+      arrive_after_copies(full);
+    }
+  }
+}
+
+// --- Multiplying ---
+
+using Accumulators = float[kTileColumns / 2];
+
+// One consumer warpgroup's place.
+struct Consumer {
+  int group, warp, lane;
+  PipelineStage stage;
+  bool has_results_out = false;  // the scratch was used before
+  int chunks_out = 0;            // of weight gradients
+  __device__ Consumer() {
+    const int t = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
+    group = __shfl_sync(kAllLanes, t / kWarpgroupThreads, 0);
+    warp = t % kWarpgroupThreads / kWarpLanes;
+    lane = t % kWarpLanes;
+  }
+  __device__ int first_row() const { return group * kSliceRows + warp * 16; }  // of the tile
+};
+
+template <int kCluster>
+__device__ __forceinline__ void release_stage(const GroupedShared& shared, int index, int lane) {
+  const uint32_t empty = shared.empty + 8 * index;
+  if constexpr (kCluster == 1) {
+    if (lane == 0) arrive(empty);
+  } else {
+    if (lane < kCluster) arrive_at(empty, lane);
+  }
+}
+
+// acc = A B of the group's slice over all stages of a tile.
+template <Product kProduct, int kCluster>
+__device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consumer& consumer,
+                                              int stages, Accumulators& acc) {
+  constexpr int kTransposeA = kIsWgrad<kProduct> ? 1 : 0;
+  constexpr int kTransposeB = kIsBTransposed<kProduct> ? 1 : 0;
+  constexpr int kStep = 16;  // of the contracted extent
+  constexpr int kAStep = kTransposeA ? kStep * kSwizzleBytes : kStep * 2;
+  constexpr int kBStep = kTransposeB ? kStep * kSwizzleBytes : kStep * 2;
+  constexpr int kRowGroup = kSwizzleRows * kSwizzleBytes;
+  const uint64_t a_base =
+      matrix_descriptor(shared.a(0) + consumer.group * kSliceBytes, kSliceBytes, kRowGroup);
+  const uint64_t b_base = matrix_descriptor(shared.b(0), kSliceBytes, kRowGroup);
+  pin_registers(acc);
+  int previous = 0;
+  for (int i = 0; i < stages; ++i) {
+    const PipelineStage& stage = consumer.stage;
+    wait_barrier(shared.full + 8 * stage.index, stage.parity);
+    if constexpr (kGathersRows<kProduct>) fence_async_proxy();
+    const uint64_t at = static_cast<uint64_t>(stage.index * kStageBytes) >> 4;
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kTileDepth / kStep; ++step) {
+      wgmma_64x256x16<kTransposeA, kTransposeB>(acc, a_base + at + (step * kAStep >> 4),
+                                                b_base + at + (step * kBStep >> 4), i + step);
+    }
+    wgmma_commit();
+    if (i > 0) {
+      wgmma_wait<1>();
+      release_stage<kCluster>(shared, previous, consumer.lane);
+    }
+    previous = stage.index;
+    consumer.stage.advance();
+  }
+  wgmma_wait<0>();
+  release_stage<kCluster>(shared, previous, consumer.lane);
+  pin_registers(acc);
+}
+
+// A group without rows in a tile keeps step with the pipeline.
+template <int kCluster>
+__device__ __forceinline__ void skip_tile(const GroupedShared& shared, Consumer& consumer,
+                                          int stages) {
+  for (int i = 0; i < stages; ++i) {
+    wait_barrier(shared.full + 8 * consumer.stage.index, consumer.stage.parity);
+    release_stage<kCluster>(shared, consumer.stage.index, consumer.lane);
+    consumer.stage.advance();
+  }
+}
+
+}  // namespace cambium::cuda

@@ -1,0 +1,254 @@
+// RMSNorm on the GPU. A block takes a few rows at once: a thread owns the same columns of each,
+// holds them in registers between the only read and the write, and the rows' sums meet in one
+// barrier.
+//
+// D2: a row's sum depends on D and the vector width alone. Backward: one block per leaf, which adds
+// its rows' d_gain in token order, so that leaves do not depend on who computes them (D3).
+// Napkin: at D = 2048 in bf16 a block of 256 threads has 32 KB of loads in flight (forward).
+#include "kernels/cuda_launch.cuh"
+#include "kernels/rms_norm.h"
+
+namespace cambium::cuda {
+
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+template <class T>
+struct NormForward {
+  Rows<const T> x_TD, residual_TD;
+  const T* gain_D;
+  Rows<T> sum_TD, y_TD;
+  float* rstd_T;
+  int64_t T_count;
+  int D;
+  float epsilon;
+};
+
+// Column of this thread's vector `i`; beyond D where it has none.
+template <int kVec>
+__device__ __forceinline__ int column_of(int i) {
+  return (i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kVec;
+}
+
+// x (+ residual, rounded to its storage), and the sum stored where it is asked for.
+template <class T, int kVec>
+__device__ __forceinline__ Packed<T, kVec> load_normed(const NormForward<T>& a, int64_t t,
+                                                       int column) {
+  Packed<T, kVec> packed = load_packed<T, kVec>(a.x_TD.row(t) + column);
+  if (!a.residual_TD.is_absent()) {
+    float x[kVec], residual[kVec];
+    unpack(packed, x);
+    load_values<T, kVec>(a.residual_TD.row(t) + column, residual);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) x[j] += residual[j];
+    packed = pack<T, kVec>(x);
+  }
+  if (!a.sum_TD.is_absent()) store_packed(a.sum_TD.row(t) + column, packed);
+  return packed;
+}
+
+template <class T, int kVec, int kPer, int kRows>
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormForward<T> a) {
+  __shared__ float shared[kMaxThreads / kWarpLanes][kRows];
+  const int64_t first = int64_t{blockIdx.x} * kRows;
+  Packed<T, kVec> normed[kRows][kPer];
+  float squares[kRows] = {};
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int column = column_of<kVec>(i);
+      if (column < a.D && first + r < a.T_count) {
+        normed[r][i] = load_normed<T, kVec>(a, first + r, column);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (column_of<kVec>(i) >= a.D || first + r >= a.T_count) continue;
+      float x[kVec];
+      unpack(normed[r][i], x);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) squares[r] = fmaf(x[j], x[j], squares[r]);
+    }
+  }
+  block_sum(squares, shared);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int column = column_of<kVec>(i);
+    if (column >= a.D) continue;
+    float gain[kVec];
+    load_values<T, kVec>(a.gain_D + column, gain);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (first + r >= a.T_count) continue;
+      const float rstd = 1.0f / sqrtf(squares[r] / static_cast<float>(a.D) + a.epsilon);
+      float y[kVec];
+      unpack(normed[r][i], y);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) y[j] = gain[j] * (y[j] * rstd);
+      store_values<T, kVec>(a.y_TD.row(first + r) + column, y);
+      if (column == 0) a.rstd_T[first + r] = rstd;
+    }
+  }
+}
+
+template <class T>
+struct NormBackward {
+  Rows<const T> d_y_TD, x_TD, d_residual_TD;
+  const T* gain_D;
+  const float* rstd_T;
+  Rows<T> d_x_TD;
+  Rows<float> d_gain_leaf_BD;
+  int64_t T_count, block_tokens;
+  int D;
+};
+
+// Rows [t, t + kRows) below `end`: d_x, and their share of d_gain added in row order.
+template <class T, int kVec, int kPer, int kRows>
+__device__ __forceinline__ void backward_rows(const NormBackward<T>& a, int64_t t, int64_t end,
+                                              const Packed<T, kVec> (&gain_packed)[kPer],
+                                              float (&d_gain)[kPer][kVec], float (*shared)[kRows]) {
+  Packed<T, kVec> d_y_packed[kRows][kPer], x_packed[kRows][kPer], d_residual[kRows][kPer];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int column = column_of<kVec>(i);
+      if (column >= a.D || t + r >= end) continue;
+      d_y_packed[r][i] = load_packed<T, kVec>(a.d_y_TD.row(t + r) + column);
+      x_packed[r][i] = load_packed<T, kVec>(a.x_TD.row(t + r) + column);
+      if (a.d_residual_TD.is_absent()) continue;
+      d_residual[r][i] = load_packed<T, kVec>(a.d_residual_TD.row(t + r) + column);
+    }
+  }
+  float along[kRows] = {}, rstd[kRows], gain[kVec], d_y[kVec], x[kVec];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    rstd[r] = t + r < end ? a.rstd_T[t + r] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (column_of<kVec>(i) >= a.D || t + r >= end) continue;
+      unpack(gain_packed[i], gain), unpack(d_y_packed[r][i], d_y), unpack(x_packed[r][i], x);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) along[r] = fmaf(gain[j] * d_y[j], x[j], along[r]);
+    }
+  }
+  block_sum(along, shared);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float mean = along[r] * rstd[r] / static_cast<float>(a.D);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const int column = column_of<kVec>(i);
+      if (column >= a.D || t + r >= end) continue;
+      float d_x[kVec];
+      unpack(gain_packed[i], gain), unpack(d_y_packed[r][i], d_y), unpack(x_packed[r][i], x);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        const float n = x[j] * rstd[r];
+        d_gain[i][j] = fmaf(d_y[j], n, d_gain[i][j]);
+        d_x[j] = rstd[r] * fmaf(-n, mean, gain[j] * d_y[j]);
+      }
+      if (!a.d_residual_TD.is_absent()) {
+        unpack(d_residual[r][i], x);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) d_x[j] += x[j];
+      }
+      store_values<T, kVec>(a.d_x_TD.row(t + r) + column, d_x);
+    }
+  }
+}
+
+template <class T, int kVec, int kPer, int kRows>
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_backward_kernel(const NormBackward<T> a) {
+  __shared__ float shared[2][kMaxThreads / kWarpLanes][kRows];
+  const int64_t begin = int64_t{blockIdx.x} * a.block_tokens;
+  const int64_t end = min(a.T_count, begin + a.block_tokens);
+  Packed<T, kVec> gain[kPer];
+  float d_gain[kPer][kVec] = {};
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int column = column_of<kVec>(i);
+    if (column < a.D) gain[i] = load_packed<T, kVec>(a.gain_D + column);
+  }
+  int buffer = 0;  // alternates: one barrier between the uses of each
+  for (int64_t t = begin; t < end; t += kRows, buffer ^= 1) {
+    backward_rows<T, kVec, kPer, kRows>(a, t, end, gain, d_gain, shared[buffer]);
+  }
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int column = column_of<kVec>(i);
+    if (column < a.D) store_floats<kVec>(a.d_gain_leaf_BD.row(blockIdx.x) + column, d_gain[i]);
+  }
+}
+
+// Calls body.operator()<kPer>(threads): kPer vectors a thread, from D and the width alone.
+template <int kVec, class Body>
+void with_threads(const char* op, int64_t D, Body&& body) {
+  const int64_t vectors = (D + kVec - 1) / kVec;
+  const auto threads = [&](int64_t per) {
+    return static_cast<int>(blocks_for(blocks_for(vectors, per), kWarpLanes) * kWarpLanes);
+  };
+  if (vectors <= kMaxThreads) return body.template operator()<1>(threads(1));
+  if (vectors <= 8 * kMaxThreads) return body.template operator()<8>(threads(8));
+  fail(ExitCode::usage, "{}: rows of {} elements are longer than the {} that the CUDA kernel holds",
+       op, D, 8 * kMaxThreads * kVec);
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormArgs& args, Stream& stream) {
+  const int64_t T_count = args.x_TD[0], D = args.x_TD[1];
+  CHECK(args.residual_TD.empty() || args.residual_TD.dtype == args.x_TD.dtype);
+  CHECK(args.gain_D.dtype == args.x_TD.dtype && args.y_TD.dtype == args.x_TD.dtype);
+  const bool vectors =
+      rows_are_vectors(args.x_TD, args.residual_TD, args.gain_D, args.sum_TD, args.y_TD);
+  with_storage(args.x_TD.dtype, vectors, [&]<class T, int kVec>() {
+    const NormForward<T> a{rows_of<const T>(args.x_TD),
+                           rows_of<const T>(args.residual_TD),
+                           static_cast<const T*>(args.gain_D.data),
+                           rows_of<T>(args.sum_TD),
+                           rows_of<T>(args.y_TD),
+                           args.rstd_T.pointer(),
+                           T_count,
+                           static_cast<int>(D),
+                           args.epsilon};
+    with_threads<kVec>("rms_norm", D, [&]<int kPer>(int threads) {
+      constexpr int kRows = kPer == 1 ? 4 : 1;
+      launch("rms_norm", rms_norm_kernel<T, kVec, kPer, kRows>,
+             {.blocks = blocks_for(T_count, kRows), .threads = threads}, stream, a);
+    });
+  });
+}
+
+void rms_norm_backward(const RmsNormBackwardArgs& args, Stream& stream) {
+  const int64_t T_count = args.d_y_TD[0], D = args.d_y_TD[1];
+  CHECK(args.x_TD.dtype == args.d_y_TD.dtype && args.gain_D.dtype == args.d_y_TD.dtype);
+  CHECK(args.d_residual_TD.empty() || args.d_residual_TD.dtype == args.d_y_TD.dtype);
+  CHECK(args.d_x_TD.dtype == args.d_y_TD.dtype);
+  const bool vectors = rows_are_vectors(args.d_y_TD, args.x_TD, args.gain_D, args.d_residual_TD,
+                                        args.d_x_TD, args.d_gain_leaf_BD);
+  with_storage(args.d_y_TD.dtype, vectors, [&]<class T, int kVec>() {
+    const NormBackward<T> a{rows_of<const T>(args.d_y_TD),
+                            rows_of<const T>(args.x_TD),
+                            rows_of<const T>(args.d_residual_TD),
+                            static_cast<const T*>(args.gain_D.data),
+                            args.rstd_T.pointer(),
+                            rows_of<T>(args.d_x_TD),
+                            rows_of<float>(args.d_gain_leaf_BD),
+                            T_count,
+                            args.block_tokens,
+                            static_cast<int>(D)};
+    with_threads<kVec>("rms_norm_backward", D, [&]<int kPer>(int threads) {
+      constexpr int kRows = kPer == 1 ? 2 : 1;
+      launch("rms_norm_backward", rms_norm_backward_kernel<T, kVec, kPer, kRows>,
+             {.blocks = args.d_gain_leaf_BD[0], .threads = threads}, stream, a);
+    });
+  });
+}
+
+}  // namespace cambium::cuda
