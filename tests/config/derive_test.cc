@@ -54,7 +54,6 @@ const RuleRow kRules[] = {
     {{"data.tokenizer_vocab=1000"}, "data.tokenizer_vocab = 1000 is above model.vocab = 512"},
     {{"balance.loss=micro_batch"}, "balance.loss = micro_batch depends on the layout"},
     {{"balance.loss=global_batch"}, "use balance.loss = global_batch_lagged"},
-    {{"parallel.pp=2"}, "parallel.pp = 2 is not supported yet; nearest supported: parallel.pp = 1"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
     {{"run.transport=nccl"}, "run.transport = nccl with run.device = cpu"},
     {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=2}]"},
