@@ -40,28 +40,43 @@ struct LaunchShape {
   int cluster = 1;
 };
 
+// The runtime's form of a shape; the kernel is allowed its shared memory.
+class LaunchConfig {
+ public:
+  template <class... Params>
+  LaunchConfig(const char* op, void (*kernel)(Params...), const LaunchShape& shape,
+               Stream& stream) {
+    CHECK_LE(shape.blocks, int64_t{INT_MAX});
+    if (shape.shared_bytes > 48 << 10) {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shape.shared_bytes)),
+                 op);
+    }
+    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config_.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config_.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+    config_.stream = native_stream(stream);
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    config_.attrs = &cluster_;
+    config_.numAttrs = shape.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_ = {};
+  cudaLaunchAttribute cluster_ = {};
+};
+
 // Launches kernel(args...) and reports a refused launch under the op's name.
 template <class... Params, class... Args>
 void launch(const char* op, void (*kernel)(Params...), const LaunchShape& shape, Stream& stream,
             Args&&... args) {
   if (shape.blocks == 0) return;
-  CHECK_LE(shape.blocks, int64_t{INT_MAX});
-  if (shape.shared_bytes > 48 << 10) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
-               op);
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = native_stream(stream);
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), op);
+  const LaunchConfig config(op, kernel, shape, stream);
+  check_cuda(cudaLaunchKernelEx(config.get(), kernel, std::forward<Args>(args)...), op);
 }
 
 // Device memory that kernels of one op use between them, in stream order.
