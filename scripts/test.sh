@@ -60,7 +60,7 @@ cuda_release() {  # 13 for CUDA 13.0; nothing without nvcc
   nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\..*/\1/p'
 }
 
-cuda_tests() { build cuda cambium test_ops && ctest --preset cuda -R '^gpu$' -V; }
+cuda_tests() { build cuda cambium test_ops test_comm && ctest --preset cuda -R '^gpu' -V; }
 
 cuda_stage() {
   local release

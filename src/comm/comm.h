@@ -10,10 +10,10 @@
 // Matching: the n-th call of a communicator on one rank meets the n-th on every other; for
 // exchange, the n-th message from a source to a destination. Op, reduce op, dtype, counts (pairwise
 // for all_to_all_v) and root must agree: the first difference is an Error with exit code 22 that
-// names both call sites. The simulator compares every call as it is posted; between processes
-// (`nccl`) a difference shows when the transfer stalls, and counts of all_to_all_v are not compared.
-// A call of no element may complete before its peers post. Nothing above this header knows which
-// implementation runs.
+// names both call sites. The simulator compares every call as it is posted. Between processes
+// (`nccl`) a difference shows when the transfer stalls, counts of all_to_all_v are not compared,
+// and a call of no element may complete before its peers post. Nothing above this header knows
+// which implementation runs.
 #pragma once
 
 #include <array>
