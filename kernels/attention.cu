@@ -1,12 +1,12 @@
 // Attention on the GPU: tensor cores for bf16 and head dims that are multiples of 8 up to 128,
 // plain kernels for the rest. The choice depends on dtype, head dim and strides, never on T (D2).
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <climits>
+#include <type_traits>
 
-#include "kernels/attention_backward.cuh"
+#include "kernels/attention_key_gradient.cuh"
 #include "kernels/attention_plain.cuh"
+#include "kernels/attention_query_gradient.cuh"
 
 namespace cambium::cuda {
 
@@ -31,6 +31,12 @@ EncodeTiled encode_tiled() {
 template <class Args>
 AttentionShape attention_shape(const Args& a) {
   const int64_t T = a.q_THQ[0];
+  if (a.share.ranks != 1) {
+    fail(ExitCode::usage,
+         "attention: parallel.cp = {} has no CUDA kernel; set parallel.cp = 1 or run.device = "
+         "\"cpu\"",
+         a.share.ranks);
+  }
   CHECK_LT(T, int64_t{INT_MAX});
   CHECK_GT(a.scale, 0.0f);  // the largest score is that of the largest product
   return {.sequences = static_cast<int>(T / a.sequence_length),
@@ -56,15 +62,30 @@ bool fits_tensor_cores(const Args& a) {
   return fits;
 }
 
-template <class Kernel, class... KernelArgs>
-void launch_tiles(Kernel* kernel, size_t shared_bytes, int64_t blocks, const Stream& stream,
-                  const KernelArgs&... args) {
+struct TileLaunch {
+  int64_t blocks = 0;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;
+};
+
+template <class... KernelArgs>
+void launch_tiles(void (*kernel)(KernelArgs...), const TileLaunch& launch, const Stream& stream,
+                  const std::type_identity_t<KernelArgs>&... args) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared_bytes)),
+                                  static_cast<int>(launch.shared_bytes)),
              "attention: shared memory");
-  kernel<<<static_cast<unsigned>(blocks), kTileThreads, shared_bytes, native_stream(stream)>>>(
-      args...);
-  check_cuda(cudaGetLastError(), "attention");
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = launch.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
+  config.blockDim = dim3(kTileThreads);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = native_stream(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "attention");
 }
 
 int multiprocessors() {
@@ -86,9 +107,10 @@ void forward_tiles(const AttentionArgs& a, const AttentionShape& shape, const St
   const ForwardMaps maps{
       attention_map(a.q_THQ, shape, kTileRows), attention_map(a.k_TGQ, shape, kTileRows),
       attention_map(a.v_TGQ, shape, kTileRows), attention_map(a.o_THQ, shape, kWarpgroupRows)};
-  launch_tiles(attention_forward_kernel<kColumns>, sizeof(ForwardShared<kColumns>),
-               persistent_blocks(shape), stream, maps,
-               ForwardArgs{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
+  launch_tiles(
+      attention_forward_kernel<kColumns>,
+      {.blocks = persistent_blocks(shape), .shared_bytes = sizeof(ForwardShared<kColumns>)}, stream,
+      maps, ForwardArgs{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
 }
 
 template <int kColumns>
@@ -116,12 +138,19 @@ void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape,
                     attention_map(a.d_v_TGQ, shape, kWarpgroupRows)};
   const BackwardArgs args{shape, a.lse_TH.pointer(), a.lse_TH.row_stride, a.delta_TH.pointer(),
                           a.delta_TH.row_stride};
-  launch_tiles(attention_query_gradient_kernel<kColumns>, sizeof(QueryGradientShared<kColumns>),
-               persistent_blocks(shape), stream, maps, args);
+  launch_tiles(
+      attention_query_gradient_kernel<kColumns>,
+      {.blocks = persistent_blocks(shape), .shared_bytes = sizeof(QueryGradientShared<kColumns>)},
+      stream, maps, args);
   maps.q = attention_map(a.q_THQ, shape, kStepRows);
   maps.d_o = attention_map(a.d_o_THQ, shape, kStepRows);
-  launch_tiles(attention_key_gradient_kernel<kColumns>, sizeof(KeyGradientShared<kColumns>),
-               int64_t{shape.query_tiles()} * shape.sequences * shape.G, stream, maps, args);
+  const int split = shape.heads() % 2 == 0 ? 2 : 1;
+  launch_tiles(split == 2 ? attention_key_gradient_kernel<kColumns, 2>
+                          : attention_key_gradient_kernel<kColumns, 1>,
+               {.blocks = int64_t{split} * shape.query_tiles() * shape.sequences * shape.G,
+                .shared_bytes = sizeof(KeyGradientShared<kColumns>),
+                .cluster = static_cast<unsigned>(split)},
+               stream, maps, args);
 }
 
 template <class... KernelArgs>
@@ -194,7 +223,6 @@ CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int 
 }
 
 void attention(const AttentionArgs& args, Stream& stream) {
-  CHECK_EQ(args.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
   const AttentionShape shape = attention_shape(args);
   if (args.q_THQ[0] == 0) return;
   if (fits_tensor_cores(args)) {
@@ -207,7 +235,6 @@ void attention(const AttentionArgs& args, Stream& stream) {
 }
 
 void attention_backward(const AttentionBackwardArgs& args, Stream& stream) {
-  CHECK_EQ(args.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
   const AttentionShape shape = attention_shape(args);
   if (args.q_THQ[0] == 0) return;
   if (fits_tensor_cores(args)) {
