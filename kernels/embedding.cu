@@ -107,20 +107,27 @@ __device__ __forceinline__ void for_rows(const EmbeddingWgrad& a, int32_t id, in
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads) wgrad_accumulate_kernel(const EmbeddingWgrad a) {
+__global__ void __launch_bounds__(kThreads, 4) wgrad_accumulate_kernel(const EmbeddingWgrad a) {
   const int t = static_cast<int>(blockIdx.x);
   const int32_t id = a.token_T[t];
   if (a.ids.first_V[id] != t) return;
+  const int rows = a.ids.count_V[id];
   for (int first = 0; first < a.D; first += kThreads * kVec) {
     const int column = first + threadIdx.x * kVec;
     float* to = a.d_w_SVD.data + int64_t{id} * a.D + column;
     float sum[kVec] = {};
     if (column < a.D) load_floats<kVec>(to, sum);
-    for_rows<T, kVec>(a, id, t, a.T_count, a.ids.count_V[id], column,
-                      [&](int, const float(&values)[kVec]) {
+    const auto add = [&](int, const float(&values)[kVec]) {
 #pragma unroll
-                        for (int j = 0; j < kVec; ++j) sum[j] += values[j];
-                      });
+      for (int j = 0; j < kVec; ++j) sum[j] += values[j];
+    };
+    if (rows > 1) {
+      for_rows<T, kVec>(a, id, t, a.T_count, rows, column, add);
+    } else if (column < a.D) {
+      float values[kVec];
+      load_values<T, kVec>(static_cast<const T*>(a.d_x_TD) + t * a.d_x_stride + column, values);
+      add(t, values);
+    }
     if (column < a.D) store_floats<kVec>(to, sum);
   }
 }
