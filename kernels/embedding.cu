@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
   if (t >= T_count) return;
   const int32_t id = token_T[t];
   device_check(id >= 0 && id < V);
-  atomicAdd(ids.count_V + id, 1);
+  atomicAdd(ids.count_V + id, 1);  // tidy: allow float-atomics: integers
   atomicMin(ids.first_V + id, t);
 }
 
@@ -155,10 +155,11 @@ __device__ __forceinline__ bool tree_sum_rows(const EmbeddingWgrad& a, int32_t i
 }
 
 // slots[destination] of the id = the folds of the node's present left slots over `sum`, where
-// `has_value`; returns whether anything was stored.
+// `row_count` > 0.
 template <int kVec>
 __device__ __forceinline__ void fold_row(const EmbeddingWgrad& a, const int32_t* node, int32_t id,
-                                         int column, bool has_value, float (&sum)[kVec]) {
+                                         int column, int row_count, float (&sum)[kVec]) {
+  bool has_value = row_count > 0;
   const int64_t offset = int64_t{id} * a.D + column;
   for (int f = 0; f < node[kNodeFoldCount]; ++f) {
     const int slot = node[kNodeFirstFold + f];
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kThreads) wgrad_nodes_kernel(const EmbeddingWg
       const int column = first + threadIdx.x * kVec;
       float sum[kVec] = {};
       if (has_rows) tree_sum_rows<T, kVec>(a, id, begin, end, column, sum);
-      if (column < a.D) fold_row<kVec>(a, node, id, column, has_rows, sum);
+      if (column < a.D) fold_row<kVec>(a, node, id, column, has_rows ? 1 : 0, sum);
     }
     __syncthreads();
     if (threadIdx.x == 0) a.present_SV.row(node[kNodeDestination])[id] = is_present ? 1 : 0;
