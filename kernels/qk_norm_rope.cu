@@ -3,10 +3,9 @@
 // that the rotation stays inside the lane. A block takes all heads of a token, queries before keys.
 //
 // D2: a head's sum depends on Q and the vector width, a full width's on the heads too. Backward: a
-// block per leaf, which its tokens reach through a queue in shared memory; a lane adds its columns'
-// d_gain over the leaf's tokens in order, then heads are added in order, so that leaves do not
-// depend on who computes them (D3). Napkin: at 36 heads of 128 in bf16, 8 lanes a head, 288 threads
-// and 9 KB of loads a token.
+// block per leaf; a lane adds its columns' d_gain over the leaf's tokens in order, then heads are
+// added in order, so that leaves do not depend on who computes them (D3).
+// Napkin: at 36 heads of 128 in bf16, 8 lanes a head, 288 threads and 9 KB of loads a token.
 #include "kernels/qk_norm_rope.h"
 
 #include "kernels/cuda_launch.cuh"
@@ -79,8 +78,7 @@ constexpr int max_threads(int per) { return per == 1 ? kMaxThreads / 2 : kMaxThr
 // This thread's place: a lane of a head. Lanes of no head take part in shuffles only.
 struct Lane {
   int head, lane;  // head counts queries, then keys
-  bool is_query;
-  bool is_there;
+  bool is_query, is_there;
 
   template <class Args>
   __device__ __forceinline__ explicit Lane(const Args& a)
@@ -177,79 +175,40 @@ __global__ void __launch_bounds__(max_threads(kPer)) qk_norm_rope_kernel(const R
   }
 }
 
-// What a lane reads of one token in the backward pass: as stored, and its angle's columns.
+// What a lane reads of one token in the backward pass, as stored.
 template <class T, int kVec, int kPer>
 struct HeadLoads {
   Packed<T, kVec> d_out[kPer][2], x[kPer][2];
-  float cos[kPer][kVec], sin[kPer][kVec];
 };
 
-// Tokens that are on their way to shared memory while one is worked on. Lanes of several vectors,
-// and heads that are no vectors, are loaded when they are needed.
-constexpr int kTokensAhead = 3;
-constexpr int kStageVectors = 4;  // of a thread: both halves of d_out and x
-template <int kVec, int kPer>
-constexpr bool kIsQueued = kVec > 1 && kPer == 1;
-
-// One group a call, empty from token `end` on: the token's vectors of this lane into `stage`.
-template <class T, int kVec, QkNormKind kKind>
-__device__ __forceinline__ void start_token(const RopeBackward<T>& a, const HeadBackward<T>& h,
-                                            const Lane& place, int64_t t, int64_t end,
-                                            uint4* stage) {
-  const int column = place.column<kVec>(0, a.lanes), half = a.Q / 2;
-  if (t < end && column < half) {
-    const int64_t at = (place.head - h.shape.first) * a.Q + column;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      copy_async(stage + part * blockDim.x, h.d_out.row(t) + at + part * half);
-      if constexpr (kKind != QkNormKind::none) {
-        copy_async(stage + (2 + part) * blockDim.x, h.x.row(t) + at + part * half);
-      }
-    }
-  }
-  end_copy_group();
-}
-
 template <class T, int kVec, int kPer, QkNormKind kKind>
-__device__ __forceinline__ void load_token(const RopeBackward<T>& a, const HeadBackward<T>& h,
-                                           const Lane& place, int64_t t, const uint4* stage,
-                                           HeadLoads<T, kVec, kPer>& loads) {
-  const int64_t angle = a.angles.row_of(t);
+__device__ __forceinline__ void load_head(const HeadBackward<T>& h, const Lane& place, int Q,
+                                          int lanes, int64_t t, HeadLoads<T, kVec, kPer>& loads) {
+  const int own_head = place.head - h.shape.first;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
-    const int column = place.column<kVec>(i, a.lanes);
-    if (column >= a.Q / 2) continue;
-    load_floats<kVec>(a.angles.cos_SC.row(angle) + column, loads.cos[i]);
-    load_floats<kVec>(a.angles.sin_SC.row(angle) + column, loads.sin[i]);
-  }
-  if constexpr (kIsQueued<kVec, kPer>) wait_copy_groups<kTokensAhead>();
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    const int column = place.column<kVec>(i, a.lanes);
-    if (column >= a.Q / 2) continue;
+    const int column = place.column<kVec>(i, lanes);
+    if (column >= Q / 2) continue;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      if constexpr (kIsQueued<kVec, kPer>) {
-        *reinterpret_cast<uint4*>(&loads.d_out[i][part]) = stage[part * blockDim.x];
-        *reinterpret_cast<uint4*>(&loads.x[i][part]) = stage[(2 + part) * blockDim.x];
-      } else {
-        const int64_t at = (place.head - h.shape.first) * a.Q + part * (a.Q / 2) + column;
-        loads.d_out[i][part] = load_packed<T, kVec>(h.d_out.row(t) + at);
-        if constexpr (kKind != QkNormKind::none) {
-          loads.x[i][part] = load_packed<T, kVec>(h.x.row(t) + at);
-        }
+      const int64_t at = own_head * Q + part * (Q / 2) + column;
+      loads.d_out[i][part] = load_packed<T, kVec>(h.d_out.row(t) + at);
+      if constexpr (kKind != QkNormKind::none) {
+        loads.x[i][part] = load_packed<T, kVec>(h.x.row(t) + at);
       }
     }
   }
 }
 
-// d_n = d_out turned back by the token's angle, both halves of vector `i`.
-template <class T, int kVec, int kPer>
-__device__ __forceinline__ void turn_back(const HeadLoads<T, kVec, kPer>& loads, int i,
+// d_n = the rows of d_out turned back by the token's angle, both halves of vector `i`.
+template <class T, int kVec>
+__device__ __forceinline__ void turn_back(const Angles<T>& angles, int64_t angle, int column,
+                                          const Packed<T, kVec> (&d_out)[2],
                                           float (&d_n)[2][kVec]) {
-  const float(&cos)[kVec] = loads.cos[i], (&sin)[kVec] = loads.sin[i];
-  float first[kVec], second[kVec];
-  unpack(loads.d_out[i][0], first), unpack(loads.d_out[i][1], second);
+  float cos[kVec], sin[kVec], first[kVec], second[kVec];
+  load_floats<kVec>(angles.cos_SC.row(angle) + column, cos);
+  load_floats<kVec>(angles.sin_SC.row(angle) + column, sin);
+  unpack(d_out[0], first), unpack(d_out[1], second);
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
     d_n[0][j] = first[j] * cos[j] + second[j] * sin[j];
@@ -264,12 +223,13 @@ __device__ __forceinline__ void backward_token(const RopeBackward<T>& a, const H
                                                const Packed<T, kVec> (&gains)[kPer][2],
                                                float (&d_gain)[kPer][2][kVec], float* shared) {
   const int own_head = place.head - h.shape.first, half = a.Q / 2;
+  const int64_t angle = a.angles.row_of(t);
   float d_n[kPer][2][kVec], gain[kVec], x[kVec], along = 0, rstd = 1, mean = 0;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int column = place.column<kVec>(i, a.lanes);
     if (column >= half) continue;
-    turn_back(loads, i, d_n[i]);
+    turn_back<T, kVec>(a.angles, angle, column, loads.d_out[i], d_n[i]);
     if constexpr (kKind != QkNormKind::none) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
@@ -309,7 +269,8 @@ __device__ __forceinline__ void backward_token(const RopeBackward<T>& a, const H
 template <class T, int kVec, int kPer, QkNormKind kKind>
 __device__ __forceinline__ void store_d_gain(const RopeBackward<T>& a, const HeadBackward<T>& h,
                                              const Lane& place,
-                                             const float (&d_gain)[kPer][2][kVec], float* by_head) {
+                                             const float (&d_gain)[kPer][2][kVec]) {
+  extern __shared__ float by_head[];  // [heads, Q], per_head only
   const int half = a.Q / 2;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
@@ -336,15 +297,11 @@ __device__ __forceinline__ void store_d_gain(const RopeBackward<T>& a, const Hea
 }
 
 template <class T, int kVec, int kPer, QkNormKind kKind>
-__global__ void __maxnreg__(kPer == 1 ? 96 : 64)  // two blocks of 36 heads a multiprocessor
+__global__ void __launch_bounds__(max_threads(kPer))
     qk_norm_rope_backward_kernel(const RopeBackward<T> a) {
   __shared__ float shared[2][kMaxThreads];
   const Lane place(a);
   const HeadBackward<T>& h = place.is_query ? a.q : a.k;
-  extern __shared__ uint4 queue[];  // kTokensAhead + 1 stages; then [heads, Q] floats (per_head)
-  const auto stage_of = [&](int64_t token) {
-    return queue + token % (kTokensAhead + 1) * kStageVectors * blockDim.x + threadIdx.x;
-  };
   const int own_head = place.head - h.shape.first, half = a.Q / 2;
   Packed<T, kVec> gains[kPer][2];
   float d_gain[kPer][2][kVec] = {};
@@ -358,23 +315,15 @@ __global__ void __maxnreg__(kPer == 1 ? 96 : 64)  // two blocks of 36 heads a mu
   }
   const int64_t begin = int64_t{blockIdx.x} * a.block_tokens;
   const int64_t end = min(a.T_count, begin + a.block_tokens);
-  if constexpr (kIsQueued<kVec, kPer>) {
-    for (int ahead = 0; ahead < kTokensAhead; ++ahead) {
-      start_token<T, kVec, kKind>(a, h, place, begin + ahead, end, stage_of(ahead));
-    }
-  }
+  HeadLoads<T, kVec, kPer> now, next;
+  load_head<T, kVec, kPer, kKind>(h, place, a.Q, a.lanes, begin, now);
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t token = t - begin, ahead = token + kTokensAhead;
-    if constexpr (kIsQueued<kVec, kPer>) {
-      start_token<T, kVec, kKind>(a, h, place, begin + ahead, end, stage_of(ahead));
-    }
-    HeadLoads<T, kVec, kPer> loads;
-    load_token<T, kVec, kPer, kKind>(a, h, place, t, stage_of(token), loads);
-    backward_token<T, kVec, kPer, kKind>(a, h, place, t, loads, gains, d_gain, shared[t & 1]);
+    // The next token is on its way while this one is worked on.
+    if (t + 1 < end) load_head<T, kVec, kPer, kKind>(h, place, a.Q, a.lanes, t + 1, next);
+    backward_token<T, kVec, kPer, kKind>(a, h, place, t, now, gains, d_gain, shared[t & 1]);
+    now = next;
   }
-  if constexpr (kKind == QkNormKind::none) return;
-  __syncthreads();  // the queue was read
-  store_d_gain<T, kVec, kPer, kKind>(a, h, place, d_gain, reinterpret_cast<float*>(queue));
+  if constexpr (kKind != QkNormKind::none) store_d_gain<T, kVec, kPer, kKind>(a, h, place, d_gain);
 }
 
 struct BlockShape {
