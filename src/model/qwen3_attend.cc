@@ -146,6 +146,50 @@ Buffer norm_backward(const LayerContext& c, const MicroBatch& batch, LayerGradie
   return d_x_TD;
 }
 
+// Gradients around attention itself.
+struct AttentionGrads {
+  In<Real> o;
+  Out<Real> q, k, v;
+};
+void attention_core_backward(const LayerContext& c, const MicroBatch& batch, const LayerState& s,
+                             const AttentionGrads& d) {
+  const Extents x(c, batch.tokens);
+  const AttentionKeys keys = attention_keys(c, x, s);
+  const Buffer delta = floats(c, x.T * x.H, "attention delta");
+  AttentionBackwardArgs backward{
+      .q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
+      .k_TGQ = keys.k,
+      .v_TGQ = keys.v,
+      .o_THQ = c.in(s.o_TC, Shape(x.T, x.H, x.Q)),
+      .d_o_THQ = d.o,
+      .lse_TH = in_f32(s.lse_TH, Shape(x.T, x.H)),
+      .document_start_T = batch.document_start_T.empty()
+                              ? In<int32_t>()
+                              : in_i32(batch.document_start_T, Shape(x.T)),
+      .d_q_THQ = d.q,
+      .delta_TH = out_f32(delta, Shape(x.T, x.H)),
+      .sequence_length = batch.sequence_length,
+      .block_tokens = c.rank.config.numerics.block_tokens,
+      .scale = attention_scale(x.Q),
+      .share = context_share(c.rank)};
+  if (c.rank.mesh.cp == 1) {
+    backward.d_k_TGQ = d.k;
+    backward.d_v_TGQ = d.v;
+    attention_backward(backward, c.rank.ops);
+  } else {
+    const int64_t width = x.G * x.Q;
+    const int64_t rows =
+        attention_partial_rows(x.T, batch.sequence_length, backward.block_tokens, backward.share);
+    const Buffer k_partial = floats(c, rows * width, "d k of query blocks");
+    const Buffer v_partial = floats(c, rows * width, "d v of query blocks");
+    backward.d_k_partial_MC = out_f32(k_partial, Shape(rows, width));
+    backward.d_v_partial_MC = out_f32(v_partial, Shape(rows, width));
+    attention_backward(backward, c.rank.ops);
+    fold_context(c, batch, k_partial, d.k);
+    fold_context(c, batch, v_partial, d.v);
+  }
+}
+
 // From the gradient of the attention block's output to that of the qkv projection's output.
 Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                               LayerGradients& g, const Buffer& d_sum_TD) {
@@ -161,42 +205,11 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
   const Buffer d_q = c.real(Shape(x.T, x.H, x.Q), "d q");
   const Buffer d_k = c.real(Shape(x.T, x.G, x.Q), "d k");
   Buffer d_qkv = c.real(Shape(x.T, x.C), "d qkv");
-  const Buffer delta = floats(c, x.T * x.H, "attention delta");
-  const AttentionKeys keys = attention_keys(c, x, s);
-  AttentionBackwardArgs backward{
-      .q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
-      .k_TGQ = keys.k,
-      .v_TGQ = keys.v,
-      .o_THQ = c.in(s.o_TC, Shape(x.T, x.H, x.Q)),
-      .d_o_THQ = c.in(d_o, Shape(x.T, x.H, x.Q)),
-      .lse_TH = in_f32(s.lse_TH, Shape(x.T, x.H)),
-      .document_start_T = batch.document_start_T.empty()
-                              ? In<int32_t>()
-                              : in_i32(batch.document_start_T, Shape(x.T)),
-      .d_q_THQ = c.out(d_q, Shape(x.T, x.H, x.Q)),
-      .delta_TH = out_f32(delta, Shape(x.T, x.H)),
-      .sequence_length = batch.sequence_length,
-      .block_tokens = c.rank.config.numerics.block_tokens,
-      .scale = attention_scale(x.Q),
-      .share = context_share(c.rank)};
-  const Out<Real> d_k_TGQ = c.out(d_k, Shape(x.T, x.G, x.Q));
-  const Out<Real> d_v_TGQ = qkv_part<Out<Real>>(c, d_qkv, x, (x.H + x.G) * x.Q, x.G);
-  if (c.rank.mesh.cp == 1) {
-    backward.d_k_TGQ = d_k_TGQ;
-    backward.d_v_TGQ = d_v_TGQ;
-    attention_backward(backward, ops);
-  } else {
-    const int64_t width = x.G * x.Q;
-    const int64_t rows =
-        attention_partial_rows(x.T, batch.sequence_length, backward.block_tokens, backward.share);
-    const Buffer k_partial = floats(c, rows * width, "d k of query blocks");
-    const Buffer v_partial = floats(c, rows * width, "d v of query blocks");
-    backward.d_k_partial_MC = out_f32(k_partial, Shape(rows, width));
-    backward.d_v_partial_MC = out_f32(v_partial, Shape(rows, width));
-    attention_backward(backward, ops);
-    fold_context(c, batch, k_partial, d_k_TGQ);
-    fold_context(c, batch, v_partial, d_v_TGQ);
-  }
+  attention_core_backward(c, batch, s,
+                          {.o = c.in(d_o, Shape(x.T, x.H, x.Q)),
+                           .q = c.out(d_q, Shape(x.T, x.H, x.Q)),
+                           .k = c.out(d_k, Shape(x.T, x.G, x.Q)),
+                           .v = qkv_part<Out<Real>>(c, d_qkv, x, (x.H + x.G) * x.Q, x.G)});
   const int64_t block = c.rank.config.numerics.block_tokens, blocks = x.T / block;
   const bool per_head = c.model.qk_norm == QkNorm::per_head;
   Buffer q_leaf, k_leaf;

@@ -16,6 +16,48 @@ namespace cambium {
 
 namespace {
 
+// What balance_loss counts over: the fractions, the buffer that holds them, or how to count.
+struct BalanceCounts {
+  CountSource source = CountSource::own_sequence;
+  In<float> fraction_NE;
+  Buffer held;
+};
+
+BalanceCounts balance_counts(const LayerContext& c, const MicroBatch& batch,
+                             In<int32_t> expert_index_TK, In<int32_t> count_E) {
+  const Extents x(c, batch.tokens);
+  const BalanceLoss loss = c.rank.config.balance.loss;
+  BalanceCounts counts;
+  if (loss == BalanceLoss::global_batch_lagged) {
+    counts.source = CountSource::given;
+    counts.fraction_NE = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(1, x.E)};
+  } else if (loss == BalanceLoss::global_batch) {
+    counts.source = CountSource::given;
+    counts.held = ints(c, x.E, "global counts");
+    c.rank.comm_waits_for_compute();
+    c.rank.compute_waits(all_reduce({.communicator = *c.rank.data,
+                                     .stream = c.rank.comm,
+                                     .send = count_E.pointer(),
+                                     .recv = counts.held.data(),
+                                     .count = x.E,
+                                     .dtype = DType::i32}));
+    count_fraction({.count_E = in_i32(counts.held, Shape(x.E)),
+                    .fraction_E = out_f32(c.router.global_fraction_E, Shape(x.E))},
+                   c.rank.ops);
+    counts.fraction_NE = in_f32(c.router.global_fraction_E, Shape(1, x.E));
+  } else if (c.rank.mesh.cp > 1) {
+    const bool each = loss == BalanceLoss::sequence;
+    const int64_t sequences = x.T * c.rank.mesh.cp / batch.sequence_length;
+    counts.source = CountSource::given;
+    counts.held = context_fractions(c, batch, expert_index_TK,
+                                    each ? FractionOf::each_sequence : FractionOf::all);
+    counts.fraction_NE = in_f32(counts.held, Shape(each ? sequences : 1, x.E));
+  } else if (loss == BalanceLoss::micro_batch) {
+    counts.source = CountSource::micro_batch;
+  }
+  return counts;
+}
+
 // Loads of this layer into the step's counts, and the balance losses of design.md section 3.
 void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffer& logits_TE,
                      LayerState& s) {
@@ -26,48 +68,18 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
   const bool counts = c.keep != Keep::recomputing;
   if (counts) expert_histogram({.expert_index_TK = expert_index, .count_E = count_E}, c.rank.ops);
   if (balance.loss != BalanceLoss::none && batch.balance_gradient_scale > 0) {
-    In<float> fraction;
-    CountSource source = CountSource::own_sequence;
-    if (balance.loss == BalanceLoss::micro_batch) source = CountSource::micro_batch;
-    if (balance.loss == BalanceLoss::global_batch_lagged) {
-      source = CountSource::given;
-      fraction = {c.router.fraction_LE.f32() + c.layer * x.E, Shape(1, x.E)};
-    }
-    if (balance.loss == BalanceLoss::global_batch) source = CountSource::given;
-    Buffer shared_fraction;
-    if (c.rank.mesh.cp > 1 && source != CountSource::given) {
-      const bool each = source == CountSource::own_sequence;
-      source = CountSource::given;
-      shared_fraction = context_fractions(c, batch, expert_index,
-                                          each ? FractionOf::each_sequence : FractionOf::all);
-      fraction = in_f32(shared_fraction,
-                        Shape(each ? x.T * c.rank.mesh.cp / batch.sequence_length : 1, x.E));
-    }
-    Buffer global_count;
-    if (balance.loss == BalanceLoss::global_batch) {
-      global_count = ints(c, x.E, "global counts");
-      c.rank.comm_waits_for_compute();
-      c.rank.compute_waits(all_reduce({.communicator = *c.rank.data,
-                                       .stream = c.rank.comm,
-                                       .send = count_E.pointer(),
-                                       .recv = global_count.data(),
-                                       .count = x.E,
-                                       .dtype = DType::i32}));
-      count_fraction({.count_E = in_i32(global_count, Shape(x.E)),
-                      .fraction_E = out_f32(c.router.global_fraction_E, Shape(x.E))},
-                     c.rank.ops);
-      fraction = in_f32(c.router.global_fraction_E, Shape(1, x.E));
-    }
+    const BalanceCounts fractions =
+        balance_counts(c, batch, expert_index, {count_E.pointer(), Shape(x.E)});
     const int64_t blocks = x.T / c.rank.config.numerics.block_tokens;
     const Buffer leaf = floats(c, blocks, "balance loss");
     s.d_probs_TE = floats(c, x.T * x.E, "d probs");
     balance_loss({.probs_TE = in_f32(s.probs_TE, Shape(x.T, x.E)),
                   .expert_index_TK = expert_index,
-                  .fraction_NE = fraction,
+                  .fraction_NE = fractions.fraction_NE,
                   .sequence_length = batch.sequence_length / c.rank.mesh.cp,
                   .positions = batch.sequence_length,
                   .block_tokens = c.rank.config.numerics.block_tokens,
-                  .source = source,
+                  .source = fractions.source,
                   .loss_scale = static_cast<float>(balance.loss_weight),
                   .gradient_scale = static_cast<float>(batch.balance_gradient_scale),
                   .loss_leaf_B = out_f32(leaf, Shape(blocks)),
