@@ -1,12 +1,11 @@
 // Attention on the GPU: tensor cores for bf16 and head dims that are multiples of 8 up to 128,
 // plain kernels for the rest. The choice depends on dtype, head dim and strides, never on T (D2).
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <climits>
 
-#include "kernels/attention_backward.cuh"
+#include "kernels/attention_key_gradient.cuh"
 #include "kernels/attention_plain.cuh"
+#include "kernels/attention_query_gradient.cuh"
 
 namespace cambium::cuda {
 
@@ -31,6 +30,7 @@ EncodeTiled encode_tiled() {
 template <class Args>
 AttentionShape attention_shape(const Args& a) {
   const int64_t T = a.q_THQ[0];
+  CHECK_EQ(a.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
   CHECK_LT(T, int64_t{INT_MAX});
   CHECK_GT(a.scale, 0.0f);  // the largest score is that of the largest product
   return {.sequences = static_cast<int>(T / a.sequence_length),
@@ -56,17 +56,6 @@ bool fits_tensor_cores(const Args& a) {
   return fits;
 }
 
-template <class Kernel, class... KernelArgs>
-void launch_tiles(Kernel* kernel, size_t shared_bytes, int64_t blocks, const Stream& stream,
-                  const KernelArgs&... args) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared_bytes)),
-             "attention: shared memory");
-  kernel<<<static_cast<unsigned>(blocks), kTileThreads, shared_bytes, native_stream(stream)>>>(
-      args...);
-  check_cuda(cudaGetLastError(), "attention");
-}
-
 int multiprocessors() {
   int device = 0, count = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
@@ -82,18 +71,19 @@ int64_t persistent_blocks(const AttentionShape& shape) {
 }
 
 template <int kColumns>
-void forward_tiles(const AttentionArgs& a, const AttentionShape& shape, const Stream& stream) {
+void forward_tiles(const AttentionArgs& a, const AttentionShape& shape, Stream& stream) {
   const ForwardMaps maps{
       attention_map(a.q_THQ, shape, kTileRows), attention_map(a.k_TGQ, shape, kTileRows),
       attention_map(a.v_TGQ, shape, kTileRows), attention_map(a.o_THQ, shape, kWarpgroupRows)};
-  launch_tiles(attention_forward_kernel<kColumns>, sizeof(ForwardShared<kColumns>),
-               persistent_blocks(shape), stream, maps,
-               ForwardArgs{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
+  launch("attention", attention_forward_kernel<kColumns>,
+         {.blocks = persistent_blocks(shape),
+          .threads = kTileThreads,
+          .shared_bytes = sizeof(ForwardShared<kColumns>)},
+         stream, maps, ForwardArgs{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
 }
 
 template <int kColumns>
-void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape,
-                    const Stream& stream) {
+void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape, Stream& stream) {
   const DeltaArgs delta{static_cast<const __nv_bfloat16*>(a.o_THQ.data),
                         static_cast<const __nv_bfloat16*>(a.d_o_THQ.data),
                         a.o_THQ.row_stride,
@@ -104,9 +94,9 @@ void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape,
                         a.delta_TH.pointer(),
                         a.delta_TH.row_stride};
   constexpr int kRowsPerBlock = kDeltaThreads / kDeltaLanes;
-  attention_delta_kernel<<<static_cast<unsigned>((delta.rows + kRowsPerBlock - 1) / kRowsPerBlock),
-                           kDeltaThreads, 0, native_stream(stream)>>>(delta);
-  check_cuda(cudaGetLastError(), "attention delta");
+  launch("attention delta", attention_delta_kernel,
+         {.blocks = blocks_for(delta.rows, kRowsPerBlock), .threads = kDeltaThreads}, stream,
+         delta);
   BackwardMaps maps{attention_map(a.q_THQ, shape, kTileRows),
                     attention_map(a.d_o_THQ, shape, kTileRows),
                     attention_map(a.k_TGQ, shape, kTileRows),
@@ -116,21 +106,31 @@ void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape,
                     attention_map(a.d_v_TGQ, shape, kWarpgroupRows)};
   const BackwardArgs args{shape, a.lse_TH.pointer(), a.lse_TH.row_stride, a.delta_TH.pointer(),
                           a.delta_TH.row_stride};
-  launch_tiles(attention_query_gradient_kernel<kColumns>, sizeof(QueryGradientShared<kColumns>),
-               persistent_blocks(shape), stream, maps, args);
+  launch("attention d_q", attention_query_gradient_kernel<kColumns>,
+         {.blocks = persistent_blocks(shape),
+          .threads = kTileThreads,
+          .shared_bytes = sizeof(QueryGradientShared<kColumns>)},
+         stream, maps, args);
   maps.q = attention_map(a.q_THQ, shape, kStepRows);
   maps.d_o = attention_map(a.d_o_THQ, shape, kStepRows);
-  launch_tiles(attention_key_gradient_kernel<kColumns>, sizeof(KeyGradientShared<kColumns>),
-               int64_t{shape.query_tiles()} * shape.sequences * shape.G, stream, maps, args);
+  const int split = shape.heads() % 2 == 0 ? 2 : 1;
+  launch("attention d_k, d_v",
+         split == 2 ? attention_key_gradient_kernel<kColumns, 2>
+                    : attention_key_gradient_kernel<kColumns, 1>,
+         {.blocks = int64_t{split} * shape.query_tiles() * shape.sequences * shape.G,
+          .threads = kTileThreads,
+          .shared_bytes = sizeof(KeyGradientShared<kColumns>),
+          .cluster = split},
+         stream, maps, args);
 }
 
-template <class... KernelArgs>
-void launch_plain(void (*kernel)(KernelArgs...), const AttentionShape& shape, int heads,
-                  const Stream& stream, const KernelArgs&... args) {
-  const int64_t rows = int64_t{shape.sequences} * shape.S * heads;
-  kernel<<<static_cast<unsigned>((rows + kPlainWarps - 1) / kPlainWarps), kPlainWarps * kWarpLanes,
-           0, native_stream(stream)>>>(args...);
-  check_cuda(cudaGetLastError(), "attention");
+template <class T>
+void launch_plain(void (*kernel)(PlainArgs<T>), int heads, Stream& stream,
+                  const PlainArgs<T>& args) {
+  const int64_t rows = int64_t{args.shape.sequences} * args.shape.S * heads;
+  launch("attention", kernel,
+         {.blocks = blocks_for(rows, kPlainWarps), .threads = kPlainWarps * kWarpLanes}, stream,
+         args);
 }
 
 void check_plain(const AttentionShape& shape) {
@@ -140,7 +140,7 @@ void check_plain(const AttentionShape& shape) {
 }
 
 template <class T>
-void forward_plain(const AttentionArgs& a, const AttentionShape& shape, const Stream& stream) {
+void forward_plain(const AttentionArgs& a, const AttentionShape& shape, Stream& stream) {
   PlainArgs<T> plain{};
   plain.shape = shape;
   plain.q = plain_tensor<const T>(a.q_THQ);
@@ -149,12 +149,11 @@ void forward_plain(const AttentionArgs& a, const AttentionShape& shape, const St
   plain.o_out = plain_tensor<T>(a.o_THQ);
   plain.lse_out = a.lse_TH.pointer();
   plain.lse_stride = a.lse_TH.row_stride;
-  launch_plain(attention_plain_kernel<T>, shape, shape.H, stream, plain);
+  launch_plain(attention_plain_kernel<T>, shape.H, stream, plain);
 }
 
 template <class T>
-void backward_plain(const AttentionBackwardArgs& a, const AttentionShape& shape,
-                    const Stream& stream) {
+void backward_plain(const AttentionBackwardArgs& a, const AttentionShape& shape, Stream& stream) {
   PlainArgs<T> plain{};
   plain.shape = shape;
   plain.q = plain_tensor<const T>(a.q_THQ);
@@ -169,9 +168,9 @@ void backward_plain(const AttentionBackwardArgs& a, const AttentionShape& shape,
   plain.lse_stride = a.lse_TH.row_stride;
   plain.delta = a.delta_TH.pointer();
   plain.delta_stride = a.delta_TH.row_stride;
-  launch_plain(attention_plain_delta_kernel<T>, shape, shape.H, stream, plain);
-  launch_plain(attention_plain_query_gradient_kernel<T>, shape, shape.H, stream, plain);
-  launch_plain(attention_plain_key_gradient_kernel<T>, shape, shape.G, stream, plain);
+  launch_plain(attention_plain_delta_kernel<T>, shape.H, stream, plain);
+  launch_plain(attention_plain_query_gradient_kernel<T>, shape.H, stream, plain);
+  launch_plain(attention_plain_key_gradient_kernel<T>, shape.G, stream, plain);
 }
 
 }  // namespace
@@ -194,7 +193,6 @@ CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int 
 }
 
 void attention(const AttentionArgs& args, Stream& stream) {
-  CHECK_EQ(args.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
   const AttentionShape shape = attention_shape(args);
   if (args.q_THQ[0] == 0) return;
   if (fits_tensor_cores(args)) {
@@ -207,7 +205,6 @@ void attention(const AttentionArgs& args, Stream& stream) {
 }
 
 void attention_backward(const AttentionBackwardArgs& args, Stream& stream) {
-  CHECK_EQ(args.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
   const AttentionShape shape = attention_shape(args);
   if (args.q_THQ[0] == 0) return;
   if (fits_tensor_cores(args)) {

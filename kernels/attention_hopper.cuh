@@ -77,6 +77,31 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Index of this block in its cluster.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of the cluster that have not exited; shared memory written before is seen after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+// The address in the cluster of what lies at `address` in block `rank`.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ void store_in_cluster(uint32_t address, const float* four) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four[0]),
+               "f"(four[1]), "f"(four[2]), "f"(four[3])
+               : "memory");
+}
+
 // Registers per thread from here on, for the whole warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
@@ -150,15 +175,18 @@ __device__ __forceinline__ uint32_t uniform(uint32_t value) {
   return __shfl_sync(kAllLanes, value, 0);
 }
 
+// NOTE: in a cluster an address carries the block's rank above these bits.
+constexpr uint32_t kAddressMask = 0x3ffff;
+
 // A tile whose columns are summed over (K-major): a step of 16 columns is 32 bytes.
 __device__ __forceinline__ uint32_t operand_k_major(uint32_t address) {
-  return uniform(1u << 16 | address >> 4);
+  return uniform(1u << 16 | (address & kAddressMask) >> 4);
 }
 
 // The same tile with its columns as N and its rows summed over: panels of 64 columns lie
 // `panel_bytes` apart; a step of 16 rows is 16 * 128 bytes.
 __device__ __forceinline__ uint32_t operand_mn_major(uint32_t address, uint32_t panel_bytes) {
-  return uniform((panel_bytes >> 4) << 16 | address >> 4);
+  return uniform((panel_bytes >> 4) << 16 | (address & kAddressMask) >> 4);
 }
 
 __device__ __forceinline__ void wgmma_fence() {

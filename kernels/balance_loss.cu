@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) balance_sum_kernel(const BalanceLoss
   for (int i = threadIdx.x; i < (tokens.end - tokens.begin) * a.K; i += kThreads) {
     const int32_t e = a.expert_index_TK.row(tokens.begin + i / a.K)[i % a.K];
     device_check(e >= 0 && e < a.E);
-    atomicAdd(count_E + e, 1);
+    atomicAdd(count_E + e, 1);  // tidy: allow float-atomics: integers
   }
   __syncthreads();
   for (int e = threadIdx.x; e < a.E; e += kThreads) {

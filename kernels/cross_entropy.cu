@@ -1,7 +1,7 @@
 // Cross entropy on the GPU: a cluster of blocks a row, which it reads once and holds in registers
 // as stored while the row's maximum and sum of exponentials are formed.
 //
-// A thread's partial is a pair (maximum, sum relative to it); pairs merge over the warp by shuffles
+// A thread's partial is a pair (maximum, sum relative to it); pairs meet in the warp by shuffles
 // and over the cluster through its shared memories, in a fixed order: a row's bits depend on V and
 // the storage alone (D2). Logits beyond what the cluster holds are read a second time.
 // Napkin: at V = 151,936 in bf16 a row is 297 KiB, 8 blocks of 512 threads hold 40 logits a thread;
@@ -49,31 +49,33 @@ struct ExpSum {
   float most, sum;
 };
 
-__device__ __forceinline__ ExpSum merge(const ExpSum& a, const ExpSum& b) {
-  const float most = fmaxf(a.most, b.most);
-  return {most, a.sum * exp_of(a.most - most) + b.sum * exp_of(b.most - most)};
-}
-
-__device__ __forceinline__ ExpSum warp_merge(ExpSum own) {
-  for (int step = kWarpLanes / 2; step > 0; step /= 2) {
-    own = merge(own, {__shfl_xor_sync(kAllLanes, own.most, step),
-                      __shfl_xor_sync(kAllLanes, own.sum, step)});
-  }
-  return own;
+// The pair of a warp's lanes: one exponential a lane.
+__device__ __forceinline__ ExpSum warp_merge(const ExpSum& own) {
+  const float most = warp_max(own.most);
+  return {most, warp_sum(own.sum * exp_of(own.most - most))};
 }
 
 // The row's pair from every thread's. Each warp of the cluster reads all warps' pairs.
-__device__ __forceinline__ ExpSum cluster_merge(cg::cluster_group& cluster, ExpSum own,
+__device__ __forceinline__ ExpSum cluster_merge(cg::cluster_group& cluster, const ExpSum& own,
                                                 ExpSum* shared) {
-  own = warp_merge(own);
-  if (threadIdx.x % kWarpLanes == 0) shared[threadIdx.x / kWarpLanes] = own;
+  const ExpSum of_warp = warp_merge(own);
+  if (threadIdx.x % kWarpLanes == 0) shared[threadIdx.x / kWarpLanes] = of_warp;
   cluster.sync();
-  ExpSum all{-FLT_MAX, 0.0f};
-  const int pairs = static_cast<int>(cluster.num_blocks()) * kWarps;
-  for (int i = threadIdx.x % kWarpLanes; i < pairs; i += kWarpLanes) {
-    all = merge(all, cluster.map_shared_rank(shared, i / kWarps)[i % kWarps]);
+  constexpr int kPairs = kMaxCluster * kWarps / kWarpLanes;  // a lane's
+  const int count = static_cast<int>(cluster.num_blocks()) * kWarps;
+  ExpSum pair[kPairs];
+  float most = -FLT_MAX, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int at = i * kWarpLanes + threadIdx.x % kWarpLanes;
+    pair[i] = at < count ? cluster.map_shared_rank(shared, at / kWarps)[at % kWarps]
+                         : ExpSum{-FLT_MAX, 0.0f};
   }
-  return warp_merge(all);
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) most = fmaxf(most, pair[i].most);
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) sum += pair[i].sum * exp_of(pair[i].most - most);
+  return warp_merge({most, sum});
 }
 
 // What a thread knows of its row while it reads: its pair, and the target's logit if it is here.
@@ -84,17 +86,23 @@ struct RowPart {
 };
 
 template <class T, int kVec>
-__device__ __forceinline__ void add_logits(const Packed<T, kVec>& packed, int column, int target,
-                                           RowPart& part) {
+__device__ __forceinline__ float largest_of(const Packed<T, kVec>& packed, float most) {
   float x[kVec];
   unpack(packed, x);
-  float most = part.own.most;
 #pragma unroll
   for (int j = 0; j < kVec; ++j) most = fmaxf(most, x[j]);
-  float sum = part.own.sum * exp_of(part.own.most - most);
+  return most;
+}
+
+// Adds logits none of which is above part.own.most.
+template <class T, int kVec>
+__device__ __forceinline__ void add_logits(const Packed<T, kVec>& packed, int column, int target,
+                                           RowPart& part) {
+  float x[kVec], sum = 0;
+  unpack(packed, x);
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) sum += exp_of(x[j] - most);
-  part.own = {most, sum};
+  for (int j = 0; j < kVec; ++j) sum += exp_of(x[j] - part.own.most);
+  part.own.sum += sum;
   if (target < column || target >= column + kVec) return;
   part.has_target = true;
 #pragma unroll
@@ -141,19 +149,16 @@ __device__ __forceinline__ void start_copy(const CrossEntropy<T>& a, const Share
   for (int i = 0; i < kHeld; ++i) {
     const int column = share.begin + i * share.step;
     if (t >= a.rows || column >= a.V) continue;
-    const auto to = static_cast<unsigned>(__cvta_generic_to_shared(stage + i * kThreads));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
-                 "l"(a.logits_TV.row(t) + column)
-                 : "memory");
+    copy_async(stage + i * kThreads, a.logits_TV.row(t) + column);
   }
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  end_copy_group();
 }
 
 // The held vectors of row `t`: from the queue, or where rows are no vectors from memory.
 template <class T, int kVec>
 __device__ __forceinline__ void load_held(const CrossEntropy<T>& a, const Share& share, int64_t t,
                                           const uint4* stage, Packed<T, kVec> (&held)[kHeld]) {
-  if constexpr (kVec > 1) asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+  if constexpr (kVec > 1) wait_copy_groups<kStages - 1>();
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int column = share.begin + i * share.step;
@@ -175,11 +180,18 @@ __device__ __forceinline__ void do_row(const CrossEntropy<T>& a, const Share& sh
   RowPart part;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
+    if (share.begin + i * share.step < a.V) part.own.most = largest_of(held[i], part.own.most);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
     const int column = share.begin + i * share.step;
     if (column < a.V) add_logits(held[i], column, target, part);
   }
   for (int column = beyond; column < a.V; column += share.step) {
-    add_logits(load_packed<T, kVec>(logits + column), column, target, part);
+    const Packed<T, kVec> packed = load_packed<T, kVec>(logits + column);
+    const float most = largest_of(packed, part.own.most);
+    part.own = {most, part.own.sum * exp_of(part.own.most - most)};
+    add_logits(packed, column, target, part);
   }
   const ExpSum row = cluster_merge(cluster, part.own, shared);
   if (part.has_target) a.loss_T[t] = logf(row.sum) + (row.most - part.at_target);

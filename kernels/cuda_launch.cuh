@@ -101,7 +101,7 @@ class StreamScratch {
 
 // A value that a kernel cannot go on with (an index beyond its tensor): the launch fails, and the
 // next synchronisation reports it with exit code 70.
-__device__ __forceinline__ void device_check(bool is_true) {
+__device__ __forceinline__ void device_check(bool is_true) {  // tidy: allow bool-parameter: a check
   if (!is_true) __trap();
 }
 
@@ -211,7 +211,7 @@ bool rows_are_vectors(const Views&... views) {
 
 // body.operator()<T, kVec>() for the storage type and the vector width.
 template <class Body>
-void with_storage(DType dtype, bool vectors, Body&& body) {
+void with_storage(DType dtype, bool vectors, Body&& body) {  // tidy: allow bool-parameter: shape
   if (dtype == DType::f32) {
     return vectors ? body.template operator()<float, 4>() : body.template operator()<float, 1>();
   }

@@ -27,23 +27,25 @@ struct PlanCounts {
   int below_entries = 0, below_rows = 0, own_entries = 0, own_rows = 0, all_entries = 0;
 };
 
-// Adds one token's sends. A destination counts as an entry where no earlier choice goes there.
+// Adds one token's sends; its destinations are bits, 64 ranks at a time, so each counts once.
 __device__ __forceinline__ void count_token(const DispatchPlan& a, int64_t t, PlanCounts& counts) {
   const int p = static_cast<int>(blockIdx.x);
   const int32_t* index = a.expert_index_TK.row(t);
-  for (int k = 0; k < a.K; ++k) {
-    device_check(index[k] >= 0 && index[k] < a.ranks * a.experts_per_rank);
-    const int rank = index[k] / a.experts_per_rank;
-    bool is_first = true;
-    for (int before = 0; before < k; ++before) {
-      is_first &= index[before] / a.experts_per_rank != rank;
+  for (int first = 0; first < a.ranks; first += 64) {
+    uint64_t ranks = 0;
+    for (int k = 0; k < a.K; ++k) {
+      device_check(index[k] >= 0 && index[k] < a.ranks * a.experts_per_rank);
+      const int rank = index[k] / a.experts_per_rank;
+      if (rank < first || rank >= first + 64) continue;
+      ranks |= uint64_t{1} << (rank - first);
+      counts.below_rows += rank < p ? 1 : 0;
+      counts.own_rows += rank == p ? 1 : 0;
     }
-    counts.below_rows += rank < p ? 1 : 0;
-    counts.own_rows += rank == p ? 1 : 0;
-    if (!is_first) continue;
-    counts.below_entries += rank < p ? 1 : 0;
-    counts.own_entries += rank == p ? 1 : 0;
-    ++counts.all_entries;
+    const int below = min(max(p - first, 0), 64);  // ranks of this word below p
+    const uint64_t below_mask = below == 64 ? ~uint64_t{0} : (uint64_t{1} << below) - 1;
+    counts.below_entries += __popcll(ranks & below_mask);
+    counts.own_entries += below < 64 && p >= first ? static_cast<int>(ranks >> below & 1) : 0;
+    counts.all_entries += __popcll(ranks);
   }
 }
 

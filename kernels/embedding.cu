@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
   if (t >= T_count) return;
   const int32_t id = token_T[t];
   device_check(id >= 0 && id < V);
-  atomicAdd(ids.count_V + id, 1);
+  atomicAdd(ids.count_V + id, 1);  // tidy: allow float-atomics: integers
   atomicMin(ids.first_V + id, t);
 }
 
@@ -107,20 +107,27 @@ __device__ __forceinline__ void for_rows(const EmbeddingWgrad& a, int32_t id, in
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads) wgrad_accumulate_kernel(const EmbeddingWgrad a) {
+__global__ void __launch_bounds__(kThreads, 4) wgrad_accumulate_kernel(const EmbeddingWgrad a) {
   const int t = static_cast<int>(blockIdx.x);
   const int32_t id = a.token_T[t];
   if (a.ids.first_V[id] != t) return;
+  const int rows = a.ids.count_V[id];
   for (int first = 0; first < a.D; first += kThreads * kVec) {
     const int column = first + threadIdx.x * kVec;
     float* to = a.d_w_SVD.data + int64_t{id} * a.D + column;
     float sum[kVec] = {};
     if (column < a.D) load_floats<kVec>(to, sum);
-    for_rows<T, kVec>(a, id, t, a.T_count, a.ids.count_V[id], column,
-                      [&](int, const float(&values)[kVec]) {
+    const auto add = [&](int, const float(&values)[kVec]) {
 #pragma unroll
-                        for (int j = 0; j < kVec; ++j) sum[j] += values[j];
-                      });
+      for (int j = 0; j < kVec; ++j) sum[j] += values[j];
+    };
+    if (rows > 1) {
+      for_rows<T, kVec>(a, id, t, a.T_count, rows, column, add);
+    } else if (column < a.D) {
+      float values[kVec];
+      load_values<T, kVec>(static_cast<const T*>(a.d_x_TD) + t * a.d_x_stride + column, values);
+      add(t, values);
+    }
     if (column < a.D) store_floats<kVec>(to, sum);
   }
 }
@@ -148,10 +155,11 @@ __device__ __forceinline__ bool tree_sum_rows(const EmbeddingWgrad& a, int32_t i
 }
 
 // slots[destination] of the id = the folds of the node's present left slots over `sum`, where
-// `has_value`; returns whether anything was stored.
+// `row_count` > 0.
 template <int kVec>
 __device__ __forceinline__ void fold_row(const EmbeddingWgrad& a, const int32_t* node, int32_t id,
-                                         int column, bool has_value, float (&sum)[kVec]) {
+                                         int column, int row_count, float (&sum)[kVec]) {
+  bool has_value = row_count > 0;
   const int64_t offset = int64_t{id} * a.D + column;
   for (int f = 0; f < node[kNodeFoldCount]; ++f) {
     const int slot = node[kNodeFirstFold + f];
@@ -197,7 +205,7 @@ __global__ void __launch_bounds__(kThreads) wgrad_nodes_kernel(const EmbeddingWg
       const int column = first + threadIdx.x * kVec;
       float sum[kVec] = {};
       if (has_rows) tree_sum_rows<T, kVec>(a, id, begin, end, column, sum);
-      if (column < a.D) fold_row<kVec>(a, node, id, column, has_rows, sum);
+      if (column < a.D) fold_row<kVec>(a, node, id, column, has_rows ? 1 : 0, sum);
     }
     __syncthreads();
     if (threadIdx.x == 0) a.present_SV.row(node[kNodeDestination])[id] = is_present ? 1 : 0;

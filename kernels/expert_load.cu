@@ -22,11 +22,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const int32_t e = expert_index_TK.row(i / K)[i % K];
     device_check(e >= -1 && e < E);
-    if (e >= 0) atomicAdd(own_E + e, 1);
+    if (e >= 0) atomicAdd(own_E + e, 1);  // tidy: allow float-atomics: integers
   }
   __syncthreads();
   for (int e = threadIdx.x; e < E; e += kThreads) {
-    if (own_E[e] > 0) atomicAdd(count_E + e, own_E[e]);
+    if (own_E[e] > 0) atomicAdd(count_E + e, own_E[e]);  // tidy: allow float-atomics: integers
   }
 }
 

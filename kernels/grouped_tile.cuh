@@ -1,10 +1,11 @@
 // The tensor cores' kernel of the grouped GEMM: persistent, warp-specialised, one CTA per SM.
 //
 // A CTA computes tiles of 128 rows and 256 columns, 64 of the contracted extent at a time, through
-// four stages of 48 KB. One warpgroup fetches, two multiply 64 rows each, 128 accumulators a
-// thread. Group 1 starts a stage behind group 0, so that one multiplies while the other writes its
-// results out. B is fetched by the copy engine, half by each CTA of a cluster for both; A by the
-// copy engine, or row by row through token indices.
+// three stages of 48 KB. Two warpgroups multiply 64 rows each, 128 accumulators a thread, and leave
+// their results in shared memory. Of a third one some warps fetch the stages, the others bring
+// results out while the next tile is multiplied (for weight gradients the copy engine does). B is
+// fetched by the copy engine, half by each CTA of a cluster for both; A by the copy engine, or row
+// by row through token indices.
 //
 // D2: the sum of an element runs over 16-wide steps of the contracted extent in ascending order,
 // whatever the tile, the slice or the cut of the rows. Rows beyond a tile's end are not stored.
@@ -29,7 +30,7 @@ inline constexpr bool kGathersRows =
     kProduct == Product::up || kProduct == Product::down_dgrad || kIsWgrad<kProduct>;
 // B's contracted extent is its outer one: weights in input gradients, rows in weight gradients.
 template <Product kProduct>
-inline constexpr bool kIsBTransposed = kProduct != Product::up&& kProduct != Product::down;
+inline constexpr bool kIsBTransposed = !(kProduct == Product::up || kProduct == Product::down);
 
 constexpr int kTileColumns = 256;
 constexpr int kTileDepth = 64;

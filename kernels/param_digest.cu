@@ -53,7 +53,7 @@ struct LaneKeys {
 };
 
 __device__ __forceinline__ Accumulators initial_accumulators(int lane) {
-  return {xxh3::initial_accumulator(lane % 4 * 2), xxh3::initial_accumulator(lane % 4 * 2 + 1)};
+  return {xxh3::kInitialAccumulators[lane % 4 * 2], xxh3::kInitialAccumulators[lane % 4 * 2 + 1]};
 }
 
 __device__ __forceinline__ Digest128 finish(const Accumulators& own, int64_t bytes, uint64_t seed) {
@@ -85,7 +85,11 @@ __device__ __forceinline__ void scramble(Accumulators& acc, const LaneKeys& keys
 template <bool kAligned>
 __device__ __forceinline__ Digest128 hash_full(const uint32_t* data, uint64_t seed) {
   const int lane = threadIdx.x % kWarpLanes;
-  LaneKeys keys(lane, seed);
+  const LaneKeys keys(lane, seed);
+  const bool has_last = lane >= kWarpLanes - 4;
+  const int last_key = xxh3::kLastStripeKey + lane % 4 * 16;
+  const uint64_t last_even = has_last ? xxh3::seeded_bytes(last_key, seed) : keys.even[1];
+  const uint64_t last_odd = has_last ? xxh3::seeded_bytes(last_key + 8, seed) : keys.odd[1];
   Accumulators acc = initial_accumulators(lane);
   for (int chunk = 0; chunk < kFullChunks; chunk += kChunksInFlight) {
     uint4 words[kChunksInFlight][2];
@@ -98,13 +102,10 @@ __device__ __forceinline__ Digest128 hash_full(const uint32_t* data, uint64_t se
 #pragma unroll
     for (int c = 0; c < kChunksInFlight; ++c) {
       const bool is_last = chunk + c == kFullChunks - 1;
-      if (is_last && lane >= kWarpLanes - 4) {
-        keys.even[1] = xxh3::seeded_bytes(xxh3::kLastStripeKey + lane % 4 * 16, seed);
-        keys.odd[1] = xxh3::seeded_bytes(xxh3::kLastStripeKey + lane % 4 * 16 + 8, seed);
-      }
       Accumulators sum{0, 0};
       add_words(sum, words[c][0], keys.even[0], keys.odd[0]);
-      add_words(sum, words[c][1], keys.even[1], keys.odd[1]);
+      add_words(sum, words[c][1], is_last ? last_even : keys.even[1],
+                is_last ? last_odd : keys.odd[1]);
       sum.sum_lanes();
       acc = {acc.even + sum.even, acc.odd + sum.odd};
       if (!is_last) scramble(acc, keys);
@@ -140,8 +141,9 @@ __device__ __forceinline__ Digest128 hash_partial(const uint32_t* data, int byte
 }
 
 __device__ __forceinline__ void add_digest(unsigned long long* sum_2, const Digest128& digest) {
-  const unsigned long long before = atomicAdd(sum_2, digest.low);
-  atomicAdd(sum_2 + 1, digest.high + (before + digest.low < before ? 1 : 0));
+  const auto before = atomicAdd(sum_2, digest.low);  // tidy: allow float-atomics: integers
+  const uint64_t high = digest.high + (before + digest.low < before ? 1 : 0);
+  atomicAdd(sum_2 + 1, high);  // tidy: allow float-atomics: integers
 }
 
 template <bool kAligned>

@@ -3,8 +3,9 @@
 // barrier.
 //
 // D2: a row's sum depends on D and the vector width alone. Backward: one block per leaf, which adds
-// its rows' d_gain in token order, so that leaves do not depend on who computes them (D3).
-// Napkin: at D = 2048 in bf16 a block of 256 threads has 32 KB of loads in flight (forward).
+// its rows' d_gain in token order, so that leaves do not depend on who computes them (D3); rows
+// come through a queue in shared memory. Napkin: at D = 2048 in bf16 a block of 256 threads has 32
+// KB of loads in flight (forward).
 #include "kernels/cuda_launch.cuh"
 #include "kernels/rms_norm.h"
 
@@ -107,67 +108,101 @@ struct NormBackward {
   int D;
 };
 
-// Rows [t, t + kRows) below `end`: d_x, and their share of d_gain added in row order.
-template <class T, int kVec, int kPer, int kRows>
-__device__ __forceinline__ void backward_rows(const NormBackward<T>& a, int64_t t, int64_t end,
-                                              const Packed<T, kVec> (&gain_packed)[kPer],
-                                              float (&d_gain)[kPer][kVec], float (*shared)[kRows]) {
-  Packed<T, kVec> d_y_packed[kRows][kPer], x_packed[kRows][kPer], d_residual[kRows][kPer];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
+// A thread's vectors of one row, as stored.
+template <class T, int kVec, int kPer>
+struct RowLoads {
+  Packed<T, kVec> d_y[kPer], x[kPer], d_residual[kPer];
+};
+
+// Rows that are on their way to shared memory while one is worked on. Wider rows and rows that are
+// no vectors are loaded when they are needed.
+constexpr int kRowsAhead = 3;
+template <int kVec, int kPer>
+constexpr bool kIsQueued = kVec > 1 && kPer == 1;
+
+// One group a call, empty from row `end` on: the row's vectors of this thread into `stage`.
+template <class T, int kVec>
+__device__ __forceinline__ void start_row(const NormBackward<T>& a, int64_t t, int64_t end,
+                                          uint4* stage) {
+  const int column = column_of<kVec>(0);
+  if (t < end && column < a.D) {
+    copy_async(stage, a.d_y_TD.row(t) + column);
+    copy_async(stage + blockDim.x, a.x_TD.row(t) + column);
+    if (!a.d_residual_TD.is_absent()) {
+      copy_async(stage + 2 * blockDim.x, a.d_residual_TD.row(t) + column);
+    }
+  }
+  end_copy_group();
+}
+
+template <class T, int kVec, int kPer>
+__device__ __forceinline__ void load_row(const NormBackward<T>& a, int64_t t, const uint4* stage,
+                                         RowLoads<T, kVec, kPer>& row) {
+  if constexpr (kIsQueued<kVec, kPer>) {
+    wait_copy_groups<kRowsAhead>();
+    *reinterpret_cast<uint4*>(&row.d_y[0]) = stage[0];
+    *reinterpret_cast<uint4*>(&row.x[0]) = stage[blockDim.x];
+    *reinterpret_cast<uint4*>(&row.d_residual[0]) = stage[2 * blockDim.x];
+  } else {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const int column = column_of<kVec>(i);
-      if (column >= a.D || t + r >= end) continue;
-      d_y_packed[r][i] = load_packed<T, kVec>(a.d_y_TD.row(t + r) + column);
-      x_packed[r][i] = load_packed<T, kVec>(a.x_TD.row(t + r) + column);
+      if (column >= a.D) continue;
+      row.d_y[i] = load_packed<T, kVec>(a.d_y_TD.row(t) + column);
+      row.x[i] = load_packed<T, kVec>(a.x_TD.row(t) + column);
       if (a.d_residual_TD.is_absent()) continue;
-      d_residual[r][i] = load_packed<T, kVec>(a.d_residual_TD.row(t + r) + column);
-    }
-  }
-  float along[kRows] = {}, rstd[kRows], gain[kVec], d_y[kVec], x[kVec];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    rstd[r] = t + r < end ? a.rstd_T[t + r] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      if (column_of<kVec>(i) >= a.D || t + r >= end) continue;
-      unpack(gain_packed[i], gain), unpack(d_y_packed[r][i], d_y), unpack(x_packed[r][i], x);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) along[r] = fmaf(gain[j] * d_y[j], x[j], along[r]);
-    }
-  }
-  block_sum(along, shared);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const float mean = along[r] * rstd[r] / static_cast<float>(a.D);
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const int column = column_of<kVec>(i);
-      if (column >= a.D || t + r >= end) continue;
-      float d_x[kVec];
-      unpack(gain_packed[i], gain), unpack(d_y_packed[r][i], d_y), unpack(x_packed[r][i], x);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        const float n = x[j] * rstd[r];
-        d_gain[i][j] = fmaf(d_y[j], n, d_gain[i][j]);
-        d_x[j] = rstd[r] * fmaf(-n, mean, gain[j] * d_y[j]);
-      }
-      if (!a.d_residual_TD.is_absent()) {
-        unpack(d_residual[r][i], x);
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) d_x[j] += x[j];
-      }
-      store_values<T, kVec>(a.d_x_TD.row(t + r) + column, d_x);
+      row.d_residual[i] = load_packed<T, kVec>(a.d_residual_TD.row(t) + column);
     }
   }
 }
 
-template <class T, int kVec, int kPer, int kRows>
+// d_x of row t, and its share of d_gain.
+template <class T, int kVec, int kPer>
+__device__ __forceinline__ void backward_row(const NormBackward<T>& a, int64_t t,
+                                             const RowLoads<T, kVec, kPer>& row,
+                                             const Packed<T, kVec> (&gain_packed)[kPer],
+                                             float (&d_gain)[kPer][kVec], float (*shared)[1]) {
+  float along[1] = {}, gain[kVec], d_y[kVec], x[kVec];
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (column_of<kVec>(i) >= a.D) continue;
+    unpack(gain_packed[i], gain), unpack(row.d_y[i], d_y), unpack(row.x[i], x);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) along[0] = fmaf(gain[j] * d_y[j], x[j], along[0]);
+  }
+  const float rstd = a.rstd_T[t];
+  block_sum(along, shared);
+  const float mean = along[0] * rstd / static_cast<float>(a.D);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int column = column_of<kVec>(i);
+    if (column >= a.D) continue;
+    float d_x[kVec];
+    unpack(gain_packed[i], gain), unpack(row.d_y[i], d_y), unpack(row.x[i], x);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      const float n = x[j] * rstd;
+      d_gain[i][j] = fmaf(d_y[j], n, d_gain[i][j]);
+      d_x[j] = rstd * fmaf(-n, mean, gain[j] * d_y[j]);
+    }
+    if (!a.d_residual_TD.is_absent()) {
+      unpack(row.d_residual[i], x);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) d_x[j] += x[j];
+    }
+    store_values<T, kVec>(a.d_x_TD.row(t) + column, d_x);
+  }
+}
+
+template <class T, int kVec, int kPer>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_backward_kernel(const NormBackward<T> a) {
-  __shared__ float shared[2][kMaxThreads / kWarpLanes][kRows];
+  extern __shared__ uint4 queue[];  // kRowsAhead + 1 stages of three vectors a thread
+  __shared__ float shared[2][kMaxThreads / kWarpLanes][1];
   const int64_t begin = int64_t{blockIdx.x} * a.block_tokens;
   const int64_t end = min(a.T_count, begin + a.block_tokens);
+  const auto stage_of = [&](int64_t row) {
+    return queue + row % (kRowsAhead + 1) * 3 * blockDim.x + threadIdx.x;
+  };
   Packed<T, kVec> gain[kPer];
   float d_gain[kPer][kVec] = {};
 #pragma unroll
@@ -175,9 +210,18 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_backward_kernel(const No
     const int column = column_of<kVec>(i);
     if (column < a.D) gain[i] = load_packed<T, kVec>(a.gain_D + column);
   }
-  int buffer = 0;  // alternates: one barrier between the uses of each
-  for (int64_t t = begin; t < end; t += kRows, buffer ^= 1) {
-    backward_rows<T, kVec, kPer, kRows>(a, t, end, gain, d_gain, shared[buffer]);
+  if constexpr (kIsQueued<kVec, kPer>) {
+    for (int ahead = 0; ahead < kRowsAhead; ++ahead) {
+      start_row<T, kVec>(a, begin + ahead, end, stage_of(ahead));
+    }
+  }
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t row = t - begin, ahead = row + kRowsAhead;
+    if constexpr (kIsQueued<kVec, kPer>) start_row<T, kVec>(a, begin + ahead, end, stage_of(ahead));
+    RowLoads<T, kVec, kPer> loads;
+    load_row<T, kVec, kPer>(a, t, stage_of(row), loads);
+    // Sums alternate between two places: one barrier between the uses of each.
+    backward_row<T, kVec, kPer>(a, t, loads, gain, d_gain, shared[row % 2]);
   }
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
@@ -244,9 +288,11 @@ void rms_norm_backward(const RmsNormBackwardArgs& args, Stream& stream) {
                             args.block_tokens,
                             static_cast<int>(D)};
     with_threads<kVec>("rms_norm_backward", D, [&]<int kPer>(int threads) {
-      constexpr int kRows = kPer == 1 ? 2 : 1;
-      launch("rms_norm_backward", rms_norm_backward_kernel<T, kVec, kPer, kRows>,
-             {.blocks = args.d_gain_leaf_BD[0], .threads = threads}, stream, a);
+      const int64_t queue =
+          kIsQueued<kVec, kPer> ? int64_t{16} * 3 * (kRowsAhead + 1) * threads : 0;
+      launch("rms_norm_backward", rms_norm_backward_kernel<T, kVec, kPer>,
+             {.blocks = args.d_gain_leaf_BD[0], .threads = threads, .shared_bytes = queue}, stream,
+             a);
     });
   });
 }

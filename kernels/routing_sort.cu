@@ -69,7 +69,8 @@ __device__ __forceinline__ void place_choices(const RoutingSort& a, int first, i
 
 __global__ void __launch_bounds__(kScanThreads) routing_sort_kernel(const RoutingSort a) {
   const int e = static_cast<int>(blockIdx.x);
-  int below = 0, equal = 0, all = 0, expert[kPerThread];
+  int below = 0, equal = 0, all = 0, expert[kPerThread], next[kPerThread];
+#pragma unroll 4
   for (int first = 0; first < a.slots; first += kTile) {
     load_choices(a, first, expert);
 #pragma unroll
@@ -87,8 +88,11 @@ __global__ void __launch_bounds__(kScanThreads) routing_sort_kernel(const Routin
     if (e == a.experts - 1) a.expert_offset_e1[a.experts] = rows;
   }
   int mine = 0, present = 0;  // before the tile
+  load_choices(a, 0, next);
   for (int first = 0; first < a.slots; first += kTile) {
-    load_choices(a, first, expert);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) expert[i] = next[i];
+    load_choices(a, first + kTile, next);  // on its way while this tile is ranked
     int own = 0, there = 0;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {

@@ -22,20 +22,21 @@ inline constexpr int kChunkBytes = 1024;  // stripes between two scrambles: (192
 inline constexpr int kLastStripeKey = kSecretBytes - kStripeBytes - 7;
 inline constexpr int kLongestShort = 240;
 
-// Word `index` of the default secret.
-__device__ __forceinline__ uint64_t secret_word(int index) {
-  constexpr uint64_t kWords[kSecretBytes / 8] = {
-      0xbe4ba423396cfeb8, 0x1cad21f72c81017c, 0xdb979083e96dd4de, 0x1f67b3b7a4a44072,
-      0x78e5c0cc4ee679cb, 0x2172ffcc7dd05a82, 0x8e2443f7744608b8, 0x4c263a81e69035e0,
-      0xcb00c391bb52283c, 0xa32e531b8b65d088, 0x4ef90da297486471, 0xd8acdea946ef1938,
-      0x3f349ce33f76faa8, 0x1d4f0bc7c7bbdcf9, 0x3159b4cd4be0518a, 0x647378d9c97e9fc8,
-      0xc3ebd33483acc5ea, 0xeb6313faffa081c5, 0x49daf0b751dd0d17, 0x9e68d429265516d3,
-      0xfca1477d58be162b, 0xce31d07ad1b8f88f, 0x280416958f3acb45, 0x7e404bbbcafbd7af};
-  return kWords[index];
-}
+// The default secret as words. Constant memory: an array in a function would be copied to each
+// thread's stack.
+__constant__ const uint64_t kSecretWords[kSecretBytes / 8] = {
+    0xbe4ba423396cfeb8, 0x1cad21f72c81017c, 0xdb979083e96dd4de, 0x1f67b3b7a4a44072,
+    0x78e5c0cc4ee679cb, 0x2172ffcc7dd05a82, 0x8e2443f7744608b8, 0x4c263a81e69035e0,
+    0xcb00c391bb52283c, 0xa32e531b8b65d088, 0x4ef90da297486471, 0xd8acdea946ef1938,
+    0x3f349ce33f76faa8, 0x1d4f0bc7c7bbdcf9, 0x3159b4cd4be0518a, 0x647378d9c97e9fc8,
+    0xc3ebd33483acc5ea, 0xeb6313faffa081c5, 0x49daf0b751dd0d17, 0x9e68d429265516d3,
+    0xfca1477d58be162b, 0xce31d07ad1b8f88f, 0x280416958f3acb45, 0x7e404bbbcafbd7af};
+__constant__ const uint64_t kInitialAccumulators[8] = {
+    kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3, kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
+
 // The secret made from a seed: words alternately plus and minus the seed. Seed 0: the default.
 __device__ __forceinline__ uint64_t seeded_word(int index, uint64_t seed) {
-  return secret_word(index) + (index % 2 == 0 ? seed : 0 - seed);
+  return kSecretWords[index] + (index % 2 == 0 ? seed : 0 - seed);
 }
 // Eight bytes of it from any byte offset.
 __device__ __forceinline__ uint64_t seeded_bytes(int offset, uint64_t seed) {
@@ -82,11 +83,6 @@ __device__ __forceinline__ uint64_t keyed_product(uint64_t data, uint64_t key) {
 }
 __device__ __forceinline__ uint64_t scramble(uint64_t acc, uint64_t key) {
   return (acc ^ acc >> 47 ^ key) * kPrime32_1;
-}
-__device__ __forceinline__ uint64_t initial_accumulator(int index) {
-  constexpr uint64_t kInitial[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
-                                    kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
-  return kInitial[index];
 }
 __device__ __forceinline__ uint64_t merge(const uint64_t (&acc)[8], int key_offset, uint64_t seed,
                                           uint64_t start) {

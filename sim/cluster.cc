@@ -23,11 +23,11 @@ class SimEnvironment;
 // All groups of a run by (name, members), in order of making.
 class Groups {
  public:
-  explicit Groups(const ClusterOptions& options) : options_(options) {}
+  Groups(const ClusterOptions& options, Workers& workers) : options_(options), workers_(workers) {}
   Group& nth(const std::string& name, const std::vector<int>& members, size_t number) {
     auto& made = groups_[{name, members}];
     while (made.size() <= number) {
-      made.push_back(std::make_unique<Group>(name, members, options_));
+      made.push_back(std::make_unique<Group>(name, members, options_, workers_));
     }
     return *made[number];
   }
@@ -41,6 +41,7 @@ class Groups {
 
  private:
   const ClusterOptions& options_;
+  Workers& workers_;
   std::map<std::pair<std::string, std::vector<int>>, std::vector<std::unique_ptr<Group>>> groups_;
 };
 
@@ -234,7 +235,7 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   if (options.workers == nullptr) own_workers = std::make_unique<Workers>(options.worker_threads);
   Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
   Scheduler scheduler(options.ranks, workers, options.schedule_seed);
-  Groups groups(options);
+  Groups groups(options, workers);
   Environments environments;
   std::vector<RankProgram> programs(static_cast<size_t>(options.ranks));
   for (int rank = 0; rank < options.ranks; ++rank) {

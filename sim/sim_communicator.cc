@@ -9,11 +9,13 @@
 
 namespace cambium::sim {
 
-Group::Group(std::string name, std::vector<int> members, const ClusterOptions& options)
+Group::Group(std::string name, std::vector<int> members, const ClusterOptions& options,
+             Workers& workers)
     : name_(std::move(name)),
       members_(std::move(members)),
       order_(options.reduction_order),
       poison_(options.poison),
+      workers_(workers),
       joined_(members_.size()),
       posted_(members_.size()) {}
 
@@ -231,7 +233,8 @@ Ticket SimCommunicator::submit(CollectiveCall call) {
   const char* op_name = collective_name(call.kind);
   Transfer& transfer = group_.new_transfer(rank_);
   group_.bind(transfer, std::move(call));
-  stream.enqueue_gated(op_name, transfer);
+  // A rank alone waits for nobody: on a GPU its call need not hold back what follows.
+  stream.enqueue_gated(op_name, transfer, group_.ranks() == 1 ? &group_.workers() : nullptr);
   return stream.record();
 }
 

@@ -92,12 +92,14 @@ struct Channel {
 // A communicator's state shared by its members. Posting happens on the scheduler's thread only.
 class Group {
  public:
-  Group(std::string name, std::vector<int> members, const ClusterOptions& options);
+  Group(std::string name, std::vector<int> members, const ClusterOptions& options,
+        Workers& workers);
   const std::string& name() const { return name_; }
   const std::vector<int>& members() const { return members_; }
   int ranks() const { return static_cast<int>(members_.size()); }
   ReductionOrder order() const { return order_; }
   Poison poison() const { return poison_; }
+  Workers& workers() const { return workers_; }
 
   // Makes room for a call; `bind` then gives it its place and checks it against its peers.
   Transfer& new_transfer(int member);
@@ -123,6 +125,7 @@ class Group {
   std::vector<int> members_;
   ReductionOrder order_;
   Poison poison_;
+  Workers& workers_;
   std::vector<bool> joined_;
   std::vector<uint64_t> posted_;
   std::deque<std::unique_ptr<Meeting>> meetings_;  // numbers first_ ...

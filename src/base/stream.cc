@@ -106,7 +106,11 @@ void Stream::wait(const Event& event) {
   new (push(TaskKind::wait, "wait", sizeof(Event)).payload()) Event(event);
 }
 
-void Stream::enqueue_gated(const char* op_name, GatedTask& gated) {
+void Stream::enqueue_gated(const char* op_name, GatedTask& gated, Workers* at_once) {
+  if (at_once != nullptr && launches_at_once() && gated.advance(*at_once)) {
+    count_launched();
+    return;
+  }
   new (push(TaskKind::gated, op_name, sizeof(GatedTask*)).payload()) GatedTask*(&gated);
 }
 

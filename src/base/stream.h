@@ -124,8 +124,9 @@ class Stream {
   Event record() const { return Event{this, enqueued_}; }
   // Later tasks of this stream run only after `event` is complete.
   void wait(const Event& event);
-  // `task` in this stream's order; it must live until it is done. For communicators.
-  void enqueue_gated(const char* op_name, GatedTask& task);
+  // `task` in this stream's order; it must live until it is done. For communicators. With `at_once`
+  // a device's stream that has nothing queued lets it advance first, by these workers.
+  void enqueue_gated(const char* op_name, GatedTask& task, Workers* at_once = nullptr);
 
   uint64_t completed() const { return completed_.load(std::memory_order_acquire); }
   uint64_t enqueued() const { return enqueued_; }

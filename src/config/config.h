@@ -141,7 +141,7 @@ struct PlanConfig {
 // One injected fault (design.md section 4, `check`): the kind, and where it strikes.
 struct FaultConfig {
   std::string kind;  // wrong_count swapped_collectives skipped_collective expert_gradient_scale
-                     // rng_rank routing_order
+                     // rng_rank routing_order swapped_send missing_micro_batch zigzag_half ...
   int64_t rank = 0;
   int64_t step = 1;
 };

@@ -183,21 +183,31 @@ void check_pipeline(const Config& config) {
   const int64_t micro_batches =
       config.train.global_batch_sequences / parallel.dp / config.train.micro_batch_sequences;
   if (micro_batches < need.least || micro_batches % need.multiple != 0) {
-    fail(
-        ExitCode::usage,
-        "parallel.schedule = {} with parallel.pp = {} needs {} micro-batches of each data rank, {} "
-        "{}; there are {} (train.global_batch_sequences = {} / parallel.dp = {} / "
-        "train.micro_batch_sequences = {})",
-        schedule, parallel.pp, need.multiple > 1 ? "a multiple of" : "at least",
-        need.multiple > 1 ? need.multiple : need.least,
-        need.multiple > 1 ? fmt::format("at least {}", need.least) : "or more", micro_batches,
-        config.train.global_batch_sequences, parallel.dp, config.train.micro_batch_sequences);
+    const std::string count = need.multiple > 1
+                                  ? fmt::format("a multiple of {} micro-batches", need.multiple)
+                                  : fmt::format("{} micro-batches", need.least);
+    fail(ExitCode::usage,
+         "parallel.schedule = {} with parallel.pp = {} needs {} of each data rank{}; there are {} "
+         "(train.global_batch_sequences = {} / parallel.dp = {} / train.micro_batch_sequences = "
+         "{}); raise the batch, or use parallel.schedule = 1f1b",
+         schedule, parallel.pp, count, need.multiple > 1 ? "" : ", at least", micro_batches,
+         config.train.global_batch_sequences, parallel.dp, config.train.micro_batch_sequences);
   }
 }
 
 void check_faults(const Config& config) {
   const int64_t ranks = config.parallel.pp * config.parallel.dp * config.parallel.cp;
+  const ParallelConfig& parallel = config.parallel;
+  const auto needs = [](const FaultConfig& fault, const char* kind, const char* key,
+                        int64_t value) {
+    if (fault.kind != kind || value > 1) return;
+    fail(ExitCode::usage, "faults.kind = {} finds nothing to strike with {} = {}: at least 2", kind,
+         key, value);
+  };
   for (const FaultConfig& fault : config.faults) {
+    needs(fault, "swapped_send", "parallel.pp", parallel.pp);
+    needs(fault, "zigzag_half", "parallel.cp", parallel.cp);
+    needs(fault, "gradient_axis", "parallel.ep", parallel.ep);
     if (fault.rank < ranks) continue;
     fail(ExitCode::usage, "faults.rank = {} of kind {} is not below the layout's {} ranks",
          fault.rank, fault.kind, ranks);

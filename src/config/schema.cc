@@ -32,9 +32,10 @@ constexpr const char* kFamilyNames[] = {"qwen3_moe", "mixtral", "olmoe"};
 constexpr const char* kQkNormNames[] = {"none", "per_head", "full_width"};
 constexpr const char* kTokenizerNames[] = {"bytes", "sentencepiece"};
 constexpr const char* kOptimizerNames[] = {"adamw"};
-constexpr const char* kFaultNames[] = {"wrong_count",        "swapped_collectives",
-                                       "skipped_collective", "expert_gradient_scale",
-                                       "rng_rank",           "routing_order"};
+constexpr const char* kFaultNames[] = {
+    "wrong_count", "swapped_collectives", "skipped_collective", "expert_gradient_scale",
+    "rng_rank",    "routing_order",       "swapped_send",       "missing_micro_batch",
+    "zigzag_half", "gradient_axis"};
 
 template <class Value>
 KeyField field_of(Value& value) {

@@ -30,9 +30,19 @@ int64_t head_chunk_rows(const Rank& rank) {
   return rank.config.run.device == DeviceKind::cuda ? kHeadChunkRowsCuda : kHeadChunkRows;
 }
 
+// The ranks that dense gradients are summed over. The fault `gradient_axis`: those of an expert.
+bool has_wrong_axis(const Rank& rank) {
+  return std::ranges::any_of(
+      rank.config.faults, [](const FaultConfig& fault) { return fault.kind == "gradient_axis"; });
+}
+Communicator& dense_replicas(const Rank& rank) {
+  return has_wrong_axis(rank) ? *rank.expert_data : *rank.data;
+}
+
 ParamGroup::ReplicaRanges dense_ranges(const Rank& rank, const BatchLayout& layout) {
   ParamGroup::ReplicaRanges ranges;
-  for (const int member : data_group(rank.mesh, rank.at)) {
+  for (const int member : has_wrong_axis(rank) ? expert_data_group(rank.mesh, rank.at)
+                                               : data_group(rank.mesh, rank.at)) {
     ranges.push_back(layout.dense_ranges(member));
   }
   return ranges;
@@ -167,7 +177,8 @@ void Model::make_groups(std::vector<ParamTensor> tensors) {
   }
   for (auto& [at, unit] : units) {
     groups_.push_back(std::make_unique<ParamGroup>(rank_, GroupKind::dense, std::move(unit.dense),
-                                                   *rank_.data, dense_ranges(rank_, layout)));
+                                                   dense_replicas(rank_),
+                                                   dense_ranges(rank_, layout)));
     // A layer's experts lie next to each other, equally strided: all gate_up, then all down.
     std::vector<ParamTensor> experts(std::move(unit.gate_up));
     experts.insert(experts.end(), unit.down.begin(), unit.down.end());
@@ -189,7 +200,7 @@ void Model::place_head() {
   ParamTensor tensor;
   tensor.canonical = tied_head_tensor(config_);
   tied_head_ = std::make_unique<ParamGroup>(
-      rank_, GroupKind::dense, std::vector{tensor}, *rank_.data,
+      rank_, GroupKind::dense, std::vector{tensor}, dense_replicas(rank_),
       dense_ranges(rank_, BatchLayout(rank_.config)), GroupUse::gradients_only);
   embed_->tie_head(*tied_head_);
   head_gradient_ = {tied_head_.get(), tied_head_->find(TensorRole::lm_head, -1)};

@@ -146,8 +146,12 @@ MergePlan plan_merges(int64_t total_blocks, std::vector<ForestNode> nodes) {
 }
 
 int32_t MergePlan::root(int64_t total_blocks) const {
-  CHECK_EQ(held.size(), size_t{1});  // otherwise a block is missing
-  CHECK_EQ(held.front().range.count(), total_blocks);
+  if (held.size() != 1 || held.front().range.count() != total_blocks) {
+    fail(ExitCode::verification_mismatch,
+         "the gradient forests of these ranks hold {} nodes and not the whole batch's {} blocks: "
+         "tokens are missing, or gradients are summed over the wrong ranks",
+         held.size(), total_blocks);
+  }
   return held.front().slot;
 }
 

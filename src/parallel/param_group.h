@@ -140,7 +140,7 @@ class ParamGroup {
                   int64_t stride);
   void finish_root(int64_t row, int64_t row_count, float* data, uint8_t* flags, int64_t stride);
   bool is_exact() const { return rank_.config.numerics.reduction == ReductionMode::exact; }
-  bool is_full() const { return rank_.config.parallel.sharding == Sharding::full; }
+  bool is_full() const { return rank_.config.parallel.sharding == Sharding::full && shards_ > 1; }
 
   Rank& rank_;
   GroupKind kind_;

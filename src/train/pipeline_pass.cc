@@ -130,6 +130,22 @@ Buffer PipelinePass::take(Payload payload, Place at) {
 }
 
 void PipelinePass::send(const PipelineAction& action) {
+  // The fault `swapped_send`: this rank's first two messages to one peer change places.
+  if (rank_.has_fault("swapped_send") && !swapped_) {
+    if (!delayed_send_.has_value()) {
+      delayed_send_ = action;
+      return;
+    }
+    swapped_ = delayed_send_->peer == action.peer && delayed_send_->payload == action.payload;
+    if (swapped_) {
+      post_send(action);
+      return post_send(*delayed_send_);
+    }
+  }
+  post_send(action);
+}
+
+void PipelinePass::post_send(const PipelineAction& action) {
   auto made = departures_[index_of(action.payload)].extract({action.chunk, action.micro_batch});
   CHECK(!made.empty());
   release_sent(kSendsInFlight - 1);

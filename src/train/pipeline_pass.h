@@ -8,6 +8,7 @@
 
 #include <deque>
 #include <map>
+#include <optional>
 #include <vector>
 
 #include "src/train/train_step.h"
@@ -34,6 +35,7 @@ class PipelinePass {
   void backward(const Schedule& schedule, Place at, WeightGradients weights);
   void backward_weight(Place at);
   void send(const PipelineAction& action);
+  void post_send(const PipelineAction& action);
   void receive(const PipelineAction& action);
   // What a stage hands on: to this rank's own chunk, or kept for the message that follows.
   void hand_on(const Schedule& schedule, Payload payload, Place from, Buffer data);
@@ -55,6 +57,8 @@ class PipelinePass {
   std::map<Place, Transit> arrivals_[2];
   std::map<Place, Buffer> departures_[2];
   std::deque<Transit> sent_;
+  std::optional<PipelineAction> delayed_send_;  // the fault `swapped_send`
+  bool swapped_ = false;
 };
 
 }  // namespace cambium

@@ -25,18 +25,14 @@ double tree_sum(const float* column, int64_t columns, BlockRange range) {
          tree_sum(column, columns, {middle, range.end});
 }
 
-// Of whole sequences, this rank's positions.
-void keep_share(const ContextShare& share, int64_t S, Batch& batch) {
+// Of the values of whole sequences, those of a rank's positions.
+void keep_share(const ContextShare& share, int64_t S, std::vector<int32_t>& values) {
   const int64_t local_S = S / share.ranks;
-  const int64_t tokens = std::ssize(batch.token_T) / share.ranks;
-  for (std::vector<int32_t>* values :
-       {&batch.token_T, &batch.target_T, &batch.position_T, &batch.document_start_T}) {
-    std::vector<int32_t> kept(static_cast<size_t>(tokens));
-    for (int64_t t = 0; t < tokens; ++t) {
-      kept[t] = (*values)[t / local_S * S + share.position(t % local_S, S)];
-    }
-    *values = std::move(kept);
+  std::vector<int32_t> kept(values.size() / static_cast<size_t>(share.ranks));
+  for (int64_t t = 0; t < std::ssize(kept); ++t) {
+    kept[t] = values[t / local_S * S + share.position(t % local_S, S)];
   }
+  values = std::move(kept);
 }
 
 Schedule config_schedule(const Config& config, int64_t micro_batches, SchedulePass pass) {
@@ -84,9 +80,21 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
   source.fill(batch_index,
               {layout_.first_sequence(dp_index, micro_batch), layout_.micro_batch_sequences},
               batch);
+  // The fault `missing_micro_batch`: nothing of this rank's last micro-batch is learnt.
+  if (rank_.has_fault("missing_micro_batch") && micro_batch + 1 == layout_.micro_batches) {
+    std::ranges::fill(batch.target_T, kIgnoredTarget);
+  }
   const bool masks = config.data.document_mask;
   const std::vector<int32_t> document_start_S = batch.document_start_T;
-  if (rank_.mesh.cp > 1) keep_share(context_share(rank_), config.train.sequence_length, batch);
+  const ContextShare share = context_share(rank_);
+  if (share.ranks > 1) {
+    // The fault `zigzag_half`: this rank takes the next one's tokens.
+    ContextShare of_tokens = share;
+    if (rank_.has_fault("zigzag_half")) of_tokens.index = (share.index + 1) % share.ranks;
+    const int64_t S = config.train.sequence_length;
+    for (auto* values : {&batch.token_T, &batch.target_T}) keep_share(of_tokens, S, *values);
+    for (auto* values : {&batch.position_T, &batch.document_start_T}) keep_share(share, S, *values);
+  }
   const int64_t columns = metric_columns(config), blocks = layout_.local_blocks();
   const double sequences = static_cast<double>(config.train.global_batch_sequences);
   const double positions = sequences * static_cast<double>(config.train.sequence_length);

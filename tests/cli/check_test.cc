@@ -17,14 +17,14 @@ struct FaultCase {
 };
 
 // dp 4 with ep 2 of the small model of configs/tiny.toml.
-std::string faulty_config(const char* kind) {
+std::string faulty_config(const char* kind, int64_t rank = 3) {
   return fmt::format(
       "[model]\nlayers = 2\nhidden = 32\nheads = 4\nkv_heads = 2\nhead_dim = 8\nexperts = 8\n"
       "top_k = 2\nexpert_hidden = 24\nvocab = 300\nmax_positions = 64\n"
       "[train]\nsteps = 4\nglobal_batch_sequences = 8\nsequence_length = 32\n"
       "[numerics]\nblock_tokens = 16\n[parallel]\ndp = 4\nep = 2\n"
-      "[[faults]]\nkind = \"{}\"\nrank = 3\nstep = 1\n",
-      kind);
+      "[[faults]]\nkind = \"{}\"\nrank = {}\nstep = 1\n",
+      kind, rank);
 }
 
 TEST(Check, PassesOnTheShippedConfigurationsWithinAMinute) {
@@ -54,6 +54,33 @@ TEST(Check, NamesTheCauseOfEveryFault) {
     EXPECT_EQ(run.exit_code, fault.exit_code) << fault.kind << ": " << run.output;
     EXPECT_NE(run.output.find(fault.cause), std::string::npos) << fault.kind << ": " << run.output;
     EXPECT_NE(run.output.find("REPRO: cambium check"), std::string::npos) << run.output;
+  }
+}
+
+TEST(Check, NamesTheCauseOfFaultsInPipelinesAndContexts) {
+  const ScratchDirectory scratch;
+  const FaultCase cases[] = {
+      {"swapped_send", 51,
+       "its gradient has other terms: tokens lost, repeated or sent to the wrong place"},
+      {"missing_micro_batch", 51, "tokens lost, repeated or sent to the wrong place"},
+      {"zigzag_half", 51, "tokens lost, repeated or sent to the wrong place"},
+      {"gradient_axis", 51, "tokens are missing, or gradients are summed over the wrong ranks"},
+  };
+  for (const FaultCase& fault : cases) {
+    // Targets are read by the last stage, the other faults strike the first.
+    const int64_t rank = fault.kind == std::string("missing_micro_batch") ? 7 : 3;
+    const std::string path =
+        scratch.write(fmt::format("{}.toml", fault.kind), faulty_config(fault.kind, rank));
+    const BinaryRun run =
+        run_binary({"check", path, "--set", "parallel.pp=2", "--set", "parallel.dp=2", "--set",
+                    "parallel.cp=2", "--set", "numerics.block_tokens=8"});
+    EXPECT_EQ(run.exit_code, fault.exit_code) << fault.kind << ": " << run.output;
+    EXPECT_NE(run.output.find(fault.cause), std::string::npos) << fault.kind << ": " << run.output;
+  }
+  // Without a pipeline or a context there is nothing to strike.
+  for (const char* kind : {"swapped_send", "zigzag_half"}) {
+    const std::string path = scratch.write("nothing.toml", faulty_config(kind));
+    EXPECT_EQ(run_binary({"check", path}).exit_code, 2) << kind;
   }
 }
 

@@ -29,7 +29,7 @@ std::string small_config(const ScratchDirectory& scratch) {
                   "experts = 8\ntop_k = 2\nexpert_hidden = 24\nvocab = 300\nmax_positions = 64\n"
                   "[data]\ntrain = [\"{}\"]\n"
                   "[train]\nsteps = 6\nglobal_batch_sequences = 8\nsequence_length = 32\n"
-                  "sample_tokens = 20\neval_sequences = 8\n[numerics]\nblock_tokens = 16\n"
+                  "sample_tokens = 20\neval_sequences = 8\n[numerics]\nblock_tokens = 8\n"
                   "[balance]\nloss = \"global_batch_lagged\"\nbias_update_rate = 0.01\n"
                   "[parallel]\ndp = 4\nep = 2\n[checkpoint]\nevery_steps = 2\n",
                   text));
@@ -75,6 +75,37 @@ TEST(Train, WritesEveryOutputAndResumesBitExactInOtherLayouts) {
   EXPECT_EQ(run_binary({"compare", a, scratch.path() + "/c"}).exit_code, 51);
 }
 
+// Each step of one run in another layout, every one of them from the last one's checkpoint.
+TEST(Train, CheckpointsMoveBetweenLayoutsOfAllDimensions) {
+  const ScratchDirectory scratch;
+  const std::string config = small_config(scratch), a = scratch.path() + "/a";
+  ASSERT_EQ(run_binary({"train", config, "--out", a}).exit_code, 0);
+  const std::vector<std::string> layouts[] = {
+      {"parallel.dp=1", "parallel.ep=1", "parallel.sharding=none"},
+      {"parallel.dp=2", "parallel.ep=2", "parallel.pp=2", "parallel.schedule=dualpipev",
+       "parallel.sharding=full"},
+      {"parallel.dp=2", "parallel.ep=4", "parallel.cp=2", "parallel.sharding=zero2"},
+      {"parallel.dp=1", "parallel.ep=1", "parallel.pp=2", "parallel.schedule=zb_h1"},
+      {"parallel.dp=8", "parallel.ep=8", "parallel.sharding=full"},
+      {"parallel.dp=1", "parallel.ep=2", "parallel.cp=2", "parallel.pp=2",
+       "parallel.schedule=interleaved_1f1b"},
+  };
+  const std::string b = scratch.path() + "/b";
+  for (int64_t step = 1; step <= 6; ++step) {
+    std::vector<std::string> arguments{
+        "train", config, "--out", b, "--stop-after-step", std::to_string(step)};
+    if (step > 1) arguments.push_back("--resume");
+    for (const std::string& set : layouts[step - 1]) {
+      arguments.push_back("--set");
+      arguments.push_back(set);
+    }
+    const BinaryRun run = run_binary(arguments);
+    ASSERT_EQ(run.exit_code, 0) << step << ": " << run.output;
+  }
+  EXPECT_EQ(last_step_line(b), last_step_line(a));
+  EXPECT_EQ(run_binary({"compare", a, b}).exit_code, 0);
+}
+
 TEST(Train, ResumeRefusesAnotherModelAndCompletesAFinishedRun) {
   const ScratchDirectory scratch;
   const std::string config = small_config(scratch), a = scratch.path() + "/a";
@@ -111,6 +142,10 @@ TEST(Parity, GoldenModelsPassOnEveryLayout) {
                       fmt::format("parallel.ep={}", ep)});
       EXPECT_EQ(run.exit_code, 0) << name << ": " << run.output;
     }
+    const BinaryRun stages =
+        run_binary({"parity", goldens + name, "--set", "parallel.pp=2", "--set",
+                    "parallel.schedule=1f1b", "--set", "parallel.sharding=full"});
+    EXPECT_EQ(stages.exit_code, 0) << name << ": " << stages.output;
   }
 }
 

@@ -54,7 +54,22 @@ const RuleRow kRules[] = {
     {{"data.tokenizer_vocab=1000"}, "data.tokenizer_vocab = 1000 is above model.vocab = 512"},
     {{"balance.loss=micro_batch"}, "balance.loss = micro_batch depends on the layout"},
     {{"balance.loss=global_batch"}, "use balance.loss = global_batch_lagged"},
-    {{"parallel.pp=2"}, "parallel.pp = 2 is not supported yet; nearest supported: parallel.pp = 1"},
+    {{"parallel.pp=2", "parallel.schedule=dualpipev", "parallel.dp=4"},
+     "parallel.schedule = dualpipev with parallel.pp = 2 needs 4 micro-batches of each data rank, "
+     "at "
+     "least; there are 2"},
+    {{"parallel.pp=2", "parallel.schedule=zb_v", "parallel.dp=4"}, "needs 3 micro-batches"},
+    {{"parallel.pp=4", "parallel.schedule=zb_h1", "parallel.dp=4"}, "needs 4 micro-batches"},
+    {{"parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.dp=8"},
+     "needs a multiple of 2 micro-batches of each data rank; there are 1"},
+    {{"parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=1"},
+     "parallel.schedule = interleaved_1f1b needs parallel.virtual_stages of at least 2, not 1"},
+    {{"parallel.pp=5"},
+     "model.layers = 2 is too few for the 5 stages of parallel.pp = 5 with parallel.schedule = "
+     "1f1b "
+     "(1 on each rank): at least 3"},
+    {{"parallel.pp=2", "model.tie_embeddings=true"},
+     "nearest supported: parallel.schedule = zb_v or dualpipev, or parallel.pp = 1"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
     {{"run.transport=nccl"}, "run.transport = nccl with run.device = cpu"},
     {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=2}]"},
@@ -85,6 +100,11 @@ TEST(DeriveRules, WhatIsTrivialIsAccepted) {
   for (const char* schedule : {"gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v", "dualpipev"}) {
     const Sets sets = {std::string("parallel.schedule=") + schedule, "parallel.dp=2"};
     EXPECT_EQ(derive_from("tiny", sets).ranks, 2);
+  }
+  for (const char* schedule : {"gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v", "dualpipev"}) {
+    const Sets sets = {std::string("parallel.schedule=") + schedule, "parallel.pp=2",
+                       "parallel.cp=2", "parallel.dp=2", "parallel.sharding=full"};
+    EXPECT_EQ(derive_from("tiny", sets).ranks, 8);
   }
   for (const char* loss : {"micro_batch", "global_batch"}) {
     const Sets sets = {std::string("balance.loss=") + loss, "numerics.reduction=fast"};

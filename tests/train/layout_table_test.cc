@@ -77,16 +77,152 @@ const RunTrace& one_rank() {
   return one;
 }
 
+// No rank computes what another did: FLOPs of all ranks are one rank's. `clip_scale` folds a small
+// table on every rank; with sharding none all ranks optimize everything.
+void expect_same_work(const RunTrace& run, const std::string& what) {
+  for (const auto& [op, want] : one_rank().ranks[0].ops) {
+    if (op == "clip_scale") continue;
+    int64_t flops = 0;
+    for (const RankUse& rank : run.ranks) {
+      const auto found = rank.ops.find(op);
+      if (found != rank.ops.end()) flops += found->second.flops;
+    }
+    EXPECT_EQ(flops, want.flops) << op << ", " << what;
+  }
+}
+
 void expect_bits_of_one_rank(std::span<const TestLayout> layouts) {
   for (const TestLayout& layout : layouts) {
     const RunTrace run = run_trace(with_layout(deep_config(), layout), kSteps, layout.workers);
     expect_same_bits(run, one_rank(), layout_name(layout));
+    if (layout.sharding != Sharding::none) expect_same_work(run, layout_name(layout));
   }
 }
 
 TEST(LayoutTable, PipelinesHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kPipelines); }
 TEST(LayoutTable, SharedSequencesHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kContexts); }
 TEST(LayoutTable, FourDimensionsHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kFourDimensions); }
+
+struct PipelineShape {
+  int64_t pp;
+  PipelineSchedule schedule;
+};
+constexpr PipelineShape kShapes[] = {{1, kOneF}, {2, kGpipe}, {2, kOneF}, {2, kInter},
+                                     {2, kZbH1}, {2, kZbV},   {2, kDual}, {3, kOneF},
+                                     {3, kZbV},  {4, kGpipe}, {4, kZbH1}, {4, kDual}};
+constexpr int64_t kDataAndContext[][2] = {{1, 1}, {2, 1}, {1, 2}, {2, 2}, {1, 4},
+                                          {4, 1}, {2, 4}, {4, 2}, {8, 1}, {8, 2}};
+
+// Up to 64 ranks; sharding, expert ranks, micro-batches and workers go round.
+std::vector<TestLayout> many_layouts() {
+  std::vector<TestLayout> all;
+  int64_t turn = 0;
+  for (const PipelineShape& shape : kShapes) {
+    for (const auto& [dp, cp] : kDataAndContext) {
+      for (const Sharding sharding : {kNone, kZero1, kZero2, kFull}) {
+        ++turn;
+        TestLayout layout{dp,       int64_t{1} << turn % 4, int64_t{1} << turn / 3 % 3,
+                          sharding, 1 + turn % 3,           shape.pp,
+                          cp,       shape.schedule};
+        layout.ep = std::min(layout.ep, dp * cp);
+        const MicroBatchNeed need = schedule_need(shape.schedule, shape.pp);
+        const auto fits = [&] {
+          const int64_t sequences = 16 / dp, micro_batches = sequences / layout.micro_batch;
+          return micro_batches >= need.least && micro_batches % need.multiple == 0;
+        };
+        while (layout.micro_batch > 1 && !fits()) layout.micro_batch /= 2;
+        if (fits() && shape.pp * dp * cp <= 64) all.push_back(layout);
+      }
+    }
+  }
+  return all;
+}
+
+TEST(LayoutTable, EverySeventhOfManyLayoutsHasTheBitsOfOneRank) {
+  const std::vector<TestLayout> all = many_layouts();
+  ASSERT_GE(all.size(), 300u);
+  std::vector<TestLayout> some;
+  for (size_t i = 0; i < all.size(); i += 7) some.push_back(all[i]);
+  expect_bits_of_one_rank(some);
+}
+
+// On request: --gtest_also_run_disabled_tests.
+TEST(LayoutTable, DISABLED_AllOfManyLayoutsHaveTheBitsOfOneRank) {
+  expect_bits_of_one_rank(many_layouts());
+}
+
+TEST(LayoutTable, OtherPartsOfTheModelToo) {
+  std::vector<Config> configs(4, deep_config());
+  configs[0].numerics.compute = ComputeType::bf16;
+  configs[1].model.tie_embeddings = true;
+  configs[2].model.family = ModelFamily::olmoe;
+  configs[2].model.qk_norm = QkNorm::full_width;
+  configs[2].balance.bias_update_rate = 0.01;
+  configs[3].balance.loss = BalanceLoss::global_batch_lagged;
+  configs[3].data.document_mask = false;
+  for (const Config& config : configs) {
+    const RunTrace one = run_trace(with_layout(config, {}), kSteps);
+    for (const TestLayout& layout :
+         {TestLayout{2, 4, 1, kFull, 1, 2, 2, kDual}, TestLayout{2, 2, 1, kNone, 1, 2, 2, kZbV}}) {
+      expect_same_bits(run_trace(with_layout(config, layout), kSteps), one, layout_name(layout));
+    }
+  }
+}
+
+TEST(LayoutTable, FastModeRepeatsItselfAndStaysClose) {
+  Config config = deep_config();
+  config.numerics.reduction = ReductionMode::fast;
+  for (const TestLayout& layout :
+       {TestLayout{2, 4, 1, kFull, 1, 2, 2, kDual}, TestLayout{2, 2, 1, kZero2, 1, 2, 1, kZbH1},
+        TestLayout{2, 1, 2, kNone, 1, 1, 2, kOneF}}) {
+    const Config fast = with_layout(config, layout);
+    const RunTrace run = run_trace(fast, kSteps);
+    expect_same_bits(run_trace(fast, kSteps, 4, 9), run, layout_name(layout));
+    for (size_t i = 0; i < run.steps.size(); ++i) {
+      // fp32 sums of a thousand terms in another order, as in layouts_test.cc.
+      EXPECT_NEAR(run.steps[i].loss / one_rank().steps[i].loss, 1.0, 1e-5) << layout_name(layout);
+      EXPECT_NEAR(run.steps[i].balance_loss / one_rank().steps[i].balance_loss, 1.0, 1e-4);
+      EXPECT_NEAR(run.steps[i].grad_norm / one_rank().steps[i].grad_norm, 1.0, 1e-3);
+    }
+  }
+}
+
+TEST(LayoutTable, EachRankHoldsItsShareOfTheState) {
+  const RankUse& one = one_rank().ranks[0];
+  const auto uses = [](const TestLayout& layout) {
+    return run_trace(with_layout(deep_config(), layout), 1).ranks;
+  };
+  // 14 groups (embedding, head, two a layer), whose shards are whole blocks of 4,096 elements; and
+  // the routers' loads (192 bytes, in arena blocks of 256).
+  constexpr int64_t kPadding = 14 * 4096 * 4, kLoads = 256;
+  for (const RankUse& rank : uses({8, 4, 1, kFull, 1, 1, 1, kOneF})) {
+    EXPECT_LE(rank.weight_bytes, one.weight_bytes / 8 + kPadding + kLoads);
+    EXPECT_LE(rank.optimizer_bytes, one.optimizer_bytes / 8 + 2 * kPadding);
+  }
+  for (const RankUse& rank : uses({8, 4, 1, kZero2, 1, 1, 1, kOneF})) {
+    // Slots of one layer at a time, and a few nodes of the shard.
+    EXPECT_LT(rank.peak_bytes, one.peak_bytes / 2);
+    EXPECT_LE(rank.optimizer_bytes, one.optimizer_bytes / 8 + 2 * kPadding);
+  }
+  // Every tensor lies on one pipeline rank.
+  int64_t weight_bytes = 0;
+  for (const RankUse& rank : uses({1, 1, 1, kZero1, 1, 3, 1, kOneF})) {
+    weight_bytes += rank.weight_bytes - kLoads;
+    EXPECT_LT(rank.weight_bytes, one.weight_bytes * 2 / 3);
+  }
+  EXPECT_EQ(weight_bytes, one.weight_bytes - kLoads);
+  // 1f1b holds pp micro-batches' activations where gpipe holds all.
+  const auto gpipe = uses({1, 1, 1, kZero1, 1, 2, 1, kGpipe});
+  const auto one_f = uses({1, 1, 1, kZero1, 1, 2, 1, kOneF});
+  EXPECT_LT(one_f[0].peak_bytes, gpipe[0].peak_bytes);
+  EXPECT_LT(one_f[1].peak_bytes, gpipe[1].peak_bytes);
+}
+
+TEST(LayoutTable, MustFailWithAnotherSeed) {
+  Config config = with_layout(deep_config(), {2, 4, 1, kFull, 1, 2, 2, kDual});
+  config.run.seed = 77;
+  EXPECT_NE(total_hex(run_trace(config, 1).steps[0]), total_hex(one_rank().steps[0]));
+}
 
 }  // namespace
 

@@ -95,7 +95,8 @@ TEST(Layouts, RecomputationKeepsTheBits) {
   Config config = tiny_config();
   config.balance.z_loss_weight = 1e-3;
   config.model.layers = 4;
-  config.model.max_positions = config.train.sequence_length = 256;  // whose activations outweigh what a step's end needs
+  config.model.max_positions = config.train.sequence_length =
+      256;  // whose activations outweigh what a step's end needs
   for (const TestLayout& layout :
        {TestLayout{1, 1, 8, Sharding::none, 1}, TestLayout{4, 2, 1, Sharding::zero1, 2}}) {
     Config kept = with_layout(config, layout), again = kept;

@@ -1,0 +1,92 @@
+// Attention on the GPU at Qwen3-30B-A3B's heads, 32 of queries and 4 of keys, bf16. The peer is
+// bench/peers/torch_attention.py: cuDNN through PyTorch.
+#include <cmath>
+
+#include "bench/ops/cuda_bench.h"
+#include "kernels/attention.h"
+
+namespace cambium::bench {
+namespace {
+
+struct AttentionGpuBuffers {
+  AttentionGpuBuffers(int64_t sequences, int64_t length, int64_t head_dim)
+      : S(length),
+        Q(head_dim),
+        T(sequences * length),
+        q(Shape(T, H, Q)),
+        k(Shape(T, G, Q)),
+        v(Shape(T, G, Q)),
+        o(Shape(T, H, Q)),
+        d_o(Shape(T, H, Q)),
+        d_q(Shape(T, H, Q)),
+        d_k(Shape(T, G, Q)),
+        d_v(Shape(T, G, Q)),
+        lse(Shape(T, H), DType::f32),
+        delta(Shape(T, H), DType::f32) {
+    uint64_t seed = 1;
+    for (DeviceTensor* tensor : {&q, &k, &v, &d_o}) tensor->fill_normal(seed++);
+  }
+  AttentionArgs forward() {
+    return {.q_THQ = q.in<Real>(),
+            .k_TGQ = k.in<Real>(),
+            .v_TGQ = v.in<Real>(),
+            .o_THQ = o.out<Real>(),
+            .lse_TH = lse.out<float>(),
+            .sequence_length = S,
+            .block_tokens = 32,
+            .scale = 1.0f / std::sqrt(static_cast<float>(Q))};
+  }
+  AttentionBackwardArgs backward() {
+    return {.q_THQ = q.in<Real>(),
+            .k_TGQ = k.in<Real>(),
+            .v_TGQ = v.in<Real>(),
+            .o_THQ = o.in<Real>(),
+            .d_o_THQ = d_o.in<Real>(),
+            .lse_TH = lse.in<float>(),
+            .d_q_THQ = d_q.out<Real>(),
+            .d_k_TGQ = d_k.out<Real>(),
+            .d_v_TGQ = d_v.out<Real>(),
+            .delta_TH = delta.out<float>(),
+            .sequence_length = S,
+            .block_tokens = 32,
+            .scale = 1.0f / std::sqrt(static_cast<float>(Q))};
+  }
+  static constexpr int64_t H = 32, G = 4;
+  int64_t S, Q, T;
+  DeviceTensor q, k, v, o, d_o, d_q, d_k, d_v, lse, delta;
+};
+
+// FLOPs as the field counts them: 2 T S H Q, and 2.5 times that, without softmax and diagonal.
+void attention_cuda(benchmark::State& state) {
+  if (!gpu_is_there(state)) return;
+  AttentionGpuBuffers b(state.range(0), state.range(1), state.range(2));
+  const double flops = 2.0 * static_cast<double>(b.T * b.S * b.H * b.Q);
+  const GpuContender contender{
+      "forward", flops, 0, [&](OpContext& context, int64_t) { attention(b.forward(), context); }};
+  run_gpu_bench(state, std::span(&contender, 1));
+}
+
+void attention_backward_cuda(benchmark::State& state) {
+  if (!gpu_is_there(state)) return;
+  AttentionGpuBuffers b(state.range(0), state.range(1), state.range(2));
+  const double flops = 5.0 * static_cast<double>(b.T * b.S * b.H * b.Q);
+  const GpuContender forward{"forward", flops, 0,
+                             [&](OpContext& context, int64_t) { attention(b.forward(), context); }};
+  time_on_gpu(std::span(&forward, 1), {.samples = 1});  // o and lse
+  const GpuContender contender{"backward", flops, 0, [&](OpContext& context, int64_t) {
+                                 attention_backward(b.backward(), context);
+                               }};
+  run_gpu_bench(state, std::span(&contender, 1));
+}
+
+void attention_cuda_shapes(benchmark::internal::Benchmark* b) {
+  b->ArgNames({"sequences", "S", "Q"})->UseManualTime()->Iterations(1);
+  b->Unit(benchmark::kMillisecond);
+  for (const int64_t Q : {128, 64}) b->Args({4, 4096, Q});
+  b->Args({1, 4096, 128})->Args({2, 2048, 128})->Args({2, 8192, 128});
+}
+BENCHMARK(attention_cuda)->Apply(attention_cuda_shapes);
+BENCHMARK(attention_backward_cuda)->Apply(attention_cuda_shapes);
+
+}  // namespace
+}  // namespace cambium::bench
