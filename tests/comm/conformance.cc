@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <numeric>
 
 #include "src/base/digest.h"
@@ -18,7 +19,8 @@ class Run {
   Run(RankEnvironment& environment, const Memory& memory)
       : environment_(environment),
         memory_(memory),
-        stream_(environment.make_stream("conformance")) {
+        stream_(environment.make_stream("conformance")),
+        other_stream_(environment.make_stream("conformance 2")) {
     world_members_.resize(static_cast<size_t>(environment.ranks()));
     std::iota(world_members_.begin(), world_members_.end(), 0);
     world_ = environment.make_communicator("world", world_members_);
@@ -31,6 +33,12 @@ class Run {
   int ranks() const { return environment_.ranks(); }
   int rank() const { return environment_.rank(); }
   Block block(int64_t count) { return Block(environment_.workers(), memory_, test_.dtype, count); }
+  // Made once, as making takes a network's time.
+  Communicator& group(const std::string& name, const std::vector<int>& members) {
+    auto& made = groups_[name];
+    if (made == nullptr) made = environment_.make_communicator(name, members);
+    return *made;
+  }
   void await(const Ticket& ticket) { environment_.host().wait(ticket); }
 
   // Compares `count` received elements from `first` on with `want(i)` and hashes them.
@@ -82,8 +90,10 @@ class Run {
   Case test_;
   Memory memory_;
   Stream& stream_;
+  Stream& other_stream_;
   std::vector<int> world_members_;
   std::unique_ptr<Communicator> world_;
+  std::map<std::string, std::unique_ptr<Communicator>> groups_;
   uint64_t hash_ = 0xcbf29ce484222325u;
 };
 
@@ -290,10 +300,10 @@ Ticket Run::start_sum(Communicator& communicator, Stream& stream, Block& send, B
 void Run::subgroups() {
   std::vector<int> members;
   for (int peer = rank() % 2; peer < ranks(); peer += 2) members.push_back(peer);
-  const auto group = environment_.make_communicator("half", members);
+  Communicator& half = group("half", members);
   Block send = block(test_.count);
   Block recv = block(test_.count);
-  await(start_sum(*group, stream_, send, recv, 6));
+  await(start_sum(half, stream_, send, recv, 6));
   expect(recv, 0, test_.count, [&](int64_t i) { return sum_at(members, i, 6); });
 }
 
@@ -304,28 +314,27 @@ void Run::overlapping() {
     if (peer / columns == rank() / columns) row.push_back(peer);
     if (peer % columns == rank() % columns) column.push_back(peer);
   }
-  const auto row_group = environment_.make_communicator("row", row);
-  const auto column_group = environment_.make_communicator("column", column);
+  Communicator& row_group = group("row", row);
+  Communicator& column_group = group("column", column);
   Block send_a = block(test_.count), recv_a = block(test_.count);
   Block send_b = block(test_.count), recv_b = block(test_.count);
   Block send_c = block(test_.count), recv_c = block(test_.count);
-  start_sum(*row_group, stream_, send_a, recv_a, 7);
+  start_sum(row_group, stream_, send_a, recv_a, 7);
   start_sum(*world_, stream_, send_b, recv_b, 8);
-  await(start_sum(*column_group, stream_, send_c, recv_c, 9));
+  await(start_sum(column_group, stream_, send_c, recv_c, 9));
   expect(recv_a, 0, test_.count, [&](int64_t i) { return sum_at(row, i, 7); });
   expect(recv_b, 0, test_.count, [&](int64_t i) { return sum_at(world_members_, i, 8); });
   expect(recv_c, 0, test_.count, [&](int64_t i) { return sum_at(column, i, 9); });
 }
 
 void Run::two_streams() {
-  Stream& other_stream = environment_.make_stream("conformance 2");
-  const auto other = environment_.make_communicator("other", world_members_);
+  Communicator& other = group("other", world_members_);
   Block send_a = block(test_.count), recv_a = block(test_.count);
   Block send_b = block(test_.count), recv_b = block(test_.count);
   // Odd ranks post in the other order: the streams are independent.
   Ticket a, b;
   if (rank() % 2 == 0) a = start_sum(*world_, stream_, send_a, recv_a, 10);
-  b = start_sum(*other, other_stream, send_b, recv_b, 11);
+  b = start_sum(other, other_stream_, send_b, recv_b, 11);
   if (rank() % 2 == 1) a = start_sum(*world_, stream_, send_a, recv_a, 10);
   await(b);
   expect(recv_b, 0, test_.count, [&](int64_t i) { return sum_at(world_members_, i, 11); });
@@ -335,15 +344,14 @@ void Run::two_streams() {
 
 // sum on one stream -> gather on the other -> gather on the first.
 void Run::stream_waits() {
-  Stream& other_stream = environment_.make_stream("conformance 2");
-  const auto other = environment_.make_communicator("other", world_members_);
+  Communicator& other = group("other", world_members_);
   const int64_t count = test_.count;
   Block send = block(count), sum = block(count);
   Block once = block(count * ranks()), last = block(count);
   const Ticket summed = start_sum(*world_, stream_, send, sum, 12);
-  other_stream.wait(summed);
-  const Ticket gathered = cambium::all_gather({.communicator = *other,
-                                               .stream = other_stream,
+  other_stream_.wait(summed);
+  const Ticket gathered = cambium::all_gather({.communicator = other,
+                                               .stream = other_stream_,
                                                .send = sum.data(),
                                                .recv = once.data(),
                                                .count = count,
