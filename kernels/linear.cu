@@ -205,7 +205,7 @@ __device__ __forceinline__ float chain(const Operand& a, const Operand& b, int64
 
 __global__ void __launch_bounds__(kTile* kTile)
     product_kernel(Operand a, Operand b, Operand residual, int64_t rows, int64_t columns,
-                   int64_t depth, void* out, int64_t out_stride, bool out_is_bf16) {
+                   int64_t depth, void* out, int64_t out_stride, DType out_dtype) {
   __shared__ Tiles tiles;
   const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTile;
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kTile;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kTile* kTile)
   if (row >= rows || column >= columns) return;
   if (residual.data != nullptr) sum = __fadd_rn(sum, residual.at(row, column));
   const int64_t index = row * out_stride + column;
-  if (out_is_bf16) {
+  if (out_dtype == DType::bf16) {
     static_cast<__nv_bfloat16*>(out)[index] = __float2bfloat16_rn(sum);
   } else {
     static_cast<float*>(out)[index] = sum;
@@ -242,7 +242,7 @@ void plain_product(const PlainProduct& p, Stream& stream) {
       operand(p.a.view, p.a.outer_step, p.a.inner_step),
       operand(p.b.view, p.b.outer_step, p.b.inner_step),
       operand(p.residual, p.residual.row_stride, 1), p.rows, p.columns, p.depth, p.out.data,
-      p.out.row_stride, p.out.dtype == DType::bf16);
+      p.out.row_stride, p.out.dtype);
   check_cuda(cudaGetLastError(), "plain product");
 }
 

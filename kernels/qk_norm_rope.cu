@@ -78,7 +78,8 @@ constexpr int max_threads(int per) { return per == 1 ? kMaxThreads / 2 : kMaxThr
 // This thread's place: a lane of a head. Lanes of no head take part in shuffles only.
 struct Lane {
   int head, lane;  // head counts queries, then keys
-  bool is_query, is_there;
+  bool is_query;
+  bool is_there;
 
   template <class Args>
   __device__ __forceinline__ explicit Lane(const Args& a)
