@@ -273,6 +273,7 @@ void expect_shares_equal_one_rank(const AttentionCase& c, int64_t ranks, DType d
     const auto part = [&](const TestTensor& tensor) { return share_rows(tensor, share, c.S); };
     TestTensor q = part(whole.q), d_o = part(whole.d_o), start = part(whole.document_start);
     TestTensor o(Shape(T, c.H, c.Q), dtype), lse(Shape(T, c.H)), d_q(Shape(T, c.H, c.Q), dtype);
+    TestTensor delta(Shape(T, c.H));
     AttentionArgs args{.q_THQ = q.in<Real>(),
                        .k_TGQ = whole.k.in<Real>(),
                        .v_TGQ = whole.v.in<Real>(),
@@ -296,6 +297,7 @@ void expect_shares_equal_one_rank(const AttentionCase& c, int64_t ranks, DType d
                                    .lse_TH = lse.in<float>(),
                                    .document_start_T = args.document_start_T,
                                    .d_q_THQ = d_q.out<Real>(),
+                                   .delta_TH = delta.out<float>(),
                                    .sequence_length = c.S,
                                    .block_tokens = c.block_tokens,
                                    .scale = whole.scale,
