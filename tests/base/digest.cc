@@ -14,7 +14,7 @@
 namespace cambium {
 namespace {
 
-std::vector<float> ramp(int64_t element_count) {
+std::vector<float> ramp_values(int64_t element_count) {
   std::vector<float> values(static_cast<size_t>(element_count));
   std::iota(values.begin(), values.end(), 1.0f);
   return values;
@@ -28,7 +28,7 @@ TEST(Digest, MatchesPublishedXxh3OfEmptyInput) {
 }
 
 TEST(Digest, SumOfShardsIsTheWhole) {
-  const auto values = ramp(3 * kDigestBlockElements + 17);
+  const auto values = ramp_values(3 * kDigestBlockElements + 17);
   const uint64_t tensor = tensor_id("layers.0.norm");
   const auto element_count = static_cast<int64_t>(values.size());
   const Digest128 whole = digest_blocks(values.data(), element_count, tensor, 0);
@@ -41,7 +41,7 @@ TEST(Digest, SumOfShardsIsTheWhole) {
 }
 
 TEST(Digest, DependsOnTensorBlockPositionAndEveryBit) {
-  auto values = ramp(2 * kDigestBlockElements);
+  auto values = ramp_values(2 * kDigestBlockElements);
   const auto element_count = static_cast<int64_t>(values.size());
   const Digest128 base = digest_blocks(values.data(), element_count, 1, 0);
   EXPECT_NE(digest_blocks(values.data(), element_count, 2, 0), base);

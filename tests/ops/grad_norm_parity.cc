@@ -5,7 +5,7 @@
 namespace cambium::test {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kInfiniteNorm = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 TEST(GradNorm, SquareSumAgreesWithOracle) {
@@ -68,7 +68,7 @@ TEST(GradNorm, ClipScaleAgreesWithOracle) {
 }
 
 TEST(GradNorm, NonFiniteGradientNamesItsTensorAndStopsTheUpdate) {
-  for (const double bad : {kNan, kInfinity, -kInfinity}) {
+  for (const double bad : {kNan, kInfiniteNorm, -kInfiniteNorm}) {
     TestRandom random(5);
     TestTensor grad = make_tensor(Shape(5 * kNormBlockElements), random, InputFamily::normals);
     grad.set(3 * kNormBlockElements + 77, bad);
@@ -122,7 +122,7 @@ TEST(GradNorm, CudaClipScaleGivesTheReferencesBits) {
     offsets.set(tensors, static_cast<double>(blocks = std::max<int64_t>(blocks, 1)));
     TestTensor partial_B{Shape(blocks)};
     for (int64_t b = 0; b < blocks; ++b) partial_B.set(b, random.uniform());
-    for (const double bad : {0.5, kInfinity, kNan}) {
+    for (const double bad : {0.5, kInfiniteNorm, kNan}) {
       partial_B.set(blocks - 1, bad);
       for (const double clip : {0.0, 0.001, 1e6}) {
         const ClipScaleArgs args{.partial_B = partial_B.in<float>(),

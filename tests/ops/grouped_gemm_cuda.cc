@@ -23,7 +23,7 @@ struct CudaCase {
   LayerKind kind;
 };
 
-std::vector<CudaCase> cuda_cases() {
+std::vector<CudaCase> grouped_cuda_cases() {
   std::vector<CudaCase> cases;
   for (const RowSource source : {RowSource::permuted, RowSource::gathered}) {
     for (const GroupedCase& c : kGroupedCases) {
@@ -54,7 +54,7 @@ double bound_of(const CudaCase& test, int64_t terms) {
 // Each op alone, on the reference's intermediate results.
 TEST(GroupedGemm, CudaAgreesWithTheReference) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
-  for (const CudaCase& test : cuda_cases()) {
+  for (const CudaCase& test : grouped_cuda_cases()) {
     SCOPED_TRACE(case_name(test));
     for (const RowWeights weights : {RowWeights::absent, RowWeights::given}) {
       ExpertLayer layer(test.c, 41, test.kind);
@@ -91,7 +91,7 @@ TEST(GroupedGemm, CudaAgreesWithTheReference) {
 
 TEST(GroupedGemm, CudaWgradAgreesWithTheReference) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
-  for (const CudaCase& test : cuda_cases()) {
+  for (const CudaCase& test : grouped_cuda_cases()) {
     SCOPED_TRACE(case_name(test));
     ExpertLayer layer(test.c, 43, test.kind);
     layer.run(RowWeights::given);
@@ -106,7 +106,7 @@ TEST(GroupedGemm, CudaWgradAgreesWithTheReference) {
 
 TEST(GroupedGemm, CudaIntegersAreExact) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
-  for (const CudaCase& test : cuda_cases()) {
+  for (const CudaCase& test : grouped_cuda_cases()) {
     if (test.kind.source == RowSource::gathered || test.c.D >= 2048) continue;
     SCOPED_TRACE(case_name(test));
     const GroupedCase& c = test.c;

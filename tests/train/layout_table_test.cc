@@ -10,7 +10,7 @@ namespace cambium::test {
 
 namespace {
 
-constexpr int64_t kSteps = 2;
+constexpr int64_t kTableSteps = 2;
 constexpr auto kGpipe = PipelineSchedule::gpipe;
 constexpr auto kOneF = PipelineSchedule::one_f_one_b;
 constexpr auto kInter = PipelineSchedule::interleaved_1f1b;
@@ -60,20 +60,8 @@ constexpr TestLayout kFourDimensions[] = {
     {2, 4, 1, kFull, 1, 4, 2, kDual},  {4, 8, 1, kFull, 2, 2, 2, kDual},
 };
 
-void expect_same_bits(const RunTrace& run, const RunTrace& one, const std::string& what) {
-  ASSERT_EQ(run.steps.size(), one.steps.size());
-  for (size_t i = 0; i < run.steps.size(); ++i) {
-    EXPECT_EQ(run.steps[i].loss, one.steps[i].loss) << what;
-    EXPECT_EQ(run.steps[i].balance_loss, one.steps[i].balance_loss) << what;
-    EXPECT_EQ(run.steps[i].z_loss, one.steps[i].z_loss) << what;
-    EXPECT_EQ(run.steps[i].grad_norm, one.steps[i].grad_norm) << what;
-    EXPECT_EQ(run.steps[i].expert_load, one.steps[i].expert_load) << what;
-    EXPECT_EQ(total_hex(run.steps[i]), total_hex(one.steps[i])) << what << " step " << i + 1;
-  }
-}
-
 const RunTrace& one_rank() {
-  static const RunTrace one = run_trace(with_layout(deep_config(), {}), kSteps);
+  static const RunTrace one = run_trace(with_layout(deep_config(), {}), kTableSteps);
   return one;
 }
 
@@ -93,7 +81,7 @@ void expect_same_work(const RunTrace& run, const std::string& what) {
 
 void expect_bits_of_one_rank(std::span<const TestLayout> layouts) {
   for (const TestLayout& layout : layouts) {
-    const RunTrace run = run_trace(with_layout(deep_config(), layout), kSteps, layout.workers);
+    const RunTrace run = run_trace(with_layout(deep_config(), layout), kTableSteps, layout.workers);
     expect_same_bits(run, one_rank(), layout_name(layout));
     if (layout.sharding != Sharding::none) expect_same_work(run, layout_name(layout));
   }
@@ -161,10 +149,11 @@ TEST(LayoutTable, OtherPartsOfTheModelToo) {
   configs[3].balance.loss = BalanceLoss::global_batch_lagged;
   configs[3].data.document_mask = false;
   for (const Config& config : configs) {
-    const RunTrace one = run_trace(with_layout(config, {}), kSteps);
+    const RunTrace one = run_trace(with_layout(config, {}), kTableSteps);
     for (const TestLayout& layout :
          {TestLayout{2, 4, 1, kFull, 1, 2, 2, kDual}, TestLayout{2, 2, 1, kNone, 1, 2, 2, kZbV}}) {
-      expect_same_bits(run_trace(with_layout(config, layout), kSteps), one, layout_name(layout));
+      expect_same_bits(run_trace(with_layout(config, layout), kTableSteps), one,
+                       layout_name(layout));
     }
   }
 }
@@ -176,8 +165,8 @@ TEST(LayoutTable, FastModeRepeatsItselfAndStaysClose) {
        {TestLayout{2, 4, 1, kFull, 1, 2, 2, kDual}, TestLayout{2, 2, 1, kZero2, 1, 2, 1, kZbH1},
         TestLayout{2, 1, 2, kNone, 1, 1, 2, kOneF}}) {
     const Config fast = with_layout(config, layout);
-    const RunTrace run = run_trace(fast, kSteps);
-    expect_same_bits(run_trace(fast, kSteps, 4, 9), run, layout_name(layout));
+    const RunTrace run = run_trace(fast, kTableSteps);
+    expect_same_bits(run_trace(fast, kTableSteps, 4, 9), run, layout_name(layout));
     for (size_t i = 0; i < run.steps.size(); ++i) {
       // fp32 sums of a thousand terms in another order, as in layouts_test.cc.
       EXPECT_NEAR(run.steps[i].loss / one_rank().steps[i].loss, 1.0, 1e-5) << layout_name(layout);

@@ -30,18 +30,6 @@ std::vector<TestLayout> layouts() {
   return all;
 }
 
-void expect_same_bits(const RunTrace& run, const RunTrace& one, const std::string& what) {
-  ASSERT_EQ(run.steps.size(), one.steps.size());
-  for (size_t i = 0; i < run.steps.size(); ++i) {
-    EXPECT_EQ(run.steps[i].loss, one.steps[i].loss) << what;
-    EXPECT_EQ(run.steps[i].balance_loss, one.steps[i].balance_loss) << what;
-    EXPECT_EQ(run.steps[i].z_loss, one.steps[i].z_loss) << what;
-    EXPECT_EQ(run.steps[i].grad_norm, one.steps[i].grad_norm) << what;
-    EXPECT_EQ(run.steps[i].expert_load, one.steps[i].expert_load) << what;
-    EXPECT_EQ(total_hex(run.steps[i]), total_hex(one.steps[i])) << what << " step " << i + 1;
-  }
-}
-
 TEST(Layouts, AtLeast24LayoutsHaveTheBitsOfOneRank) {
   const Config config = tiny_config();
   const RunTrace one = run_trace(with_layout(config, {1, 1, 8, Sharding::none, 1}), kSteps);

@@ -1,6 +1,8 @@
 // A short training run in this process, for tests: losses, norms, digests, and what each rank did.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <string>
 #include <vector>
 
@@ -107,6 +109,19 @@ inline RunTrace run_trace(const Config& config, int64_t steps, int64_t workers =
                  trace.ranks[rank.at.rank] = rank_use(rank);
                });
   return trace;
+}
+
+// Losses, norms, loads and digests of every step.
+inline void expect_same_bits(const RunTrace& run, const RunTrace& one, const std::string& what) {
+  ASSERT_EQ(run.steps.size(), one.steps.size());
+  for (size_t i = 0; i < run.steps.size(); ++i) {
+    EXPECT_EQ(run.steps[i].loss, one.steps[i].loss) << what;
+    EXPECT_EQ(run.steps[i].balance_loss, one.steps[i].balance_loss) << what;
+    EXPECT_EQ(run.steps[i].z_loss, one.steps[i].z_loss) << what;
+    EXPECT_EQ(run.steps[i].grad_norm, one.steps[i].grad_norm) << what;
+    EXPECT_EQ(run.steps[i].expert_load, one.steps[i].expert_load) << what;
+    EXPECT_EQ(total_hex(run.steps[i]), total_hex(one.steps[i])) << what << " step " << i + 1;
+  }
 }
 
 }  // namespace cambium::test
