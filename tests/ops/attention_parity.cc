@@ -304,7 +304,6 @@ void expect_shares_equal_one_rank(const AttentionCase& c, int64_t ranks, DType d
                                    .share = share,
                                    .d_k_partial_MC = k_partial.out<float>(),
                                    .d_v_partial_MC = v_partial.out<float>()};
-    // Rows of keys that a query block does not see stay as they are.
     run_op(attention_backward, backward);
     EXPECT_TRUE(bits_equal(d_q, part(whole.d_q)));
   }
