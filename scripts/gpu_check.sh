@@ -67,8 +67,7 @@ layouts() {
 losses() { grep -o '"loss":[0-9.e+-]*' "$work/$1/metrics.jsonl" | cut -d: -f2; }
 
 # Losses of the GPU against the CPU's in bf16 after equal initial weights: the first three step by
-# step, within the unit roundoff of bf16 (2^-9); later ones, when other roundings have sent tokens
-# to other experts, in the mean.
+# step; later ones, when other roundings have sent tokens to other experts, in the mean.
 follows_cpu() {
   train cpu "$1" 30 run.device=cpu numerics.reduction=fast parallel.dp=1 parallel.ep=1 &&
     train gpu "$1" 30 run.device=cuda numerics.reduction=fast parallel.dp=1 parallel.ep=1 || return
@@ -78,7 +77,7 @@ follows_cpu() {
       if (n > 20) { cpu += $1; gpu += $2 } }
     END { mean = gpu / cpu - 1; printf "relative difference: first 3 at most %.1e, mean of the " \
             "last 10 %.1e (%.4f, %.4f)\n", first, mean, cpu / 10, gpu / 10;
-          exit !(n == 30 && first < 2e-3 && mean < 2e-2 && mean > -2e-2) }'
+          exit !(n == 30 && first < 1e-3 && mean < 2e-2 && mean > -2e-2) }'
   local status=$?
   rm -rf "$work/cpu" "$work/gpu"
   return $status
