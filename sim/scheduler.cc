@@ -112,16 +112,18 @@ void Scheduler::run_stream(Stream& stream, int64_t most) {
   }
 }
 
+// NOTE: draining_ counts threads that may run a stream, never ones that only look: with many idle
+// threads somebody always looks, and nobody would see zero.
 void Scheduler::drain_ready() {
   uint64_t seen = 0;
   int spins = 0;
   while (true) {
-    draining_.fetch_add(1);
-    Stream* stream = ready_streams_.pop();
-    if (stream != nullptr) run_stream(*stream, INT64_MAX);
-    draining_.fetch_sub(1);
-    if (stream != nullptr) {
-      spins = 0;
+    if (ready_streams_.count() > 0) {
+      draining_.fetch_add(1);
+      Stream* stream = ready_streams_.pop();
+      if (stream != nullptr) run_stream(*stream, INT64_MAX);
+      draining_.fetch_sub(1);
+      if (stream != nullptr) spins = 0;
       continue;
     }
     if (draining_.load() == 0 && ready_streams_.count() == 0) return;

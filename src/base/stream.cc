@@ -10,6 +10,7 @@ namespace cambium {
 void ReadyStreams::push(Stream& stream) {
   const std::lock_guard lock(mutex_);
   streams_.push_back(&stream);
+  count_.fetch_add(1);
 }
 
 Stream* ReadyStreams::pop() {
@@ -17,6 +18,7 @@ Stream* ReadyStreams::pop() {
   if (streams_.empty()) return nullptr;
   Stream* stream = streams_.front();
   streams_.pop_front();
+  count_.fetch_sub(1);
   return stream;
 }
 
@@ -25,12 +27,8 @@ Stream* ReadyStreams::take(int64_t index) {
   CHECK_LT(index, std::ssize(streams_));
   Stream* stream = streams_[static_cast<size_t>(index)];
   streams_.erase(streams_.begin() + index);
+  count_.fetch_sub(1);
   return stream;
-}
-
-int64_t ReadyStreams::count() const {
-  const std::lock_guard lock(mutex_);
-  return std::ssize(streams_);
 }
 
 Stream::~Stream() {

@@ -65,11 +65,13 @@ class ReadyStreams {
   Stream* pop();
   // The one at `index` < count(), for a driver that chooses.
   Stream* take(int64_t index);
-  int64_t count() const;
+  // Without the lock: idle threads ask all the time.
+  int64_t count() const { return count_.load(std::memory_order_seq_cst); }
 
  private:
-  mutable std::mutex mutex_;
+  std::mutex mutex_;
   std::deque<Stream*> streams_;
+  std::atomic<int64_t> count_{0};  // streams_.size()
 };
 
 class Stream {

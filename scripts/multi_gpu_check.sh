@@ -1,0 +1,220 @@
+#!/usr/bin/env bash
+# multi_gpu_check.sh [BIN [RANKS]]: what the simulator proves, held against NCCL on RANKS GPUs.
+#
+# BIN holds `cambium` and `test_comm` (default: build/cuda); RANKS is 2 unless told. It runs the
+# conformance suite, then trains each layout twice, over NCCL with one process per GPU and with
+# virtual ranks on one GPU: exact mode must give the same bits, fast mode losses within its bound.
+# Then faults: a process killed in a step and in a save, a process stopped. Ends in a table, with 1
+# when a row failed and 77 where there are too few GPUs. NCCL_NVLS_ENABLE is left as it is set.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bin=${1:-build/cuda}
+ranks=${2:-2}
+limit_s=${CHECK_LIMIT_S:-120}  # of one training run
+steps=${CHECK_STEPS:-50}
+fast_bound=2e-2  # of the mean of the last ten losses: bf16 routing parts the runs' tokens
+work=$(mktemp -d)
+trap 'kill -9 $(jobs -p) 2>/dev/null; rm -rf "$work"' EXIT
+table=()
+failed=0
+port=29600
+
+gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | grep -c .)
+if [ "$gpus" -lt "$ranks" ]; then
+  echo "skipped: $gpus GPUs of $ranks"
+  exit 77
+fi
+
+# row NAME COMMAND...: a row of the table; the command's output is shown when it fails.
+row() {
+  local name=$1 begin=$EPOCHREALTIME status=0 verdict=ok
+  shift
+  "$@" >"$work/log" 2>&1 || status=$?
+  if [ "$status" -ne 0 ]; then
+    verdict="FAIL (exit $status)"
+    failed=1
+    echo "== $name: exit $status"
+    tail -n 30 "$work/log"
+  fi
+  table+=("$(printf '%-52s %-14s %6.1f s  %s' "$name" "$verdict" \
+    "$(awk "BEGIN{print $EPOCHREALTIME - $begin}")" "$(tail -n 1 "$work/log" | cut -c1-100)")")
+  echo "${table[-1]}"
+}
+
+# Words drawn by a fixed rule, so that nothing has to be prepared.
+awk 'function draw() { seed = seed * 16807 % 2147483647; return seed / 2147483647 }
+  BEGIN { seed = 7; for (i = 0; i < 60000; i++) {
+  word = ""; n = 2 + int(5 * draw());
+  for (j = 0; j < n; j++) word = word substr("etaoinshrdlu", 1 + int(12 * draw() * draw()), 1);
+  printf "%s%s", word, i % 12 == 11 ? ".\n" : " " } }' >"$work/corpus.txt"
+
+# arguments NAME CONFIG STEPS [SET...]: the command line of one run, into the array `line`.
+arguments() {
+  local name=$1 config=$2 count=$3
+  shift 3
+  line=(train "$config" --out "$work/$name" --set "data.train=[\"$work/corpus.txt\"]"
+    --set data.tokenizer=bytes --set data.tokenizer_vocab=0 --set "train.steps=$count"
+    --set train.sample_tokens=0 --set numerics.compute=bf16 --set run.device=cuda
+    --set run.watchdog_s=20)
+  for assignment in "$@"; do line+=(--set "$assignment"); done
+}
+
+sim() {  # sim NAME CONFIG STEPS [SET...]: virtual ranks on one GPU
+  local line
+  arguments "$@" run.transport=sim
+  CUDA_VISIBLE_DEVICES=0 timeout -k 5 "$limit_s" "$bin/cambium" "${line[@]}"
+}
+
+# start NAME CONFIG STEPS [SET...]: one process per GPU in the background, their ids in `processes`.
+start() {
+  local line rank
+  arguments "$@" run.transport=nccl
+  port=$((port + 1))
+  processes=()
+  for ((rank = 0; rank < ranks; rank++)); do
+    RANK=$rank WORLD_SIZE=$ranks LOCAL_RANK=$rank MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
+      timeout -k 5 "$limit_s" "$bin/cambium" "${line[@]}" ${resume:-} >"$work/rank$rank" 2>&1 &
+    processes+=($!)
+  done
+}
+
+finish() {  # waits for all processes, prints their last words, returns the worst status
+  local worst=0 status rank
+  for ((rank = 0; rank < ranks; rank++)); do
+    status=0
+    wait "${processes[$rank]}" || status=$?
+    statuses[rank]=$status
+    [ "$status" -ne 0 ] && { worst=$status; echo "rank $rank: exit $status"; }
+    tail -n 12 "$work/rank$rank"
+  done
+  return "$worst"
+}
+
+nccl() { start "$@" && finish; }
+
+losses() { grep -o '"loss":[0-9.e+-]*' "$work/$1/metrics.jsonl" | cut -d: -f2; }
+tokens_per_s() {  # median of the last twenty steps
+  grep -o '"tokens_per_s":[0-9.e+-]*' "$work/$1/metrics.jsonl" | cut -d: -f2 | tail -n 20 |
+    sort -g | awk '{ v[NR] = $1 } END { printf "%.0f", v[int((NR + 1) / 2)] }'
+}
+
+exact() {  # exact NAME CONFIG [SET...]
+  local name=$1 config=$2
+  shift 2
+  nccl "$name-nccl" "$config" "$steps" numerics.reduction=exact "$@" &&
+    sim "$name-sim" "$config" "$steps" numerics.reduction=exact "$@" || return
+  "$bin/cambium" compare "$work/$name-sim" "$work/$name-nccl"
+  local status=$?
+  rm -rf "$work/$name-nccl" "$work/$name-sim"
+  return $status
+}
+
+fast() {
+  local name=$1 config=$2
+  shift 2
+  nccl "$name-nccl" "$config" "$steps" numerics.reduction=fast "$@" &&
+    sim "$name-sim" "$config" "$steps" numerics.reduction=fast "$@" || return
+  paste <(losses "$name-sim") <(losses "$name-nccl") | awk -v bound=$fast_bound \
+    -v speed="$(tokens_per_s "$name-nccl")" -v ranks="$ranks" '
+    { n++; if (NR == 1) first = $2 / $1 - 1; a[n] = $1; b[n] = $2 }
+    END { for (i = n - 9; i <= n; i++) { x += a[i]; y += b[i] }
+      gap = y / x - 1; printf "first loss %.1e, last ten %.1e; %.0f tokens/s a GPU\n", first, gap,
+        speed / ranks
+      exit !(n > 10 && gap < bound && gap > -bound) }'
+  local status=$?
+  rm -rf "$work/$name-nccl" "$work/$name-sim"
+  return $status
+}
+
+wait_for_step() {  # wait_for_step NAME STEP: until its metrics line is there
+  for ((i = 0; i < 600; i++)); do
+    grep -q "\"step\":$2," "$work/$1/metrics.jsonl" 2>/dev/null && return 0
+    sleep 0.1
+  done
+  echo "step $2 never came"
+  return 1
+}
+
+child_of() { pgrep -P "$1" | head -n 1; }  # the process under `timeout`
+
+# struck SIGNAL WANTED_STATUS: rank 1 gets the signal at a step; rank 0 must end with the status.
+struck() {
+  local signal=$1 wanted=$2 name=struck-$1 begin
+  start "$name" configs/tiny.toml 100000 numerics.reduction=exact "parallel.dp=$ranks" \
+    checkpoint.every_steps=20
+  wait_for_step "$name" 30 || { finish; return 1; }
+  begin=$EPOCHREALTIME
+  kill "-$signal" "$(child_of "${processes[1]}")"
+  statuses[0]=0
+  wait "${processes[0]}" || statuses[0]=$?
+  local after
+  after=$(awk "BEGIN{print $EPOCHREALTIME - $begin}")
+  kill -KILL "$(child_of "${processes[1]}")" 2>/dev/null
+  wait "${processes[@]}" 2>/dev/null
+  tail -n 12 "$work/rank0"
+  echo "rank 0 ended with ${statuses[0]} after $after s"
+  [ "${statuses[0]}" -eq "$wanted" ] || return 1
+  resumed "$name"
+}
+
+# A run that was struck goes on from its newest checkpoint with the bits of one never struck.
+resumed() {
+  local name=$1 stop
+  stop=$(($(ls "$work/$name/checkpoints" | sed -n 's/^step-0*//p' | sort -n | tail -n 1) + 20))
+  resume=--resume nccl "$name" configs/tiny.toml 100000 numerics.reduction=exact \
+    "parallel.dp=$ranks" checkpoint.every_steps=20 "train.steps=$stop" || return
+  nccl "$name-whole" configs/tiny.toml "$stop" numerics.reduction=exact "parallel.dp=$ranks" \
+    checkpoint.every_steps=20 || return
+  "$bin/cambium" compare "$work/$name" "$work/$name-whole"
+}
+
+struck_in_save() {  # SIGKILL while a checkpoint's temporary directory or file stands
+  local name=struck-save i
+  start "$name" configs/tiny.toml 100000 numerics.reduction=exact "parallel.dp=$ranks" \
+    checkpoint.every_steps=1
+  wait_for_step "$name" 10 || { finish; return 1; }
+  for ((i = 0; i < 20000; i++)); do
+    if compgen -G "$work/$name/checkpoints/*.tmp*" >/dev/null; then
+      kill -KILL "$(child_of "${processes[1]}")"
+      break
+    fi
+  done
+  statuses[0]=0
+  wait "${processes[0]}" || statuses[0]=$?
+  wait "${processes[@]}" 2>/dev/null
+  tail -n 6 "$work/rank0"
+  echo "rank 0 ended with ${statuses[0]}"
+  [ "${statuses[0]}" -eq 20 ] || return 1
+  resumed "$name"
+}
+
+slice=(model.preset=qwen3-30b-a3b model.layers=2 model.vocab=512 train.sequence_length=256
+  train.global_batch_sequences=4 numerics.block_tokens=64 train.eval_every_steps=0)
+quick=configs/quickstart.toml
+r=$ranks
+
+nvidia-smi --query-gpu=index,name,driver_version --format=csv,noheader
+row "conformance on $r ranks" env CAMBIUM_COMM_RANKS="$r" "$bin/test_comm" \
+  --gtest_filter='NcclConformance.*' --gtest_brief=1
+row "quickstart, exact, dp $r ep 1" exact q1 $quick "parallel.dp=$r" parallel.ep=1
+row "quickstart, exact, dp $r ep $r" exact q2 $quick "parallel.dp=$r" "parallel.ep=$r"
+row "the same, no accumulation" exact q3 $quick "parallel.dp=$r" "parallel.ep=$r" \
+  "train.micro_batch_sequences=$((8 / r))"
+row "quickstart, exact, pp $r" exact q4 $quick "parallel.pp=$r" parallel.dp=1 parallel.ep=1
+row "quickstart, exact, cp $r" exact q5 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r"
+row "quickstart, fast, dp $r ep $r" fast f1 $quick "parallel.dp=$r" "parallel.ep=$r"
+row "killed in a step: exit 20, resumed bits" struck KILL 20
+row "stopped: exit 21, resumed bits" struck STOP 21
+row "killed in a save: exit 20, resumed bits" struck_in_save
+steps=${CHECK_SLICE_STEPS:-50}
+row "2-layer Qwen3-30B-A3B, exact, dp $r ep 1" exact s1 $quick "${slice[@]}" "parallel.dp=$r" \
+  parallel.ep=1
+row "2-layer Qwen3-30B-A3B, exact, dp $r ep $r" exact s2 $quick "${slice[@]}" "parallel.dp=$r" \
+  "parallel.ep=$r"
+row "2-layer Qwen3-30B-A3B, exact, pp $r" exact s3 $quick "${slice[@]}" "parallel.pp=$r" \
+  parallel.dp=1 parallel.ep=1
+row "2-layer Qwen3-30B-A3B, fast, dp $r ep $r" fast s4 $quick "${slice[@]}" "parallel.dp=$r" \
+  "parallel.ep=$r"
+echo
+printf '%s\n' "${table[@]}"
+exit $failed
