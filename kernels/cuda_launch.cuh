@@ -81,6 +81,21 @@ void launch(const char* op, void (*kernel)(Params...), const LaunchShape& shape,
   check_cuda(cudaLaunchKernelEx(config.get(), kernel, std::forward<Args>(args)...), op);
 }
 
+// Zeros where a weight gradient's first contribution has nothing: `groups` matrices of `elements`
+// elements, `stride` apart.
+inline void zero_matrices(float* data, int64_t groups, int64_t elements, int64_t stride,
+                          Stream& stream) {
+  const auto bytes = [](int64_t count) { return static_cast<size_t>(4 * count); };
+  const cudaStream_t native = native_stream(stream);
+  if (groups == 1 || elements == stride) {
+    check_cuda(cudaMemsetAsync(data, 0, bytes(groups * elements), native), "zero fill");
+    return;
+  }
+  check_cuda(cudaMemset2DAsync(data, bytes(stride), 0, bytes(elements), static_cast<size_t>(groups),
+                               native),
+             "zero fill");
+}
+
 // Device memory that kernels of one op use between them, in stream order.
 class StreamScratch {
  public:

@@ -223,6 +223,9 @@ void embedding_wgrad(const EmbeddingWgradArgs& args, Stream& stream) {
   const int64_t T_count = args.d_x_TD[0], D = args.d_x_TD[1], V = args.d_w_SVD[1];
   const bool is_nodes = args.target.mode == GradMode::nodes;
   CHECK_LT(T_count, int64_t{INT_MAX});
+  if (args.target.mode == GradMode::store) {
+    zero_matrices(args.d_w_SVD.pointer(), 1, V * D, V * D, stream);
+  }
   const StreamScratch scratch(8 * V, stream);
   const EmbeddingWgrad a{.d_x_TD = args.d_x_TD.data,
                          .d_x_stride = args.d_x_TD.row_stride,

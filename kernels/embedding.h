@@ -1,6 +1,7 @@
 // Embedding: x_TD[t] = w_VD[token_T[t]], and its weight gradient, whose groups are token ids.
 //
-// wgrad, `accumulate`: slot 0, row v += the rows of d_x_TD with token v, in position order.
+// wgrad, `accumulate`: slot 0, row v += the rows of d_x_TD with token v, in position order;
+// `store`: the same after zeros everywhere.
 // wgrad, `nodes` (kernels/grad_target.h): the contribution of a (token id, block) is the sum of its
 // rows from zero in position order; an id that does not occur in a block is absent there. Only
 // touched rows cost arithmetic; the presence of all V rows of a destination is written, because
@@ -22,7 +23,8 @@ struct EmbeddingArgs {
 struct EmbeddingWgradArgs {
   In<Real> d_x_TD;
   In<int32_t> token_T;
-  InOut<float> d_w_SVD;  // S slots; row_stride is the slot stride; `accumulate` uses slot 0
+  InOut<float>
+      d_w_SVD;  // S slots; row_stride is the slot stride; `nodes` alone uses more than slot 0
   InOut<uint8_t> present_SV = {};  // mode `nodes` only
   GradTarget target = {};
   int64_t first_block = 0;   // canonical number of the block that row 0 begins; mode `nodes` only

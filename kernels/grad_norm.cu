@@ -26,12 +26,17 @@ __device__ __forceinline__ float sum_of_lanes(float value) {
 }
 
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
-    square_sum_kernel(const float* grad_N, int64_t N, float* partial_B, int64_t B) {
-  const int64_t block = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kWarpLanes;
-  if (block >= B) return;
+    square_sum_kernel(const float* grad_N, int64_t N, const int32_t* block_BC, int64_t B,
+                      float* partial_M, int64_t M) {
+  const int64_t b = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.x / kWarpLanes;
+  if (b >= B) return;
   const int lane = threadIdx.x % kWarpLanes;
-  const float* grad = grad_N + block * kNormBlockElements;
-  const int count = static_cast<int>(min(kNormBlockElements, N - block * kNormBlockElements));
+  const int count = block_BC[b * kBlockColumns + kBlockElements];
+  const int canonical = block_BC[b * kBlockColumns + kBlockCanonical];
+  if (count == 0) return;
+  device_check(count <= kNormBlockElements && b * kNormBlockElements + count <= N);
+  device_check(canonical >= 0 && canonical < M);
+  const float* grad = grad_N + b * kNormBlockElements;
   float sum = 0;
   int i = 0;
 #pragma unroll 16
@@ -44,7 +49,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
   }
   sum = sum_of_lanes(sum);
   for (; i < count; ++i) sum = fmaf(grad[i], grad[i], sum);
-  if (lane == 0) partial_B[block] = sum;
+  if (lane == 0) partial_M[canonical] = sum;
 }
 
 // The canonical tree sum of `count` values, in every thread of a block of kTreeThreads.
@@ -99,10 +104,11 @@ __global__ void __launch_bounds__(kTreeThreads)
 }  // namespace
 
 void square_sum(const SquareSumArgs& args, Stream& stream) {
-  const int64_t B = args.partial_B[0];
+  const int64_t B = args.table.block_BC[0];
   launch("square_sum", square_sum_kernel,
          {.blocks = blocks_for(B, kWarpsPerBlock), .threads = kWarpsPerBlock * kWarpLanes}, stream,
-         args.grad_N.pointer(), args.grad_N[0], args.partial_B.pointer(), B);
+         args.grad_N.pointer(), args.grad_N[0], args.table.block_BC.pointer(), B,
+         args.partial_M.pointer(), args.partial_M[0]);
 }
 
 void clip_scale(const ClipScaleArgs& args, Stream& stream) {

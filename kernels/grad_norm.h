@@ -1,7 +1,8 @@
 // Gradient norm over canonical tensors, and the scale that AdamW applies.
 //
-//   square_sum:  partial_B[b] = sum of squares of block b (4,096 elements, the last one short), in
-//                fp32 over 32 lanes (lane = element mod 32), each fused
+//   square_sum:  partial_M[canonical number of block b] = sum of squares of block b (4,096 elements
+//                at most, kernels/block_table.h), in fp32 over 32 lanes (lane = element mod 32),
+//                each fused
 //   clip_scale:  total = fixed binary tree (split at the largest power of two below the count) over
 //                each tensor's blocks, then the same tree over tensors, in fp64
 //                norm  = sqrt(total) * inverse_tokens
@@ -13,19 +14,19 @@
 // Napkin, square_sum: 4 N bytes, 2 N FLOPs; memory bound.
 #pragma once
 
-#include "kernels/op.h"
-#include "src/base/digest.h"
+#include "kernels/block_table.h"
 
 namespace cambium {
 
-constexpr int64_t kNormBlockElements = kDigestBlockElements;
+constexpr int64_t kNormBlockElements = kTableBlockElements;
 constexpr int64_t norm_block_count(int64_t element_count) {
   return (element_count + kNormBlockElements - 1) / kNormBlockElements;
 }
 
 struct SquareSumArgs {
   In<float> grad_N;
-  Out<float> partial_B;  // B = norm_block_count(N)
+  BlockTable table;        // B = norm_block_count(N)
+  InOut<float> partial_M;  // of all canonical tensors; other blocks' stay
 };
 
 // Entries of ClipScaleArgs::result_4.
@@ -47,7 +48,8 @@ struct ClipScaleArgs {
 inline void check_args(const SquareSumArgs& a) {
   const int64_t N = a.grad_N.elements();
   check_shape("square_sum", "grad_N", a.grad_N, Shape(N));
-  check_shape("square_sum", "partial_B", a.partial_B, Shape(norm_block_count(N)));
+  check_block_table("square_sum", a.table, N);
+  check_shape("square_sum", "partial_M", a.partial_M, Shape(a.partial_M.elements()));
 }
 
 inline void check_args(const ClipScaleArgs& a) {
@@ -60,8 +62,8 @@ inline void check_args(const ClipScaleArgs& a) {
 }
 
 inline Cost cost(const SquareSumArgs& a) {
-  const int64_t N = a.grad_N.elements();
-  return {"square_sum", {N}, 2 * N, 4 * N + 4 * a.partial_B[0], 0};
+  const int64_t N = a.table.elements;
+  return {"square_sum", {N}, 2 * N, 4 * N + 16 * a.table.block_BC[0], 0};
 }
 
 inline Cost cost(const ClipScaleArgs& a) {
@@ -72,7 +74,8 @@ inline Cost cost(const ClipScaleArgs& a) {
 template <class Visitor>
 void visit_views(const SquareSumArgs& a, Visitor&& visit) {
   visit("grad_N", a.grad_N);
-  visit("partial_B", a.partial_B);
+  visit_views(a.table, visit);
+  visit("partial_M", a.partial_M);
 }
 
 template <class Visitor>

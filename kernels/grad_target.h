@@ -1,11 +1,12 @@
 // GradTarget: where an op that makes weight gradients puts them (design.md section 3, D3).
 //
-// Fast: `accumulate` adds to slot 0. Exact: `nodes` fills slots of a forest. Blocks of tokens are
-// numbered canonically 0..total_blocks-1; a range of count c splits at the largest power of two
-// below c, which makes one fixed binary tree. A node is a range [first, end) of that tree; the
-// shape below it depends on its count alone, so a call may number its blocks as their rows arrive
-// (context parallelism, other ranks' tokens) and give nodes in those numbers. A node's
-// value for a parameter group (a tensor, an expert's matrix) is the tree sum of its blocks'
+// Fast: `accumulate` adds to slot 0; `store`, of a step's first contribution, makes slot 0 what
+// adding to zeros would, whatever was there. Exact: `nodes` fills slots of a forest. Blocks of
+// tokens are numbered canonically 0..total_blocks-1; a range of count c splits at the largest power
+// of two below c, which makes one fixed binary tree. A node is a range [first, end) of that tree;
+// the shape below it depends on its count alone, so a call may number its blocks as their rows
+// arrive (context parallelism, other ranks' tokens) and give nodes in those numbers. A node's value
+// for a parameter group (a tensor, an expert's matrix) is the tree sum of its blocks'
 // contributions, each computed alone from zero with tokens in order; an absent contribution (an
 // expert without tokens in the block) is skipped, never added as zero.
 //
@@ -20,7 +21,7 @@
 
 namespace cambium {
 
-enum class GradMode : uint8_t { accumulate, nodes };
+enum class GradMode : uint8_t { accumulate, store, nodes };
 
 constexpr int64_t kMaxFold = 24;  // left siblings above one node: the depth of any sensible tree
 
@@ -40,6 +41,11 @@ struct GradTarget {
   int64_t total_blocks = 0;   // leaves of the canonical tree; mode `nodes` only
 };
 
+// Bytes of slots that a weight gradient of `elements` elements moves.
+inline int64_t grad_bytes(const GradTarget& target, int64_t elements) {
+  return (target.mode == GradMode::store ? 4 : 8) * elements;
+}
+
 // The largest power of two below `count`: where a canonical range of `count` > 1 blocks splits.
 constexpr int64_t canonical_split(int64_t count) {
   int64_t left = 1;
@@ -54,7 +60,7 @@ inline void check_grad_target(const char* op, const GradTarget& target, const Ra
                               const RawView& present, int64_t groups) {
   CHECK(slots.dtype == DType::f32);
   CHECK_GE(slots.shape[0], 1);
-  if (target.mode == GradMode::accumulate) return;
+  if (target.mode != GradMode::nodes) return;
   const int64_t nodes = target.node_table_NC[0];
   check_shape(op, "node_table_NC", target.node_table_NC, Shape(nodes, kNodeColumns));
   const int64_t slot_count = slots.shape[0];

@@ -6,7 +6,7 @@
 //   down        y = weight * (h W_down^T)
 //   down dgrad  g = d_y W_down;  d_weight = <g, h>;  d_h = weight * g;  then SwiGLU backward
 //   up dgrad    d_x = d_gate_up W_up
-//   wgrad       d_w[x] += d_y[x]^T x[x], or into the nodes of `target` (kernels/grad_target.h)
+//   wgrad       d_w[x] (+)= d_y[x]^T x[x], as `target` says (kernels/grad_target.h)
 // Rows gathered on load: where a token index is given, row r of that operand is row token[r] of the
 // view, so that no permuted copy exists: x of up and of its wgrad, d_y of the down dgrad and of the
 // down wgrad. Tokens are in [0, rows of the view); the same token may appear in several rows.
@@ -64,7 +64,7 @@ struct GroupedWgradArgs {
   In<Real> x_RK;
   In<int32_t> expert_offset_e1;
   In<int32_t> row_block_R;    // canonical block of each row, ascending in an expert; `nodes` only
-  InOut<float> d_w_SeNK;      // row_stride is the slot stride; `accumulate` uses slot 0
+  InOut<float> d_w_SeNK;      // row_stride is the slot stride; `nodes` alone uses more than slot 0
   InOut<uint8_t> present_Se;  // mode `nodes` only
   GradTarget target;
   int64_t expert_stride = 0;  // elements between experts of a slot, >= N * K
@@ -175,7 +175,11 @@ inline Cost cost(const GroupedUpDgradArgs& a) {
 inline Cost cost(const GroupedWgradArgs& a) {
   const int64_t R = a.rows(), N = a.d_y_RN[1], K = a.x_RK[1], e = a.d_w_SeNK[1];
   const int64_t width = dtype_bytes(a.d_y_RN.dtype);
-  return {"grouped_wgrad", {R, e, N, K}, 2 * R * N * K, width * R * (N + K) + 8 * e * N * K, 0};
+  return {"grouped_wgrad",
+          {R, e, N, K},
+          2 * R * N * K,
+          width * R * (N + K) + grad_bytes(a.target, e * N * K),
+          0};
 }
 
 template <class Visitor>

@@ -15,7 +15,8 @@ constexpr int kDepth = 24;  // a thread's run has at most 2^24 leaves
 struct LeafFold {
   Rows<const float> leaf_BN;
   Rows<float> d_w_SN;
-  uint8_t* present_S;  // null: accumulate
+  uint8_t* present_S;  // null: not `nodes`
+  bool adds;           // `accumulate`
   int64_t present_stride;
   Rows<const int32_t> node_table_NC;
   int64_t first_block;
@@ -69,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) leaf_fold_kernel(const LeafFold a) {
   const bool is_first_run = static_cast<int>(threadIdx.x) < a.columns && column < a.N;
   if (a.present_S == nullptr) {
     fold_range(a, 0, a.blocks, column, shared);
-    if (is_first_run) a.d_w_SN.row(0)[column] = a.d_w_SN.row(0)[column] + shared[threadIdx.x];
+    float* to = a.d_w_SN.row(0) + column;
+    if (is_first_run) *to = (a.adds ? *to : 0.0f) + shared[threadIdx.x];
     return;
   }
   for (int s = threadIdx.x; s < a.slots; s += kThreads)
@@ -98,10 +100,14 @@ void leaf_fold(const LeafFoldArgs& args, Stream& stream) {
   const int64_t N = args.leaf_BN[1], B = args.leaf_BN[0] / args.rows_per_block;
   const bool is_nodes = args.target.mode == GradMode::nodes;
   CHECK_LT(B, int64_t{1} << kDepth);
+  if (B == 0 && args.target.mode == GradMode::store) {
+    zero_matrices(args.d_w_SN.pointer(), 1, N, N, stream);
+  }
   if (B == 0) return;
   LeafFold a{.leaf_BN = rows_of<const float>(args.leaf_BN),
              .d_w_SN = rows_of<float>(args.d_w_SN),
              .present_S = is_nodes ? args.present_S.pointer() : nullptr,
+             .adds = args.target.mode == GradMode::accumulate,
              .present_stride = args.present_S.row_stride,
              .node_table_NC = rows_of<const int32_t>(args.target.node_table_NC),
              .first_block = args.first_block,

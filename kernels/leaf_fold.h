@@ -1,7 +1,7 @@
 // Leaf fold: contributions of blocks, made by another op, summed by the canonical tree.
 //
 //   leaf of block b = sum of rows [b R, (b+1) R) of leaf_RN in order, R = rows_per_block
-//   `accumulate`: slots[0] += the canonical tree sum of all leaves
+//   `accumulate`, `store`: slots[0] (+)= the canonical tree sum of all leaves
 //   `nodes`: the nodes of `target` (kernels/grad_target.h); every block is present
 // With R = 1 it finishes the gain gradients of rms_norm and qk_norm_rope; with R = block_tokens it
 // sums per-token values (loss_T viewed as [T, 1]) in the same fixed tree.
@@ -15,7 +15,7 @@ namespace cambium {
 
 struct LeafFoldArgs {
   In<float> leaf_BN;              // B * rows_per_block rows of N values; rows may be strided
-  InOut<float> d_w_SN;            // S slots of N values; `accumulate` uses slot 0
+  InOut<float> d_w_SN;            // S slots of N values; `nodes` alone uses more than slot 0
   InOut<uint8_t> present_S = {};  // mode `nodes` only
   GradTarget target = {};
   int64_t first_block = 0;     // canonical number of the first leaf; mode `nodes` only

@@ -302,9 +302,9 @@ void linear_wgrad(const LinearWgradArgs& a, Stream& stream) {
   RawView d_w = a.d_w_SNK;  // slot 0 as a matrix
   d_w.shape = Shape(N, K);
   d_w.row_stride = K;
-  if (a.target.mode == GradMode::accumulate && suits_blas(a.x_TK, a.d_y_TN, d_w, d_w)) {
-    if (T == 0) return;
-    blas_of(stream).multiply({Product::wgrad, K, N, T, a.x_TK, a.d_y_TN, d_w, d_w},
+  if (a.target.mode != GradMode::nodes && T > 0 && suits_blas(a.x_TK, a.d_y_TN, d_w, d_w)) {
+    const RawView added = a.target.mode == GradMode::store ? RawView{} : d_w;
+    blas_of(stream).multiply({Product::wgrad, K, N, T, a.x_TK, a.d_y_TN, added, d_w},
                              native_stream(stream));
     return;
   }

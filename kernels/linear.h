@@ -2,7 +2,7 @@
 //
 //   forward  y_TN  = x_TK  w_NK^T (+ residual_TN)
 //   dgrad    d_x_TK = d_y_TN w_NK (+ residual_TK)
-//   wgrad    d_w_NK += d_y_TN^T x_TK, or into the nodes of `target` (kernels/grad_target.h)
+//   wgrad    d_w_NK (+)= d_y_TN^T x_TK, as `target` says (kernels/grad_target.h)
 //
 // Every element of y and d_x is one chain of fused multiply-adds from zero over the contracted
 // index in ascending order, the residual added last: it depends on its own row only (D2). In wgrad
@@ -32,7 +32,8 @@ struct LinearDgradArgs {
 struct LinearWgradArgs {
   In<Real> d_y_TN;
   In<Real> x_TK;
-  InOut<float> d_w_SNK;      // S slots; row_stride is the slot stride; `accumulate` uses slot 0
+  InOut<float>
+      d_w_SNK;  // S slots; row_stride is the slot stride; `nodes` alone uses more than slot 0
   InOut<uint8_t> present_S;  // mode `nodes` only
   GradTarget target;
   int64_t first_block = 0;   // canonical number of the block that row 0 begins; mode `nodes` only
@@ -86,7 +87,11 @@ inline Cost cost(const LinearDgradArgs& a) {
 inline Cost cost(const LinearWgradArgs& a) {
   const int64_t T = a.d_y_TN[0], N = a.d_y_TN[1], K = a.x_TK[1];
   const int64_t width = dtype_bytes(a.d_y_TN.dtype);
-  return {"linear_wgrad", {T, N, K}, 2 * T * N * K, width * T * (N + K) + 8 * N * K, 0};
+  return {"linear_wgrad",
+          {T, N, K},
+          2 * T * N * K,
+          width * T * (N + K) + grad_bytes(a.target, N * K),
+          0};
 }
 
 template <class Visitor>

@@ -1,4 +1,4 @@
-// Weight gradients of kernels/grouped_gemm.h on the GPU: mode `accumulate` on the tensor cores
+// Weight gradients of kernels/grouped_gemm.h on the GPU: fast modes on the tensor cores
 // where extents are multiples of 64 and storage is bf16, everything else as plain chains
 // (kernels/shared_wgrad_nodes.h). The operand whose rows are gathered is the tile's A.
 #include "kernels/grouped_launch.cuh"
@@ -33,7 +33,7 @@ bool is_tile_wgrad(const GroupedWgradArgs& a) {
   const bool gathers_one = a.d_y_token_R.empty() || a.x_token_R.empty();
   const bool has_aligned_matrices =
       a.expert_stride % 4 == 0 && reinterpret_cast<uintptr_t>(a.d_w_SeNK.data) % 16 == 0;
-  return a.target.mode == GradMode::accumulate && gathers_one && has_aligned_matrices &&
+  return a.target.mode != GradMode::nodes && gathers_one && has_aligned_matrices &&
          is_tile_call({&a.d_y_RN, &a.x_RK}, a.d_y_RN[1], a.x_RK[1], a.d_w_SeNK[1]);
 }
 
@@ -41,6 +41,10 @@ bool is_tile_wgrad(const GroupedWgradArgs& a) {
 
 void grouped_wgrad(const GroupedWgradArgs& a, Stream& stream) {
   if (!is_tile_wgrad(a)) return wgrad_as_chains(a, stream);
+  if (a.target.mode == GradMode::store) {
+    zero_matrices(a.d_w_SeNK.pointer(), a.d_w_SeNK[1], a.d_w_SeNK[2] * a.d_w_SeNK[3],
+                  a.expert_stride, stream);
+  }
   if (a.rows() == 0) return;
   const bool is_transposed = !a.x_token_R.empty();
   const RawView& by_row = is_transposed ? static_cast<const RawView&>(a.x_RK) : a.d_y_RN;

@@ -38,7 +38,8 @@ struct NodesParams {
   int64_t present_stride;
   const int32_t* table;
   int64_t table_stride;
-  int nodes;  // -1: mode `accumulate`
+  int nodes;    // -1: modes `accumulate` and `store`
+  bool stores;  // mode `store`
 };
 
 struct RowBatch {
@@ -204,8 +205,8 @@ __global__ void __launch_bounds__(kThreads) wgrad_nodes_kernel(const NodesParams
   float* slots = p.slots + group * p.group_stride;
   const RowRange group_rows = rows_of_group(p, group);
   if (p.nodes < 0) {
-    if (group_rows.begin == group_rows.end) return;
-    const ThreadSums start = elements.load(slots);
+    if (group_rows.begin == group_rows.end && !p.stores) return;
+    const ThreadSums start = p.stores ? ThreadSums{} : elements.load(slots);
     elements.store(sum_rows<Element>(p, batch, group_rows, 0, n0, k0, start), slots);
     return;
   }
@@ -275,6 +276,7 @@ void wgrad_nodes(const WgradNodesArgs& args, Stream& stream) {
   p.table = args.target.node_table_NC.pointer();
   p.table_stride = table.row_stride;
   p.nodes = has_nodes ? static_cast<int>(table.shape[0]) : -1;
+  p.stores = args.target.mode == GradMode::store;
   CHECK(args.d_y_RN.dtype == args.x_RK.dtype);
   CHECK_LE(p.nodes, kMaxNodes);
   CHECK_LT(args.target.total_blocks, int64_t{1} << kTreeLevels);

@@ -75,6 +75,7 @@ void wgrad_accumulate(const EmbeddingWgradArgs& args, Workers& workers) {
   workers.parallel_for((V + ids - 1) / ids, [&](int64_t chunk, Scratch&) {
     for (int64_t v = chunk * ids; v < std::min(V, (chunk + 1) * ids); ++v) {
       float* to = args.d_w_SVD.pointer() + v * D;
+      if (args.target.mode == GradMode::store) std::fill_n(to, D, 0.0f);
       for (int32_t at = sorted.first_V[v]; at < sorted.first_V[v + 1]; ++at) {
         const float* from = d_x.row(sorted.row[at]);
         for (int64_t i = 0; i < D; ++i) to[i] += from[i];
@@ -129,7 +130,7 @@ void embedding(const EmbeddingArgs& args, Workers& workers) {
 }
 
 void embedding_wgrad(const EmbeddingWgradArgs& args, Workers& workers) {
-  if (args.target.mode == GradMode::accumulate) return wgrad_accumulate(args, workers);
+  if (args.target.mode != GradMode::nodes) return wgrad_accumulate(args, workers);
   const int64_t blocks = args.d_x_TD[0] / args.block_tokens;
   const ReadF32 d_x(args.d_x_TD);
   // A later node reads what an earlier one stored: one node at a time.

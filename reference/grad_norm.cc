@@ -25,12 +25,16 @@ double tree_sum(const double* values, int64_t count) {
 }  // namespace
 
 void square_sum(const SquareSumArgs& a, Workers& workers) {
-  const int64_t N = a.grad_N[0], B = a.partial_B[0];
+  const int64_t N = a.grad_N[0], B = a.table.block_BC[0];
   for_ranges(workers, B, kBlocksPerChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kNormBlockElements;
-      a.partial_B.pointer()[block] = dot(a.grad_N.pointer() + first, a.grad_N.pointer() + first,
-                                         std::min(kNormBlockElements, N - first));
+    for (int64_t b = begin; b < end; ++b) {
+      const int32_t* block = a.table.block_BC.pointer() + b * kBlockColumns;
+      const int64_t elements = block[kBlockElements], first = b * kNormBlockElements;
+      if (elements == 0) continue;
+      CHECK(elements <= kNormBlockElements && first + elements <= N);
+      CHECK(block[kBlockCanonical] >= 0 && block[kBlockCanonical] < a.partial_M[0]);
+      const float* grad = a.grad_N.pointer() + first;
+      a.partial_M.pointer()[block[kBlockCanonical]] = dot(grad, grad, elements);
     }
   });
 }

@@ -204,7 +204,7 @@ void grouped_wgrad(const GroupedWgradArgs& a, Workers& workers) {
     group.mode = a.target.mode;
     group.row_begin = offsets[expert];
     group.row_end = offsets[expert + 1];
-    if (group.mode == GradMode::accumulate) continue;
+    if (group.mode != GradMode::nodes) continue;
     const int32_t* row_block = a.row_block_R.pointer();
     leaf_block.clear();
     leaf_row.clear();

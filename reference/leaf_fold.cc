@@ -63,7 +63,7 @@ void leaf_fold(const LeafFoldArgs& args, Workers& workers) {
       node.end_block -= args.first_block;
       CHECK(node.first_block >= 0 && node.end_block <= B);
     }
-    if (node.end_block == node.first_block) continue;
+    if (is_nodes && node.end_block == node.first_block) continue;
     workers.parallel_for(chunks, [&](int64_t chunk, Scratch& scratch) {
       LeafColumns columns{.leaf = args.leaf_BN.pointer(),
                           .row_stride = args.leaf_BN.row_stride,
@@ -71,13 +71,18 @@ void leaf_fold(const LeafFoldArgs& args, Workers& workers) {
                           .begin = chunk * kColumnChunk,
                           .end = std::min(N, (chunk + 1) * kColumnChunk)};
       float* own = scratch.floats(0, kTreeLevels * columns.count());
-      tree_sum_leaves(columns, node.first_block, node.end_block - node.first_block, own);
+      if (node.end_block == node.first_block) {
+        std::fill_n(own, columns.count(), 0.0f);
+      } else {
+        tree_sum_leaves(columns, node.first_block, node.end_block - node.first_block, own);
+      }
       if (is_nodes) {
         fold_node(slots, node, 0, own - columns.begin, columns.begin, columns.end);
         return;
       }
       float* to = slots.data + columns.begin;
-      for (int64_t i = 0; i < columns.count(); ++i) to[i] = to[i] + own[i];
+      const bool adds = args.target.mode == GradMode::accumulate;
+      for (int64_t i = 0; i < columns.count(); ++i) to[i] = (adds ? to[i] : 0.0f) + own[i];
     });
     if (is_nodes) slots.is_present(node.destination, 0) = 1;
   }

@@ -119,18 +119,24 @@ void for_each_tile_group(const WgradChunk& chunk, const PackedBatch& packed, Run
 }
 
 void accumulate_chunk(const WgradGroup& group, const WgradChunk& chunk, Scratch& scratch) {
-  for (int64_t row = group.row_begin; row < group.row_end; row += kMaxBatchRows) {
+  bool stores = group.mode == GradMode::store;  // at least once, whatever the row count
+  for (int64_t row = group.row_begin; row < group.row_end || stores; row += kMaxBatchRows) {
     const int64_t rows = std::min(kMaxBatchRows, group.row_end - row);
     const PackedBatch packed = pack_batch(group, chunk, row, rows, scratch);
     for_each_tile_group(chunk, packed, [&]<int kRows>(const TileGroup& tiles) {
       for (int64_t i = 0; i < tiles.count; ++i) {
         float* c = group.slots + (tiles.n + i * kRows) * group.K + tiles.k;
         Tile<kRows> tile;
-        load_tile(tile, c, group.K, tiles.columns);
+        if (stores) {
+          tile.clear();
+        } else {
+          load_tile(tile, c, group.K, tiles.columns);
+        }
         tile.multiply(tiles.a + i * tiles.a_stride, 1, kRows, tiles.b, rows);
         store_tile(tile, c, group.K, tiles.columns);
       }
     });
+    stores = false;
   }
 }
 
@@ -272,7 +278,7 @@ WgradPlan plan_wgrad(const GradTarget& target, const WgradLeaves& leaves, int64_
 }
 
 int64_t WgradGroup::row_count() const {
-  if (mode == GradMode::accumulate) return row_end - row_begin;
+  if (mode != GradMode::nodes) return row_end - row_begin;
   int64_t rows = 0;
   for (const WgradStep& step : plan.steps) rows += step.row_end - step.row_begin;
   return rows;
@@ -283,7 +289,8 @@ void wgrad_groups(std::span<const WgradGroup> groups, Workers& workers) {
   for (const WgradGroup& group : groups) rows += group.row_count();
   std::vector<WgradChunk> chunks;
   for (size_t g = 0; g < groups.size(); ++g) {
-    const bool is_idle = groups[g].row_count() == 0 && groups[g].plan.steps.empty();
+    const bool is_idle = groups[g].row_count() == 0 && groups[g].plan.steps.empty() &&
+                         groups[g].mode != GradMode::store;
     if (is_idle) continue;
     const int64_t wanted =
         (kChunksPerOp * groups[g].row_count() + rows - 1) / std::max<int64_t>(rows, 1);
@@ -291,7 +298,7 @@ void wgrad_groups(std::span<const WgradGroup> groups, Workers& workers) {
   }
   workers.parallel_for(static_cast<int64_t>(chunks.size()), [&](int64_t chunk, Scratch& scratch) {
     const WgradGroup& group = groups[chunks[chunk].group];
-    if (group.mode == GradMode::accumulate) {
+    if (group.mode != GradMode::nodes) {
       accumulate_chunk(group, chunks[chunk], scratch);
     } else {
       walk_chunk(group, chunks[chunk], scratch);

@@ -51,7 +51,7 @@ struct WgradGroup {
   float* slots = nullptr;  // the group's [N, K] matrix in slot 0
   int64_t slot_stride = 0;
   GradMode mode = GradMode::accumulate;
-  int64_t row_begin = 0;  // mode `accumulate`
+  int64_t row_begin = 0;  // modes `accumulate`, `store`
   int64_t row_end = 0;
   WgradPlan plan;  // mode `nodes`
 

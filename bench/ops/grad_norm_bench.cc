@@ -6,11 +6,8 @@ namespace cambium::bench {
 namespace {
 
 void square_sum_bench(benchmark::State& state) {
-  const int64_t N = state.range(0);
-  test::TestTensor grad = normal_tensor(Shape(N), 1), partial_B(Shape(norm_block_count(N)));
-  run_op_bench(state, reference::square_sum,
-               SquareSumArgs{grad.in<float>(), partial_B.out<float>()},
-               static_cast<int>(state.range(1)));
+  test::SquareSumTensors t(state.range(0), 1);
+  run_op_bench(state, reference::square_sum, t.args(), static_cast<int>(state.range(1)));
 }
 
 BENCHMARK(square_sum_bench)

@@ -77,7 +77,8 @@ struct OptimizerConfig {
   double epsilon = 1e-8;
   double weight_decay = 0.1;
   DecayRule decay = DecayRule::matrices;
-  double clip = 1.0;  // global gradient norm; 0 = off
+  double clip = 1.0;                            // global gradient norm; 0 = off
+  ComputeType state_dtype = ComputeType::fp32;  // of both moments
 };
 
 struct ScheduleConfig {

@@ -277,14 +277,15 @@ void count_model(const Config& config, Derived* derived) {
 }
 
 // fp32 weights and gradients and the compute copy on every rank that holds a parameter, AdamW's
-// state once, or on every rank without sharding.
+// moments once, or on every rank without sharding.
 void count_state(const Config& config, Derived* derived) {
   const int64_t experts = config.model.layers * config.model.experts * derived->expert_parameters;
   const int64_t dense = derived->parameters - experts;
   const int64_t held = derived->data_ranks * dense + derived->edp * experts;
   const int64_t optimized = config.parallel.sharding == Sharding::none ? held : derived->parameters;
   const int64_t copy = config.numerics.compute == ComputeType::bf16 ? 2 : 0;
-  derived->state_bytes = (8 + copy) * held + 8 * optimized;
+  const int64_t moments = config.optimizer.state_dtype == ComputeType::bf16 ? 4 : 8;
+  derived->state_bytes = (8 + copy) * held + moments * optimized;
 }
 
 void cut_intervals(const Config& config, Derived* derived) {

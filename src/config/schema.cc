@@ -322,6 +322,9 @@ const KeySpec kKeys[] = {
      kSame,
      nullptr,
      "largest global gradient norm; 0 = no clipping"},
+    {"optimizer", "state_dtype", in_section<kOptimizer, &Optimizer::state_dtype>, kNoRange,
+     kComputeNames, kSame, nullptr,
+     "storage of both moments; bf16 is rounded up or down by a hash of element and step"},
 
     {"schedule", "kind", in_section<kSchedule, &Schedule::kind>, kNoRange, kScheduleKindNames,
      kSame, nullptr, "shape after the warm-up"},

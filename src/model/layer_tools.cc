@@ -48,7 +48,7 @@ void dense_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& te
                 .x_TK = x_TK,
                 .d_w_SNK = c.dense.grad_slots(tensor, Shape(d_y_TN[1], x_TK[1])),
                 .present_S = c.dense.grad_present(tensor, 0),
-                .target = c.dense.target(),
+                .target = c.dense.grad_target(tensor),
                 .block_tokens = c.rank.config.numerics.block_tokens},
                c.rank.ops);
 }
@@ -62,7 +62,7 @@ void gain_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& ten
   leaf_fold({.leaf_BN = in_f32(leaf, Shape(rows, tensor.elements)),
              .d_w_SN = c.dense.grad_slots(tensor, Shape(tensor.elements)),
              .present_S = c.dense.grad_present(tensor, 0),
-             .target = c.dense.target()},
+             .target = c.dense.grad_target(tensor)},
             c.rank.ops);
 }
 

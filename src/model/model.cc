@@ -342,7 +342,7 @@ void Model::embed_backward(const MicroBatch& batch, const Buffer& d_x_TD) {
                    .token_T = {batch.token_T.as<int32_t>(), Shape(T)},
                    .d_w_SVD = embed_->grad_slots(tensor, Shape(V, D)),
                    .present_SV = embed_->grad_present(tensor, V),
-                   .target = embed_->target(),
+                   .target = embed_->grad_target(tensor),
                    .block_tokens = rank_.config.numerics.block_tokens},
                   rank_.ops);
   embed_->end_micro_batch();
@@ -515,7 +515,7 @@ Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD)
                   .x_TK = x,
                   .d_w_SNK = head.group->grad_slots(*head.tensor, Shape(V, D)),
                   .present_S = head.group->grad_present(*head.tensor, 0),
-                  .target = head.group->target(),
+                  .target = head.group->grad_target(*head.tensor),
                   .block_tokens = block},
                  ops);
   }
@@ -535,7 +535,7 @@ Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD)
   leaf_fold({.leaf_BN = {leaf.f32(), Shape(T / block, D)},
              .d_w_SN = head_->grad_slots(norm, Shape(D)),
              .present_S = head_->grad_present(norm, 0),
-             .target = head_->target()},
+             .target = head_->grad_target(norm)},
             ops);
   return d_x_TD;
 }

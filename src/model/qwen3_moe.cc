@@ -272,7 +272,7 @@ void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients
         .row_block_R = m.row_block_R.empty() ? In<int32_t>() : in_i32(m.row_block_R, Shape(R)),
         .d_w_SeNK = c.expert.grad_slots(tensor, Shape(x.e, matrix[0], matrix[1])),
         .present_Se = c.expert.grad_present(tensor, x.e),
-        .target = c.expert.target(),
+        .target = c.expert.grad_target(tensor, x.e),
         .expert_stride = c.expert.expert_stride(tensor)};
   };
   GroupedWgradArgs down = wgrad_into(*c.tensors.down, Shape(x.D, x.F));

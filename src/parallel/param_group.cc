@@ -5,17 +5,20 @@
 
 #include "kernels/copy.h"
 #include "kernels/grad_merge.h"
-#include "src/base/digest.h"
 #include "src/parallel/batch_layout.h"
 
 namespace cambium {
 
 namespace {
 
-constexpr int64_t kBlock = kDigestBlockElements;
+constexpr int64_t kBlock = kTableBlockElements;
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
+}
+
+DType moment_dtype(const Config& config) {
+  return config.optimizer.state_dtype == ComputeType::bf16 ? DType::bf16 : DType::f32;
 }
 
 // A run of a piece whose elements belong to `groups` presence flags of `group_elements` each.
@@ -73,22 +76,62 @@ ParamGroup::ParamGroup(Rank& rank, GroupKind kind, std::vector<ParamTensor> tens
   stored_ = is_full() ? owned_ : pieces_in(0, padded_);
   state_first_ = replicated ? 0 : shard_first();
   stored_first_ = is_full() ? shard_first() : 0;
-  if (use_ == GroupUse::trained) allocate_state();
+  if (use_ == GroupUse::trained) {
+    allocate_state();
+    upload_block_table();
+  }
   if (is_exact()) plan_forests(ranges);
 }
 
 void ParamGroup::allocate_state() {
-  const bool replicated = rank_.config.parallel.sharding == Sharding::none;
-  const int64_t state_elements = replicated ? padded_ : shard_elements();
+  const int64_t moment_bytes = state_elements() * dtype_bytes(moment_dtype(rank_.config));
   const int64_t stored_elements = is_full() ? shard_elements() : padded_;
   Arena& arena = rank_.arena;
   weights_ = arena.allocate(4 * stored_elements, MemoryClass::weights, "fp32 weights");
-  moment1_ = arena.allocate(4 * state_elements, MemoryClass::optimizer, "AdamW m");
-  moment2_ = arena.allocate(4 * state_elements, MemoryClass::optimizer, "AdamW v");
-  for (const Buffer* buffer : {&weights_, &moment1_, &moment2_}) rank_.zero(*buffer);
+  rank_.zero(weights_);
+  for (Buffer& moment : moments_) {
+    moment = arena.allocate(moment_bytes, MemoryClass::optimizer, "AdamW moment");
+    rank_.zero(moment);
+  }
   if (rank_.config.numerics.compute == ComputeType::bf16) {
     compute_ = arena.allocate(2 * stored_elements, MemoryClass::weights, "bf16 weights");
   }
+}
+
+void ParamGroup::upload_block_table() {
+  std::vector<int32_t> table(static_cast<size_t>(padded_ / kBlock * kBlockColumns), 0);
+  for (const ParamTensor& tensor : tensors_) {
+    const bool decays = rank_.config.optimizer.decay == DecayRule::all ||
+                        tensor.canonical.decay_kind() == DecayKind::matrix;
+    for (int64_t at = 0; at < tensor.elements; at += kBlock) {
+      int32_t* row = table.data() + (tensor.offset + at) / kBlock * kBlockColumns;
+      row[kBlockElements] = static_cast<int32_t>(std::min(kBlock, tensor.elements - at));
+      row[kBlockCanonical] = static_cast<int32_t>(tensor.first_norm_block + at / kBlock);
+      row[kBlockDecays] = decays ? 1 : 0;
+    }
+  }
+  block_table_ =
+      rank_.upload(table.data(), 4 * std::ssize(table), MemoryClass::workspace, "block table");
+}
+
+BlockTable ParamGroup::block_table(int64_t flat_offset, int64_t elements) const {
+  CHECK_EQ(flat_offset % kBlock, 0);
+  BlockTable table{.block_BC = {block_table_.as<int32_t>() + flat_offset / kBlock * kBlockColumns,
+                                Shape(elements / kBlock, int64_t{kBlockColumns})}};
+  for (const ParamPiece& piece : pieces_in(flat_offset, flat_offset + elements)) {
+    table.elements += piece.elements;
+  }
+  return table;
+}
+
+int64_t ParamGroup::state_elements() const {
+  return rank_.config.parallel.sharding == Sharding::none ? padded_ : shard_elements();
+}
+
+InOut<Real> ParamGroup::moment(Moment which, int64_t flat_offset, int64_t elements) const {
+  const DType dtype = moment_dtype(rank_.config);
+  const int64_t first_byte = (flat_offset - state_first_) * dtype_bytes(dtype);
+  return {moments_[which].as<std::byte>() + first_byte, dtype, Shape(elements)};
 }
 
 // Who holds which nodes when, for the whole of a step: the same every step.
@@ -233,23 +276,43 @@ std::vector<ParamPiece> ParamGroup::pieces_in(int64_t first, int64_t end) const 
   return pieces;
 }
 
+GradTarget ParamGroup::grad_target(const ParamTensor& tensor, int64_t tensors) {
+  if (is_exact()) return target_;
+  const int64_t first = &tensor - tensors_.data();
+  const uint8_t is_written = written_[first];
+  for (int64_t i = first; i < first + tensors; ++i) {
+    CHECK_EQ(written_[i], is_written);
+    written_[i] = 1;
+  }
+  return {.mode = is_written != 0 ? GradMode::accumulate : GradMode::store};
+}
+
+void ParamGroup::zero_unwritten() {
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (written_[i] != 0) continue;
+    auto* slot = slots_.as<uint8_t>() + 4 * tensors_[i].offset;
+    zero_bytes({.to_N = {slot, Shape(4 * tensors_[i].elements)}}, rank_.ops);
+  }
+}
+
+// In fast mode the first contributions fill the slot but for the padding between tensors, which
+// collectives carry.
 void ParamGroup::open_slots() {
+  written_.assign(tensors_.size(), 0);
   if (slots_.empty()) {
     slots_ =
         rank_.arena.allocate(4 * padded_ * slot_count_, MemoryClass::gradients, "gradient slots");
-    if (is_exact()) {
-      present_ =
-          rank_.arena.allocate(flags_ * slot_count_, MemoryClass::gradients, "gradient presence");
-    }
+    if (!is_exact()) return rank_.zero(slots_);
+    present_ =
+        rank_.arena.allocate(flags_ * slot_count_, MemoryClass::gradients, "gradient presence");
   }
-  if (!is_exact()) rank_.zero(slots_);
 }
 
 void ParamGroup::begin_step() {
   if (tied_head_ != nullptr) tied_head_->begin_step();
   reduced_.reset();
   full_gradient_.reset();
-  gradient_data_ = nullptr;
+  gradient_ = nullptr;
   flushed_ = 0;
   target_ = GradTarget{};
   if (!flushes_each_) return open_slots();
@@ -286,8 +349,8 @@ void ParamGroup::end_micro_batch() {
 }
 
 float* ParamGroup::gradient(int64_t flat_offset) const {
-  CHECK(gradient_data_ != nullptr);
-  return const_cast<float*>(gradient_data_) + flat_offset - gradient_first_;
+  CHECK(gradient_ != nullptr);
+  return gradient_ + flat_offset;
 }
 
 void ParamGroup::reduce_gradients() {
@@ -303,19 +366,13 @@ void ParamGroup::reduce_gradients() {
 
 void ParamGroup::sum_over_replicas() {
   if (flushes_each_) {
-    gradient_data_ = held_.f32();
-    gradient_first_ = shard_first();
+    gradient_ = held_.f32() - shard_first();
   } else if (!is_exact()) {
     reduce_fast_at_end();
   } else if (shards_ > 1) {
     flush_exact(flushes_.front());
   } else {
-    const Flush& flush = flushes_.front();
-    merge_rows(flush.merges, flush.rows, slots_.f32(), present_.as<uint8_t>(), padded_);
-    const int64_t root = flush.merges.root(total_blocks_);
-    finish_root(root, flush.rows, slots_.f32(), present_.as<uint8_t>(), padded_);
-    gradient_data_ = slots_.f32() + root * padded_;
-    gradient_first_ = 0;
+    merge(flushes_.front(), slots_.f32(), present_.as<uint8_t>(), padded_);
   }
 }
 
@@ -335,16 +392,15 @@ void ParamGroup::replicate_gradient() {
   rank_.comm_waits_for_compute();
   rank_.compute_waits(all_gather({.communicator = replicas_,
                                   .stream = rank_.comm,
-                                  .send = gradient_data_,
+                                  .send = gradient(shard_first()),
                                   .recv = full_gradient_.data(),
                                   .count = shard_elements()}));
-  gradient_data_ = full_gradient_.f32();
-  gradient_first_ = 0;
+  gradient_ = full_gradient_.f32();
 }
 
 void ParamGroup::reduce_fast_at_end() {
-  gradient_data_ = slots_.f32();
-  gradient_first_ = 0;
+  zero_unwritten();
+  gradient_ = slots_.f32();
   if (shards_ == 1) return;
   rank_.comm_waits_for_compute();
   if (rank_.config.parallel.sharding == Sharding::none) {
@@ -362,13 +418,13 @@ void ParamGroup::reduce_fast_at_end() {
                                       .send = slots_.data(),
                                       .recv = reduced_.data(),
                                       .count = shard_elements()}));
-  gradient_data_ = reduced_.f32();
-  gradient_first_ = shard_first();
+  gradient_ = reduced_.f32() - shard_first();
 }
 
 // The micro-batch's sum joins that of the earlier ones.
 void ParamGroup::flush_fast() {
   const int64_t shard = shard_elements(), row = flushed_ == 0 ? 0 : 1;
+  zero_unwritten();
   rank_.comm_waits_for_compute();
   rank_.compute_waits(reduce_scatter({.communicator = replicas_,
                                       .stream = rank_.comm,
@@ -404,14 +460,7 @@ void ParamGroup::flush_exact(const Flush& flush) {
     copy(held_flags_, flags, flags_, row, row);
   }
   receive_nodes(flush, rows, flags);
-  float* data = rows.f32() - shard_first();  // the address of flat offset 0 in row 0
-  merge_rows(flush.merges, flush.rows, data, flags.as<uint8_t>(), shard);
-  if (&flush == &flushes_.back()) {
-    const int64_t root = flush.merges.root(total_blocks_);
-    finish_root(root, flush.rows, data, flags.as<uint8_t>(), shard);
-    gradient_data_ = rows.f32() + root * shard;
-    gradient_first_ = shard_first();
-  }
+  merge(flush, rows.f32() - shard_first(), flags.as<uint8_t>(), shard);
   if (!flushes_each_) {
     reduced_ = std::move(rows);
     return;
@@ -467,41 +516,37 @@ void ParamGroup::receive_nodes(const Flush& flush, const Buffer& rows, const Buf
   }
 }
 
-// `data` is the address of flat offset 0 in row 0; rows are `stride` apart.
-void ParamGroup::merge_rows(const MergePlan& plan, int64_t row_count, float* data, uint8_t* flags,
-                            int64_t stride) {
+// `data` is the address of flat offset 0 in row 0; rows are `stride` apart. After the last flush
+// the root's row becomes the gradient: zeros where nothing is present.
+void ParamGroup::merge(const Flush& flush, float* data, uint8_t* flags, int64_t stride) {
+  const bool is_last = &flush == &flushes_.back();
+  const int64_t root = is_last ? flush.merges.root(total_blocks_) : 0;
   for (const ParamPiece& piece : owned_) {
     for (const FlagRun& run : flag_runs(piece)) {
-      for (const MergeStep& step : plan.steps) {
-        grad_merge({.slots_SGN = {data + piece.tensor->offset + run.first_element,
-                                  Shape(row_count, run.groups, run.group_elements), stride},
-                    .present_SG = {flags + piece.tensor->first_flag + run.first_flag,
-                                   Shape(row_count, run.groups), flags_},
+      const InOut<float> slots(data + piece.tensor->offset + run.first_element,
+                               Shape(flush.rows, run.groups, run.group_elements), stride);
+      const InOut<uint8_t> present(flags + piece.tensor->first_flag + run.first_flag,
+                                   Shape(flush.rows, run.groups), flags_);
+      for (const MergeStep& step : flush.merges.steps) {
+        grad_merge({.slots_SGN = slots,
+                    .present_SG = present,
                     .group_stride = run.group_elements,
                     .left_slot = step.left,
                     .right_slot = step.right,
                     .destination_slot = step.left},
                    rank_.ops);
       }
+      if (!is_last) continue;
+      grad_finish(
+          {.slots_SGN = slots,
+           .present_SG = present,
+           .gradient_GN = {slots.pointer() + root * stride, Shape(run.groups, run.group_elements)},
+           .group_stride = run.group_elements,
+           .slot = root},
+          rank_.ops);
     }
   }
-}
-
-// The root's row becomes the gradient: zeros where nothing is present.
-void ParamGroup::finish_root(int64_t row, int64_t row_count, float* data, uint8_t* flags,
-                             int64_t stride) {
-  for (const ParamPiece& piece : owned_) {
-    for (const FlagRun& run : flag_runs(piece)) {
-      float* first = data + piece.tensor->offset + run.first_element;
-      grad_finish({.slots_SGN = {first, Shape(row_count, run.groups, run.group_elements), stride},
-                   .present_SG = {flags + piece.tensor->first_flag + run.first_flag,
-                                  Shape(row_count, run.groups), flags_},
-                   .gradient_GN = {first + row * stride, Shape(run.groups, run.group_elements)},
-                   .group_stride = run.group_elements,
-                   .slot = row},
-                  rank_.ops);
-    }
-  }
+  if (is_last) gradient_ = data + root * stride;
 }
 
 void ParamGroup::scale_gradient(float factor) {

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/block_table.h"
 #include "kernels/grad_target.h"
 #include "src/model/tensors.h"
 #include "src/parallel/grad_forest.h"
@@ -78,9 +79,12 @@ class ParamGroup {
   // Gradient slots and presence of a tensor (or of the experts from it on).
   InOut<float> grad_slots(const ParamTensor& tensor, Shape per_slot) const;
   InOut<uint8_t> grad_present(const ParamTensor& tensor, int64_t flags) const;
-  const GradTarget& target() const { return target_; }
+  // Where the next weight gradient of a tensor (or of `tensors` from it on) goes; each call is for
+  // one op call, between begin and end of a micro-batch. In fast mode the first one of a step
+  // stores, so that slots need no zeros before, and what no call came for is zeroed at the end.
+  GradTarget grad_target(const ParamTensor& tensor, int64_t tensors = 1);
 
-  // A step begins. Weight gradients of a micro-batch go to `target()` between begin and end.
+  // A step begins.
   void begin_step();
   void begin_micro_batch(int64_t micro_batch);
   void end_micro_batch();
@@ -96,12 +100,17 @@ class ParamGroup {
   const std::vector<ParamPiece>& optimized_pieces() const { return optimized_; }
   const std::vector<ParamPiece>& stored_pieces() const { return stored_; }
 
+  // The flat range whose state is here: what AdamW runs over, and the blocks of a flat range.
+  int64_t state_first() const { return state_first_; }
+  int64_t state_elements() const;
+  BlockTable block_table(int64_t flat_offset, int64_t elements) const;
+
   // fp32 weights from a flat offset in a stored piece on.
   float* weights(int64_t flat_offset) const { return weights_.f32() + flat_offset - stored_first_; }
   // Final gradient (sum over tokens, undivided) at a flat offset.
   float* gradient(int64_t flat_offset) const;
-  float* moment1(int64_t flat_offset) const { return moment1_.f32() + flat_offset - state_first_; }
-  float* moment2(int64_t flat_offset) const { return moment2_.f32() + flat_offset - state_first_; }
+  enum Moment { first_moment, second_moment };
+  InOut<Real> moment(Moment which, int64_t flat_offset, int64_t elements) const;
   // bf16 compute weights from a flat offset in a stored piece on; null when compute is fp32.
   uint16_t* compute_copy(int64_t flat_offset) const {
     return compute_.empty() ? nullptr : compute_.as<uint16_t>() + flat_offset - stored_first_;
@@ -127,18 +136,18 @@ class ParamGroup {
   void plan_flush(std::vector<std::vector<ForestNode>> nodes);
   void upload_node_tables(const std::vector<std::vector<NodePlan>>& plans);
   std::vector<ParamPiece> pieces_in(int64_t first, int64_t end) const;
+  void upload_block_table();
   void allocate_state();
   void sum_over_replicas();
   void add_tied_gradient();
   void open_slots();
+  void zero_unwritten();
   void flush_exact(const Flush& flush);
   void flush_fast();
   void receive_nodes(const Flush& flush, const Buffer& rows, const Buffer& flags);
   void reduce_fast_at_end();
   void replicate_gradient();
-  void merge_rows(const MergePlan& plan, int64_t row_count, float* data, uint8_t* flags,
-                  int64_t stride);
-  void finish_root(int64_t row, int64_t row_count, float* data, uint8_t* flags, int64_t stride);
+  void merge(const Flush& flush, float* data, uint8_t* flags, int64_t stride);
   bool is_exact() const { return rank_.config.numerics.reduction == ReductionMode::exact; }
   bool is_full() const { return rank_.config.parallel.sharding == Sharding::full && shards_ > 1; }
 
@@ -154,7 +163,7 @@ class ParamGroup {
   int64_t flags_ = 0;
   int64_t state_first_ = 0, stored_first_ = 0;
   std::vector<ParamPiece> owned_, optimized_, stored_;
-  Buffer weights_, compute_, gathered_, moment1_, moment2_;
+  Buffer weights_, compute_, gathered_, moments_[2], block_table_;
   Ticket gathering_;
   int64_t holders_ = 0;
   // Gradients: this rank's slots, nodes on their way, the shard's held rows, the whole gradient.
@@ -163,9 +172,9 @@ class ParamGroup {
   size_t flushed_ = 0;  // this step
   std::vector<Flush> flushes_;
   std::vector<int64_t> first_node_;  // by micro-batch, and the end
-  const float* gradient_data_ = nullptr;
-  int64_t gradient_first_ = 0;
-  GradTarget target_;
+  float* gradient_ = nullptr;        // the address of flat offset 0
+  GradTarget target_;                // exact mode
+  std::vector<uint8_t> written_;     // fast mode: tensors with a contribution in the slots
 };
 
 }  // namespace cambium

@@ -26,21 +26,33 @@ namespace {
 constexpr int64_t kLoadChunk = int64_t{1} << 22;  // elements staged at a time while loading
 
 // Host values to a device address, in stream order.
-void upload_to(Rank& rank, float* to, const std::vector<float>& values) {
-  const int64_t bytes = 4 * std::ssize(values);
+void upload_to(Rank& rank, Out<Real> to, const std::vector<float>& values) {
   const Buffer staged = rank.upload(values, "loaded values");
-  copy_bytes({.from_N = {staged.as<uint8_t>(), Shape(bytes)},
-              .to_N = {reinterpret_cast<uint8_t*>(to), Shape(bytes)}},
-             rank.ops);
+  cast_real({.from_N = {staged.f32(), DType::f32, Shape(std::ssize(values))}, .to_N = to},
+            rank.ops);
+}
+
+Out<Real> part(const Out<Real>& view, int64_t first, int64_t elements) {
+  return {static_cast<std::byte*>(view.data) + first * dtype_bytes(view.dtype), view.dtype,
+          Shape(elements)};
+}
+
+// Device values on the host; waits.
+std::vector<float> read_real(Rank& rank, In<Real> from) {
+  if (from.dtype == DType::f32) return rank.read<float>(from.data, from[0]);
+  const Buffer widened = rank.workspace(4 * from[0], "values to save");
+  cast_real({.from_N = from, .to_N = {widened.f32(), DType::f32, Shape(from[0])}}, rank.ops);
+  return rank.read<float>(widened.data(), from[0]);
 }
 
 void load_range(Rank& rank, TensorSource& source, const std::string& name, int64_t first,
-                int64_t elements, float* to) {
+                Out<Real> to) {
+  const int64_t elements = to[0];
   for (int64_t done = 0; done < elements; done += kLoadChunk) {
     const int64_t count = std::min(kLoadChunk, elements - done);
     std::vector<float> values(static_cast<size_t>(count));
     source.read(name, first + done, values);
-    upload_to(rank, to + done, values);
+    upload_to(rank, part(to, done, count), values);
     rank.finish_step();
   }
 }
@@ -58,7 +70,8 @@ void restore(Rank& rank, const CheckpointState& state, const char* name, const B
     fail(ExitCode::corrupt_file, "the checkpoint of step {} lacks '{}' of {} values", state.step,
          name, count);
   }
-  upload_to(rank, buffer.f32(), std::vector<float>(found->second.begin(), found->second.end()));
+  upload_to(rank, Out<float>(buffer.f32(), Shape(count)),
+            std::vector<float>(found->second.begin(), found->second.end()));
 }
 
 }  // namespace
@@ -67,18 +80,18 @@ void load_weights(TrainStep& step, TensorSource& source, LoadState what) {
   Rank& rank = step.rank();
   for (const auto& group : step.model().groups()) {
     for (const ParamPiece& piece : group->stored_pieces()) {
-      load_range(rank, source, piece.tensor->canonical.name, piece.first_element, piece.elements,
-                 group->weights(piece.flat_offset()));
+      load_range(rank, source, piece.tensor->canonical.name, piece.first_element,
+                 Out<float>(group->weights(piece.flat_offset()), Shape(piece.elements)));
     }
     group->refresh_compute_copy();
     if (what == LoadState::weights) continue;
     for (const ParamPiece& piece : group->optimized_pieces()) {
       const std::string& name = piece.tensor->canonical.name;
       const int64_t at = piece.flat_offset();
-      load_range(rank, source, "m/" + name, piece.first_element, piece.elements,
-                 group->moment1(at));
-      load_range(rank, source, "v/" + name, piece.first_element, piece.elements,
-                 group->moment2(at));
+      load_range(rank, source, "m/" + name, piece.first_element,
+                 group->moment(ParamGroup::first_moment, at, piece.elements));
+      load_range(rank, source, "v/" + name, piece.first_element,
+                 group->moment(ParamGroup::second_moment, at, piece.elements));
     }
   }
   rank.finish_step();
@@ -95,23 +108,25 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
   Rank& rank = step.rank();
   rank.host.yield("checkpoint");
   std::vector<ShardPiece> pieces;
-  std::deque<std::vector<float>> copies;  // of device memory
+  std::deque<std::vector<float>> copies;  // of device memory and of bf16
   const bool on_host = run.config->run.device == DeviceKind::cpu;
   for (const auto& group : step.model().groups()) {
     for (const ParamPiece& piece : group->owned_pieces()) {
       const int64_t at = piece.flat_offset(), total = piece.tensor->elements;
       const std::string& name = piece.tensor->canonical.name;
-      auto add = [&](const std::string& piece_name, const float* data) {
-        if (!on_host) {
-          copies.push_back(rank.read<float>(data, piece.elements));
+      // NOTE: files hold fp32: moments stored in bf16 are widened there and come back bit for bit.
+      auto add = [&](const std::string& piece_name, In<Real> values) {
+        const auto* data = static_cast<const float*>(values.data);
+        if (!on_host || values.dtype == DType::bf16) {
+          copies.push_back(read_real(rank, values));
           rank.finish_step();
           data = copies.back().data();
         }
         pieces.push_back({piece_name, piece.first_element, piece.elements, total, data});
       };
-      add(name, group->weights(at));
-      add("m/" + name, group->moment1(at));
-      add("v/" + name, group->moment2(at));
+      add(name, In<float>(group->weights(at), Shape(piece.elements)));
+      add("m/" + name, group->moment(ParamGroup::first_moment, at, piece.elements));
+      add("v/" + name, group->moment(ParamGroup::second_moment, at, piece.elements));
     }
   }
   const std::string directory = checkpoint_directory(run.directory);

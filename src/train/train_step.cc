@@ -164,14 +164,11 @@ void TrainStep::compute_norm() {
   const int64_t blocks = model_.first_norm_block().back();
   rank_.zero(norm_partial_);
   for (const auto& group : model_.groups()) {
-    for (const ParamPiece& piece : group->owned_pieces()) {
-      const int64_t first =
-          piece.tensor->first_norm_block + piece.first_element / kNormBlockElements;
-      square_sum(
-          {.grad_N = {group->gradient(piece.flat_offset()), Shape(piece.elements)},
-           .partial_B = {norm_partial_.f32() + first, Shape(norm_block_count(piece.elements))}},
-          rank_.ops);
-    }
+    const int64_t first = group->shard_first(), elements = group->shard_elements();
+    square_sum({.grad_N = {group->gradient(first), Shape(elements)},
+                .table = group->block_table(first, elements),
+                .partial_M = {norm_partial_.f32(), Shape(blocks)}},
+               rank_.ops);
   }
   rank_.comm_waits_for_compute();
   rank_.compute_waits(all_reduce({.communicator = *rank_.world,
@@ -188,54 +185,32 @@ void TrainStep::compute_norm() {
              rank_.ops);
 }
 
-namespace {
-
-// Elements next to each other that AdamW treats alike.
-struct OptimizedRun {
-  int64_t first = 0, elements = 0;  // flat
-  bool decays = false;
-};
-
-std::vector<OptimizedRun> optimized_runs(const ParamGroup& group, DecayRule decay) {
-  std::vector<OptimizedRun> runs;
-  for (const ParamPiece& piece : group.optimized_pieces()) {
-    const bool decays =
-        decay == DecayRule::all || piece.tensor->canonical.decay_kind() == DecayKind::matrix;
-    const bool joins = !runs.empty() && runs.back().decays == decays &&
-                       runs.back().first + runs.back().elements == piece.flat_offset();
-    if (!joins) runs.push_back({piece.flat_offset(), 0, decays});
-    runs.back().elements += piece.elements;
-  }
-  return runs;
-}
-
-}  // namespace
-
 void TrainStep::apply_adamw(int64_t step, double learning_rate) {
   const OptimizerConfig& optimizer = rank_.config.optimizer;
   const double count = static_cast<double>(step);
   const double correction1 = 1.0 - fmath::pow(optimizer.beta1, count);
   const double correction2 = 1.0 - fmath::pow(optimizer.beta2, count);
   for (const auto& group : model_.groups()) {
-    for (const OptimizedRun& run : optimized_runs(*group, optimizer.decay)) {
-      const Shape shape(run.elements);
-      Out<Real> compute;
-      if (uint16_t* copy = group->compute_copy(run.first)) compute = {copy, DType::bf16, shape};
-      adamw({.param_N = {group->weights(run.first), shape},
-             .m_N = {group->moment1(run.first), shape},
-             .v_N = {group->moment2(run.first), shape},
-             .grad_N = {group->gradient(run.first), shape},
-             .scale_1 = {clip_result_.f32() + kClipScale, Shape(1)},
-             .compute_N = compute,
-             .lr = learning_rate,
-             .beta1 = optimizer.beta1,
-             .beta2 = optimizer.beta2,
-             .epsilon = optimizer.epsilon,
-             .weight_decay = run.decays ? optimizer.weight_decay : 0.0,
-             .bias_correction1 = correction1,
-             .bias_correction2 = correction2},
-            rank_.ops);
-    }
+    const int64_t first = group->state_first(), elements = group->state_elements();
+    const Shape shape(elements);
+    Out<Real> compute;
+    if (uint16_t* copy = group->compute_copy(first)) compute = {copy, DType::bf16, shape};
+    adamw({.param_N = {group->weights(first), shape},
+           .m_N = group->moment(ParamGroup::first_moment, first, elements),
+           .v_N = group->moment(ParamGroup::second_moment, first, elements),
+           .grad_N = {group->gradient(first), shape},
+           .table = group->block_table(first, elements),
+           .scale_1 = {clip_result_.f32() + kClipScale, Shape(1)},
+           .compute_N = compute,
+           .step = step,
+           .lr = learning_rate,
+           .beta1 = optimizer.beta1,
+           .beta2 = optimizer.beta2,
+           .epsilon = optimizer.epsilon,
+           .weight_decay = optimizer.weight_decay,
+           .bias_correction1 = correction1,
+           .bias_correction2 = correction2},
+          rank_.ops);
     group->gather_weights();
   }
 }

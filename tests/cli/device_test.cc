@@ -50,6 +50,9 @@ TEST(Device, StateBytesCountWhatARunKeeps) {
   const Derived derived = derive(config);
   EXPECT_EQ(config.numerics.compute, ComputeType::bf16);
   EXPECT_EQ(derived.state_bytes, 18 * derived.parameters);
+  config.optimizer.state_dtype = ComputeType::bf16;
+  EXPECT_EQ(derive(config).state_bytes, 14 * derived.parameters);
+  config.optimizer.state_dtype = ComputeType::fp32;
   config.parallel.dp = 4;
   config.parallel.ep = 2;
   const Derived sharded = derive(config);

@@ -31,9 +31,14 @@ inline void adamw_oracle(const AdamwSettings& s, int64_t step, const std::vector
 }
 
 struct AdamwTensors {
-  TestTensor param, m, v, grad, scale;
-  AdamwTensors(int64_t N, uint64_t seed)
-      : param(Shape(N)), m(Shape(N)), v(Shape(N)), grad(Shape(N)), scale(Shape(1)) {
+  TestTensor param, m, v, grad, blocks, scale;
+  AdamwTensors(int64_t N, uint64_t seed, DType moments = DType::f32)
+      : param(Shape(N)),
+        m(Shape(N), moments),
+        v(Shape(N), moments),
+        grad(Shape(N)),
+        blocks(whole_tensor_blocks(N)),
+        scale(Shape(1)) {
     TestRandom random(seed);
     param.fill_normal(random, 0.02);
     grad.fill_normal(random);
@@ -45,10 +50,12 @@ struct AdamwTensors {
 
 inline AdamwArgs adamw_args(AdamwTensors& t, const AdamwSettings& s, int64_t step) {
   return {.param_N = t.param.inout<float>(),
-          .m_N = t.m.inout<float>(),
-          .v_N = t.v.inout<float>(),
+          .m_N = t.m.inout<Real>(),
+          .v_N = t.v.inout<Real>(),
           .grad_N = t.grad.in<float>(),
+          .table = {t.blocks.in<int32_t>(), t.param.elements()},
           .scale_1 = t.scale.in<float>(),
+          .step = step,
           .lr = s.lr,
           .beta1 = s.beta1,
           .beta2 = s.beta2,

@@ -87,6 +87,19 @@ TEST(Embedding, ForwardCopiesRowsBitForBit) {
   }
 }
 
+TEST(Embedding, WgradStoresWhatItWouldAddToZeros) {
+  for (const EmbeddingCase& c : kEmbeddingCases) {
+    EmbeddingTensors added(c, InputFamily::normals), stored(c, InputFamily::normals);
+    const int64_t slot = c.V * c.D;
+    for (int64_t i = 0; i < slot; ++i) added.d_w.set(i, 0);
+    added.accumulate();
+    EmbeddingWgradArgs args = stored.accumulate_args();
+    args.target.mode = GradMode::store;
+    run_op(embedding_wgrad, args);
+    EXPECT_TRUE(bits_equal(stored.d_w, added.d_w));  // the other slots' poison too
+  }
+}
+
 TEST(Embedding, AccumulateAddsEveryRowToItsId) {
   for (const InputFamily family : {InputFamily::integers, InputFamily::normals}) {
     for (const EmbeddingCase& c : kEmbeddingCases) {
@@ -194,6 +207,9 @@ TEST(Embedding, CudaGivesTheReferencesBits) {
                                                   .x_TD = t.x.out<Real>()});
       t.d_w.fill(0.75);
       expect_cuda_agrees(embedding_wgrad, t.accumulate_args());
+      EmbeddingWgradArgs store = t.accumulate_args();
+      store.target.mode = GradMode::store;
+      expect_cuda_agrees(embedding_wgrad, store);
       for (int64_t i = 0; i < 3 * c.V; ++i) t.present.set(i, i % 3 == 0 ? 1 : 0);
       const int blocks = static_cast<int>(c.blocks), split = blocks > 1 ? 1 : 0;
       expect_cuda_agrees(embedding_wgrad, t.fold_args({{64, 64 + blocks, 1, 0}}, 64));

@@ -9,6 +9,19 @@ namespace cambium::test {
 inline const std::vector<int64_t> kSquareSumCases = {
     1, 31, 32, 33, 4095, 4096, 4097, 3 * 4096 + 17, 40 * 4096};
 
+// Of one tensor that fills `grad`.
+struct SquareSumTensors {
+  TestTensor grad, blocks, partial_B;
+  SquareSumTensors(int64_t N, uint64_t seed, InputFamily family = InputFamily::normals)
+      : grad(Shape(N)), blocks(whole_tensor_blocks(N)), partial_B(Shape(norm_block_count(N))) {
+    TestRandom random(seed);
+    grad.fill_family(random, family);
+  }
+  SquareSumArgs args() {
+    return {grad.in<float>(), {blocks.in<int32_t>(), grad.elements()}, partial_B.inout<float>()};
+  }
+};
+
 inline std::vector<double> square_sum_oracle(const TestTensor& grad) {
   std::vector<double> partial_B(static_cast<size_t>(norm_block_count(grad.elements())), 0.0);
   for (int64_t i = 0; i < grad.elements(); ++i) {

@@ -11,39 +11,80 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 TEST(GradNorm, SquareSumAgreesWithOracle) {
   for (const int64_t N : kSquareSumCases) {
     for (const InputFamily family : {InputFamily::integers, InputFamily::normals}) {
-      TestRandom random(N);
-      TestTensor grad = make_tensor(Shape(N), random, family);
-      TestTensor partial_B(Shape(norm_block_count(N)));
-      run_op(square_sum, {grad.in<float>(), partial_B.out<float>()});
-      const std::vector<double> expected = square_sum_oracle(grad);
+      SquareSumTensors t(N, N, family);
+      run_op(square_sum, t.args());
+      const std::vector<double> expected = square_sum_oracle(t.grad);
       if (family == InputFamily::integers) {
-        EXPECT_TRUE(bits_equal(partial_B, expected)) << N;
+        EXPECT_TRUE(bits_equal(t.partial_B, expected)) << N;
       } else {
         // Positive terms: 128 additions a lane bound the error by 128 eps, typically its root.
-        EXPECT_TRUE(within(partial_B, expected, tolerance(1, 128))) << N;
+        EXPECT_TRUE(within(t.partial_B, expected, tolerance(1, 128))) << N;
       }
     }
   }
 }
 
+// A buffer of tensors with padding between them (poisoned, so reading it shows) whose canonical
+// blocks lie elsewhere: the partials of each tensor alone, and nothing else is written.
+SquareSumTensors many_tensors() {
+  const std::vector<int64_t> elements = {1, 4096, 5000, 31, 3 * 4096 + 17};
+  SquareSumTensors all(12 * kNormBlockElements, 3);
+  all.grad.poison();
+  all.blocks.fill(0);
+  all.partial_B = TestTensor(Shape(40));
+  TestRandom random(5);
+  int64_t block = 0;
+  for (size_t n = 0; n < elements.size(); ++n) {
+    const TestTensor table = whole_tensor_blocks(elements[n], 8 * (4 - static_cast<int64_t>(n)));
+    for (int64_t i = 0; i < table.elements(); ++i) {
+      all.blocks.set(block * kBlockColumns + i, table.at(i));
+    }
+    for (int64_t i = 0; i < elements[n]; ++i) {
+      all.grad.set(block * kNormBlockElements + i, random.normal());
+    }
+    block += norm_block_count(elements[n]) + (n == 2 ? 1 : 0);  // a block of padding after one
+  }
+  return all;
+}
+
+TEST(GradNorm, TensorsOfOneBufferGiveThePartialsOfEachAlone) {
+  SquareSumTensors all = many_tensors();
+  run_op(square_sum, all.args());
+  int64_t written = 0;
+  for (int64_t b = 0; b < all.blocks.shape()[0]; ++b) {
+    const auto count = static_cast<int64_t>(all.blocks.at(b * kBlockColumns + kBlockElements));
+    if (count == 0) continue;
+    SquareSumTensors alone(count, 1);
+    for (int64_t i = 0; i < count; ++i) alone.grad.set(i, all.grad.at(b * 4096 + i));
+    run_op(square_sum, alone.args());
+    const auto at = static_cast<int64_t>(all.blocks.at(b * kBlockColumns + kBlockCanonical));
+    EXPECT_EQ(all.partial_B.at(at), alone.partial_B.at(0)) << b;
+    ++written;
+  }
+  int64_t poisoned = 0;
+  for (int64_t i = 0; i < 40; ++i) poisoned += std::isnan(all.partial_B.at(i)) ? 1 : 0;
+  EXPECT_EQ(poisoned, 40 - written);
+}
+
 TEST(GradNorm, ShardsAndThreadsGiveTheSamePartials) {
   const int64_t N = 37 * kNormBlockElements + 5;
-  TestRandom random(3);
-  TestTensor grad = make_tensor(Shape(N), random, InputFamily::normals);
-  TestTensor whole(Shape(norm_block_count(N)));
-  run_op(square_sum, {grad.in<float>(), whole.out<float>()});
-  TestTensor parts(Shape(norm_block_count(N)));
+  SquareSumTensors whole(N, 3), parts(N, 3);
+  run_op(square_sum, whole.args());
   for (const auto& [first, last] : {std::pair<int64_t, int64_t>{0, 10}, {10, 11}, {11, 38}}) {
     const int64_t begin = first * kNormBlockElements;
     const int64_t count = std::min(N, last * kNormBlockElements) - begin;
-    run_op(square_sum, {In<float>(grad.in<float>().pointer() + begin, Shape(count)),
-                        Out<float>(parts.out<float>().pointer() + first, Shape(last - first))});
+    SquareSumArgs part = parts.args();
+    part.grad_N = In<float>(part.grad_N.pointer() + begin, Shape(count));
+    part.table.elements = count;
+    part.table.block_BC = In<int32_t>(part.table.block_BC.pointer() + first * kBlockColumns,
+                                      Shape(last - first, int64_t{kBlockColumns}));
+    run_op(square_sum, part);
   }
-  EXPECT_TRUE(bits_equal(parts, whole));
+  EXPECT_TRUE(bits_equal(parts.partial_B, whole.partial_B));
   expect_thread_independent([&](int threads) {
-    TestTensor partial_B(Shape(norm_block_count(N)));
-    run_op(square_sum, {grad.in<float>(), partial_B.out<float>()}, threads);
-    return partial_B.bits();
+    SquareSumTensors t(N, 3);
+    run_op(square_sum, t.args(), threads);
+    return t.partial_B.bits();
   });
 }
 
@@ -69,12 +110,10 @@ TEST(GradNorm, ClipScaleAgreesWithOracle) {
 
 TEST(GradNorm, NonFiniteGradientNamesItsTensorAndStopsTheUpdate) {
   for (const double bad : {kNan, kInfiniteNorm, -kInfiniteNorm}) {
-    TestRandom random(5);
-    TestTensor grad = make_tensor(Shape(5 * kNormBlockElements), random, InputFamily::normals);
-    grad.set(3 * kNormBlockElements + 77, bad);
-    TestTensor partial_B(Shape(5));
-    run_op(square_sum, {grad.in<float>(), partial_B.out<float>()});
-    const TestTensor result = run_clip(partial_B, {0, 1, 3, 4, 5}, 1.0, 1.0);
+    SquareSumTensors t(5 * kNormBlockElements, 5);
+    t.grad.set(3 * kNormBlockElements + 77, bad);
+    run_op(square_sum, t.args());
+    const TestTensor result = run_clip(t.partial_B, {0, 1, 3, 4, 5}, 1.0, 1.0);
     EXPECT_EQ(result.at(kClipNonFinite), 1);
     EXPECT_EQ(result.at(kClipFirstTensor), 2);
     EXPECT_TRUE(std::isnan(result.at(kClipScale)));
@@ -90,23 +129,22 @@ TEST(GradNorm, ZeroGradientIsNotClipped) {
 }
 
 TEST(GradNorm, MustFailAnElementCountedTwiceIsDetected) {
-  TestRandom random(6);
-  TestTensor grad = make_tensor(Shape(100), random, InputFamily::normals), partial_B(Shape(1));
-  run_op(square_sum, {grad.in<float>(), partial_B.out<float>()});
-  std::vector<double> expected = square_sum_oracle(grad);
-  ASSERT_TRUE(within(partial_B, expected, tolerance(1, 128)));
-  expected[0] += grad.at(3) * grad.at(3);
-  EXPECT_FALSE(within(partial_B, expected, tolerance(1, 128)));
+  SquareSumTensors t(100, 6);
+  run_op(square_sum, t.args());
+  std::vector<double> expected = square_sum_oracle(t.grad);
+  ASSERT_TRUE(within(t.partial_B, expected, tolerance(1, 128)));
+  expected[0] += t.grad.at(3) * t.grad.at(3);
+  EXPECT_FALSE(within(t.partial_B, expected, tolerance(1, 128)));
 }
 
 TEST(GradNorm, CudaSquareSumGivesTheReferencesBits) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
   for (const int64_t N : kSquareSumCases) {
-    TestRandom random(N);
-    TestTensor grad = make_tensor(Shape(N), random, InputFamily::normals);
-    TestTensor partial_B(Shape(norm_block_count(N)));
-    expect_cuda_agrees(square_sum, {grad.in<float>(), partial_B.out<float>()});
+    SquareSumTensors t(N, N);
+    expect_cuda_agrees(square_sum, t.args());
   }
+  SquareSumTensors all = many_tensors();
+  expect_cuda_agrees(square_sum, all.args());
 }
 
 TEST(GradNorm, CudaClipScaleGivesTheReferencesBits) {

@@ -100,6 +100,8 @@ TEST(GroupedGemm, CudaWgradAgreesWithTheReference) {
       const TestTensor actual = wgrad_of(layer, which, Device::gpu, 0.5);
       EXPECT_TRUE(within(actual, expected.values(), tolerance(kChainFactor, test.c.R() + 1)));
       EXPECT_TRUE(bits_equal(wgrad_of(layer, which, Device::gpu, 0.5), actual));  // D1
+      EXPECT_TRUE(bits_equal(wgrad_of(layer, which, Device::gpu, 0, GradMode::store),
+                             wgrad_of(layer, which, Device::gpu)));
     }
   }
 }

@@ -109,13 +109,15 @@ struct ExpertLayer {
 enum class WgradOf { up, down };
 
 // d_w of one projection from what the layer's backward hands on, added to `start` everywhere.
-inline TestTensor wgrad_of(ExpertLayer& layer, WgradOf which, Device device, double start = 0) {
+inline TestTensor wgrad_of(ExpertLayer& layer, WgradOf which, Device device, double start = 0,
+                           GradMode mode = GradMode::accumulate) {
   const bool is_up = which == WgradOf::up;
   const int64_t N = is_up ? 2 * layer.c.F : layer.c.D, K = is_up ? layer.c.D : layer.c.F;
   const int64_t e = layer.c.experts(), stride = N * K + 4 + layer.pad;
   TestTensor d_w(Shape(e, N * K), DType::f32, stride);
-  d_w.fill(start);
+  if (mode == GradMode::accumulate) d_w.fill(start);
   GroupedWgradArgs args;
+  args.target.mode = mode;
   args.d_y_RN = is_up ? layer.d_gate_up.in<Real>() : layer.d_y.in<Real>();
   args.x_RK = is_up ? layer.x.in<Real>() : layer.weighted_h.in<Real>();
   args.expert_offset_e1 = layer.offsets.in<int32_t>();

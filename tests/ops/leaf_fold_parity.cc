@@ -70,6 +70,20 @@ TEST(LeafFold, AccumulateAddsTheTreeSumToSlotZero) {
   }
 }
 
+TEST(LeafFold, StoresWhatItWouldAddToZeros) {
+  std::vector<LeafFoldCase> cases = kLeafFoldCases;
+  cases.push_back({0, 5, 1});
+  for (const LeafFoldCase& c : cases) {
+    LeafFoldTensors added(c, InputFamily::normals), stored(c, InputFamily::normals);
+    for (int64_t i = 0; i < c.N; ++i) added.d_w.set(i, 0);
+    added.accumulate();
+    LeafFoldArgs args = stored.accumulate_args();
+    args.target.mode = GradMode::store;
+    run_op(leaf_fold, args);
+    EXPECT_TRUE(bits_equal(stored.d_w, added.d_w));  // the other slots' poison too
+  }
+}
+
 TEST(LeafFold, ANodeHoldsTheTreeSumOfItsBlocks) {
   for (const LeafFoldCase& c : kLeafFoldCases) {
     LeafFoldTensors t(c, InputFamily::normals);
@@ -136,6 +150,9 @@ TEST(LeafFold, CudaGivesTheReferencesBits) {
     LeafFoldTensors t(c, InputFamily::normals);
     t.d_w.fill(3.0);
     expect_cuda_agrees(leaf_fold, t.accumulate_args());
+    LeafFoldArgs store = t.accumulate_args();
+    store.target.mode = GradMode::store;
+    expect_cuda_agrees(leaf_fold, store);
     t.present.set(3, 1);
     const int blocks = static_cast<int>(c.blocks);
     expect_cuda_agrees(leaf_fold, t.fold_args({{1024, 1024 + blocks, 2, 2, 3, 1}}, 1024));

@@ -209,6 +209,23 @@ TEST(Linear, NodesAreIndependentOfTheSplitIntoCalls) {
   }
 }
 
+TEST(Linear, WgradStoresWhatItWouldAddToZeros) {
+  for (const LinearCase& c :
+       {LinearCase{0, 8, 16}, LinearCase{700, 130, 70}, LinearCase{3, 1, 1}}) {
+    TestRandom random(23);
+    TestTensor x = make_tensor(Shape(c.T, c.K), random, InputFamily::normals);
+    TestTensor d_y = make_tensor(Shape(c.T, c.N), random, InputFamily::normals);
+    TestTensor added(Shape(1, c.N, c.K)), stored(Shape(1, c.N, c.K));
+    added.fill(0);
+    LinearWgradArgs args{d_y.in<Real>(), x.in<Real>(), added.inout<float>(), {}, {}, 0, 0};
+    run_op(linear_wgrad, args);
+    args.d_w_SNK = stored.inout<float>();
+    args.target.mode = GradMode::store;
+    run_op(linear_wgrad, args);
+    EXPECT_TRUE(bits_equal(stored, added)) << c.T;
+  }
+}
+
 TEST(Linear, LongLeavesAndManyRowsKeepTheTree) {
   // Leaves longer than a packing batch, and operands that wait across batches.
   const int64_t total_blocks = 6, block_tokens = 300, N = 70, K = 130;
@@ -308,6 +325,10 @@ TEST(Linear, CudaAgreesWithOracle) {
         within(y, add(product, residual.values()), bf16_tolerance(kLinearChainFactor, c.K)));
     EXPECT_TRUE(within(d_x, linear_dgrad_oracle(d_y, w), bf16_tolerance(kLinearChainFactor, c.N)));
     EXPECT_TRUE(within(d_w, d_w_want, tolerance(kLinearChainFactor, c.T + 1)));
+    d_w.poison();
+    wgrad.target.mode = GradMode::store;
+    run_cuda_op(linear_wgrad, wgrad);
+    EXPECT_TRUE(within(d_w, linear_wgrad_oracle(d_y, x), tolerance(kLinearChainFactor, c.T + 1)));
   }
 }
 

@@ -20,7 +20,7 @@
 #include <span>
 #include <vector>
 
-#include "kernels/op.h"
+#include "kernels/block_table.h"
 #include "reference/rounding.h"
 
 namespace cambium::test {
@@ -217,6 +217,21 @@ inline TestTensor make_tensor(Shape shape, TestRandom& random, InputFamily famil
   TestTensor tensor(shape, dtype);
   tensor.fill_family(random, family);
   return tensor;
+}
+
+// The block table of one tensor that fills a flat buffer (kernels/block_table.h): blocks
+// [first, ...) of the canonical ones.
+inline TestTensor whole_tensor_blocks(int64_t elements, int64_t first = 0, int decays = 1) {
+  const int64_t blocks = (elements + kTableBlockElements - 1) / kTableBlockElements;
+  TestTensor table(Shape(blocks, int64_t{kBlockColumns}), DType::i32);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t rest = elements - b * kTableBlockElements;
+    table.set(b * kBlockColumns + kBlockElements,
+              static_cast<double>(std::min(kTableBlockElements, rest)));
+    table.set(b * kBlockColumns + kBlockCanonical, static_cast<double>(first + b));
+    table.set(b * kBlockColumns + kBlockDecays, decays);
+  }
+  return table;
 }
 
 // Runs `op(args, context)` on `threads` workers and returns when its stream is idle.

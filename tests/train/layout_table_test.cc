@@ -140,7 +140,7 @@ TEST(LayoutTable, DISABLED_AllOfManyLayoutsHaveTheBitsOfOneRank) {
 }
 
 TEST(LayoutTable, OtherPartsOfTheModelToo) {
-  std::vector<Config> configs(4, deep_config());
+  std::vector<Config> configs(5, deep_config());
   configs[0].numerics.compute = ComputeType::bf16;
   configs[1].model.tie_embeddings = true;
   configs[2].model.family = ModelFamily::olmoe;
@@ -148,6 +148,7 @@ TEST(LayoutTable, OtherPartsOfTheModelToo) {
   configs[2].balance.bias_update_rate = 0.01;
   configs[3].balance.loss = BalanceLoss::global_batch_lagged;
   configs[3].data.document_mask = false;
+  configs[4].optimizer.state_dtype = ComputeType::bf16;
   for (const Config& config : configs) {
     const RunTrace one = run_trace(with_layout(config, {}), kTableSteps);
     for (const TestLayout& layout :
