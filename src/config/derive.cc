@@ -66,7 +66,10 @@ double parameter_estimate(const ModelConfig& model) {
                            static_cast<double>(model.heads + model.kv_heads);
   const double experts = static_cast<double>(model.experts) * width *
                          (3.0 * static_cast<double>(model.expert_hidden) + 1.0);
-  return static_cast<double>(model.layers) * (attention + experts) +
+  const double dense = 3.0 * width * static_cast<double>(model.dense_hidden);
+  return static_cast<double>(model.layers) * attention +
+         static_cast<double>(model.expert_layers()) * experts +
+         static_cast<double>(std::ssize(model.dense_layers)) * dense +
          2.0 * static_cast<double>(model.vocab) * width;
 }
 
@@ -81,6 +84,19 @@ void check_model(const Config& config) {
   if (model.top_k > model.experts) {
     fail(ExitCode::usage, "model.top_k = {} is above model.experts = {}", model.top_k,
          model.experts);
+  }
+  if (!model.dense_layers.empty() && model.dense_layers.back() >= model.layers) {
+    fail(ExitCode::usage, "model.dense_layers names layer {}, but model.layers = {}: 0 .. {}",
+         model.dense_layers.back(), model.layers, model.layers - 1);
+  }
+  if (!model.dense_layers.empty() && model.dense_hidden == 0) {
+    fail(ExitCode::usage,
+         "model.dense_layers needs a width: model.dense_hidden, such as {} (model.top_k experts)",
+         model.top_k * model.expert_hidden);
+  }
+  if (model.rope_kind == RopeKind::yarn && model.rope_beta_fast < model.rope_beta_slow) {
+    fail(ExitCode::usage, "model.rope_beta_fast = {} is below model.rope_beta_slow = {}",
+         model.rope_beta_fast, model.rope_beta_slow);
   }
   const QkNorm of_family = model.family == ModelFamily::qwen3_moe ? QkNorm::per_head
                            : model.family == ModelFamily::olmoe   ? QkNorm::full_width
@@ -104,6 +120,7 @@ void check_model(const Config& config) {
 
 void check_data(const Config& config) {
   const DataConfig& data = config.data;
+  if (data.train.empty()) return;  // no text is read: parity
   if (data.tokenizer == TokenizerKind::bytes && config.model.vocab < kByteTokens + 1) {
     fail(ExitCode::usage, "model.vocab = {} is too small for data.tokenizer = bytes: at least {}",
          config.model.vocab, kByteTokens + 1);
@@ -260,14 +277,17 @@ void count_model(const Config& config, Derived* derived) {
   const int64_t router = model.hidden * model.experts;
   const int64_t expert = 3 * model.hidden * model.expert_hidden;
   const int64_t embedding = model.vocab * model.hidden;
+  const int64_t biases = model.attention_bias ? query_width + 2 * kv_width + model.hidden : 0;
+  const int64_t dense = std::ssize(model.dense_layers) * 3 * model.hidden * model.dense_hidden;
 
-  const int64_t layer = attention + router + norms + model.experts * expert;
+  const int64_t unrouted = model.layers * attention + model.expert_layers() * router + dense;
+  const int64_t vectors = model.layers * (norms + biases) + model.hidden;
   const int64_t active_matrices =
-      model.layers * (attention + router + model.top_k * expert) + embedding;
+      unrouted + model.expert_layers() * model.top_k * expert + embedding;
   derived->expert_parameters = expert;
-  derived->parameters =
-      model.layers * layer + model.hidden + (model.tie_embeddings ? 1 : 2) * embedding;
-  derived->active_parameters = active_matrices + model.layers * norms + model.hidden;
+  derived->parameters = unrouted + model.expert_layers() * model.experts * expert + vectors +
+                        (model.tie_embeddings ? 1 : 2) * embedding;
+  derived->active_parameters = active_matrices + vectors;
 
   const double keys = (static_cast<double>(config.train.sequence_length) + 1.0) / 2.0;
   const double scores = 4.0 * static_cast<double>(query_width) * keys;
@@ -279,7 +299,8 @@ void count_model(const Config& config, Derived* derived) {
 // fp32 weights and gradients and the compute copy on every rank that holds a parameter, AdamW's
 // moments once, or on every rank without sharding.
 void count_state(const Config& config, Derived* derived) {
-  const int64_t experts = config.model.layers * config.model.experts * derived->expert_parameters;
+  const int64_t experts =
+      config.model.expert_layers() * config.model.experts * derived->expert_parameters;
   const int64_t dense = derived->parameters - experts;
   const int64_t held = derived->data_ranks * dense + derived->edp * experts;
   const int64_t optimized = config.parallel.sharding == Sharding::none ? held : derived->parameters;
@@ -315,6 +336,12 @@ void check_device(const Config& config) {
          "run.device = cuda, but this build has no CUDA kernels; next: run.device = cpu, or a "
          "build by `cmake --preset cuda`");
   }
+}
+
+int64_t rope_original_positions(const ModelConfig& model) {
+  if (model.rope_original_positions > 0) return model.rope_original_positions;
+  return std::max<int64_t>(
+      1, static_cast<int64_t>(static_cast<double>(model.max_positions) / model.rope_factor));
 }
 
 Derived derive(const Config& config) {

@@ -43,6 +43,9 @@ struct Derived {
   double training_flops_per_token = 0;  // forward and both halves of backward
 };
 
+// Positions of the texts that YaRN's angles were trained on.
+int64_t rope_original_positions(const ModelConfig& model);
+
 Derived derive(const Config& config);
 
 // Refuses what a GPU does not compute, and a GPU in a build without kernels (exit 2). Of derive().

@@ -12,7 +12,9 @@
 #include "kernels/qk_norm_rope.h"
 #include "kernels/rms_norm.h"
 #include "src/base/digest.h"
+#include "src/base/fmath.h"
 #include "src/base/philox.h"
+#include "src/config/derive.h"
 #include "src/model/context.h"
 #include "src/parallel/batch_layout.h"
 
@@ -48,7 +50,7 @@ ParamGroup::ReplicaRanges dense_ranges(const Rank& rank, const BatchLayout& layo
   return ranges;
 }
 
-LayerTensors layer_tensors(const ParamGroup& dense, const ParamGroup& expert, int64_t layer) {
+LayerTensors layer_tensors(const ParamGroup& dense, const ParamGroup* expert, int64_t layer) {
   LayerTensors t;
   t.attn_norm = dense.find(TensorRole::attn_norm, layer);
   t.qkv = dense.find(TensorRole::qkv, layer);
@@ -57,9 +59,27 @@ LayerTensors layer_tensors(const ParamGroup& dense, const ParamGroup& expert, in
   t.attn_out = dense.find(TensorRole::attn_out, layer);
   t.mlp_norm = dense.find(TensorRole::mlp_norm, layer);
   t.router = dense.find(TensorRole::router, layer);
-  t.gate_up = expert.find(TensorRole::expert_gate_up, layer);
-  t.down = expert.find(TensorRole::expert_down, layer);
+  t.qkv_bias = dense.find(TensorRole::qkv_bias, layer);
+  t.attn_out_bias = dense.find(TensorRole::attn_out_bias, layer);
+  t.mlp_gate_up = dense.find(TensorRole::mlp_gate_up, layer);
+  t.mlp_down = dense.find(TensorRole::mlp_down, layer);
+  if (expert == nullptr) return t;
+  t.gate_up = expert->find(TensorRole::expert_gate_up, layer);
+  t.down = expert->find(TensorRole::expert_down, layer);
   return t;
+}
+
+RopeTableArgs rope_args(const ModelConfig& model, int64_t positions) {
+  RopeTableArgs args{.theta = model.rope_theta, .head_dim = model.head_dim, .positions = positions};
+  if (model.rope_kind == RopeKind::plain) return args;
+  args.factor = model.rope_factor;
+  if (model.rope_kind == RopeKind::linear) return args;
+  args.beta_fast = model.rope_beta_fast;
+  args.beta_slow = model.rope_beta_slow;
+  args.original_positions = rope_original_positions(model);
+  args.attention = model.rope_attention_factor;
+  if (args.attention == 0) args.attention = 0.1 * fmath::log(model.rope_factor) + 1.0;
+  return args;
 }
 
 }  // namespace
@@ -90,13 +110,14 @@ Model::Model(Rank& rank, const ModelConfig& config)
       LayerPlace& place = layers_[layer];
       place.dense = group_with(TensorRole::qkv, layer);
       place.expert = group_with(TensorRole::expert_gate_up, layer);
-      place.tensors = layer_tensors(*place.dense, *place.expert, layer);
+      place.groups.push_back(place.dense);
+      if (place.expert != nullptr) place.groups.push_back(place.expert);
+      place.tensors = layer_tensors(*place.dense, place.expert, layer);
     }
   }
   positions_ = rank.config.train.sequence_length;
   std::vector<float> cos_SC, sin_SC;
-  rope_table({.theta = config_.rope_theta, .head_dim = config_.head_dim, .positions = positions_},
-             cos_SC, sin_SC);
+  rope_table(rope_args(config_, positions_), cos_SC, sin_SC);
   cos_SC_ = rank.upload(cos_SC, "rope cos");
   sin_SC_ = rank.upload(sin_SC, "rope sin");
   const int64_t loads = config_.layers * config_.experts;
@@ -215,18 +236,15 @@ ParamGroup* Model::group_with(TensorRole role, int64_t layer) const {
 
 void Model::prefetch_layer(int64_t layer) {
   if (layer < 0 || layer >= config_.layers || layers_[layer].dense == nullptr) return;
-  layers_[layer].dense->prefetch_weights();
-  layers_[layer].expert->prefetch_weights();
+  for (ParamGroup* group : layers_[layer].groups) group->prefetch_weights();
 }
 
 void Model::hold_layer(int64_t layer) {
-  layers_[layer].dense->hold_weights();
-  layers_[layer].expert->hold_weights();
+  for (ParamGroup* group : layers_[layer].groups) group->hold_weights();
 }
 
 void Model::drop_layer(int64_t layer) {
-  layers_[layer].dense->drop_weights();
-  layers_[layer].expert->drop_weights();
+  for (ParamGroup* group : layers_[layer].groups) group->drop_weights();
 }
 
 void Model::initialize(uint64_t seed) {
@@ -239,7 +257,8 @@ void Model::initialize(uint64_t seed) {
       for (int64_t done = 0; done < piece.elements; done += kInitChunk) {
         const ParamPiece part{piece.tensor, piece.first_element + done,
                               std::min(kInitChunk, piece.elements - done)};
-        std::vector<float> values(static_cast<size_t>(part.elements), 1.0f);
+        std::vector<float> values(static_cast<size_t>(part.elements),
+                                  canonical.is_bias() ? 0.0f : 1.0f);
         if (canonical.shape.rank > 1) {
           draw_normal(values, part.first_element,
                       {wrong_seed ? seed + 1 : seed, tensor_id(canonical.name)});
@@ -305,7 +324,7 @@ LayerContext Model::layer_context(int64_t layer, Keep keep) {
   return {.rank = rank_,
           .model = config_,
           .dense = *layers_[layer].dense,
-          .expert = *layers_[layer].expert,
+          .expert = layers_[layer].expert,
           .router = router_,
           .cos_SC = {cos_SC_.f32(), table},
           .sin_SC = {sin_SC_.f32(), table},
@@ -352,6 +371,7 @@ Buffer Model::layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD,
                             Keep keep) {
   const LayerContext c = layer_context(layer, keep);
   attend_forward(c, batch, std::move(x_TD), state);
+  if (c.is_dense()) return mlp_forward(c, batch, state);
   dispatch_forward(c, batch, state);
   expert_forward(c, batch, state);
   if (keep == Keep::recomputing) return {};
@@ -362,6 +382,7 @@ Buffer Model::layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD,
 Buffer Model::layer_backward(const MicroBatch& batch, int64_t layer, LayerState& state,
                              LayerGradients& gradients) {
   const LayerContext c = layer_context(layer);
+  if (c.is_dense()) return attend_backward(c, batch, state, gradients);
   aggregate_backward(c, batch, state, gradients);
   expert_backward_input(c, state, gradients);
   dispatch_backward(c, state, gradients);
@@ -464,13 +485,11 @@ void Model::backward_weight(const MicroBatch& batch, int64_t chunk, ChunkState& 
 }
 
 void Model::begin_layer(int64_t layer, const MicroBatch& batch) {
-  layers_[layer].dense->begin_micro_batch(batch.index);
-  layers_[layer].expert->begin_micro_batch(batch.index);
+  for (ParamGroup* group : layers_[layer].groups) group->begin_micro_batch(batch.index);
 }
 
 void Model::end_layer(int64_t layer) {
-  layers_[layer].dense->end_micro_batch();
-  layers_[layer].expert->end_micro_batch();
+  for (ParamGroup* group : layers_[layer].groups) group->end_micro_batch();
 }
 
 // In fast mode the logits exist chunk by chunk; in exact mode the weight gradient is one call, so

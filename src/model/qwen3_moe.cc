@@ -145,7 +145,7 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   const Buffer h_RF = c.real(Shape(R, x.F), "h");
   const In<int32_t> offset = in_i32(m.expert_offset_e1, Shape(x.e + 1));
   grouped_up({.x_RD = expert_tokens(c, s),
-              .w_up_eND = c.expert.expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
+              .w_up_eND = c.expert->expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
               .expert_offset_e1 = offset,
               .gate_up_RN = c.out(m.gate_up_RN, Shape(R, x.N)),
               .h_RF = c.out(h_RF, Shape(R, x.F)),
@@ -154,7 +154,7 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   if (c.keep == Keep::recomputing) return;
   m.y_RD = c.real(Shape(R, x.D), "expert output rows");
   grouped_down({.h_RF = c.in(h_RF, Shape(R, x.F)),
-                .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
+                .w_down_eDF = c.expert->expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
                 .expert_offset_e1 = offset,
                 .weight_R = in_f32(m.weight_R, Shape(R)),
                 .y_RD = c.out(m.y_RD, Shape(R, x.D))},
@@ -244,7 +244,7 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
   g.d_weight_R = floats(c, R, "d row weight");
   g.weighted_h_RF = c.real(Shape(R, x.F), "weighted h");
   grouped_down_dgrad({.d_y_RD = expert_token_gradients(c, s, g),
-                      .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
+                      .w_down_eDF = c.expert->expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
                       .gate_up_RN = c.in(m.gate_up_RN, Shape(R, x.N)),
                       .expert_offset_e1 = offset,
                       .weight_R = in_f32(m.weight_R, Shape(R)),
@@ -255,7 +255,7 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
                      c.rank.ops);
   g.d_x_RD = c.real(Shape(R, x.D), "d expert input rows");
   grouped_up_dgrad({.d_gate_up_RN = c.in(g.d_gate_up_RN, Shape(R, x.N)),
-                    .w_up_eND = c.expert.expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
+                    .w_up_eND = c.expert->expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
                     .expert_offset_e1 = offset,
                     .d_x_RD = c.out(g.d_x_RD, Shape(R, x.D))},
                    c.rank.ops);
@@ -270,10 +270,10 @@ void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients
     return GroupedWgradArgs{
         .expert_offset_e1 = in_i32(m.expert_offset_e1, Shape(x.e + 1)),
         .row_block_R = m.row_block_R.empty() ? In<int32_t>() : in_i32(m.row_block_R, Shape(R)),
-        .d_w_SeNK = c.expert.grad_slots(tensor, Shape(x.e, matrix[0], matrix[1])),
-        .present_Se = c.expert.grad_present(tensor, x.e),
-        .target = c.expert.grad_target(tensor, x.e),
-        .expert_stride = c.expert.expert_stride(tensor)};
+        .d_w_SeNK = c.expert->grad_slots(tensor, Shape(x.e, matrix[0], matrix[1])),
+        .present_Se = c.expert->grad_present(tensor, x.e),
+        .target = c.expert->grad_target(tensor, x.e),
+        .expert_stride = c.expert->expert_stride(tensor)};
   };
   GroupedWgradArgs down = wgrad_into(*c.tensors.down, Shape(x.D, x.F));
   down.d_y_RN = expert_token_gradients(c, s, g);
@@ -334,12 +334,12 @@ void release_for_weights(LayerState& s, LayerGradients& g) {
 void layer_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g) {
   CHECK(g.weights == WeightGradients::later);
   g.weights = WeightGradients::now;
-  expert_backward_weight(c, s, g);
+  if (!c.is_dense()) expert_backward_weight(c, s, g);
   for (const DenseWgrad& wait : g.dense_wgrads) {
     dense_wgrad(c, g, *wait.tensor, wait.d_y_TN, wait.x_TK);
   }
   for (GainWgrad& wait : g.gain_wgrads) {
-    gain_wgrad(c, g, *wait.tensor, std::move(wait.leaf), wait.rows);
+    gain_wgrad(c, g, std::move(wait));
   }
 }
 

@@ -84,7 +84,13 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
   if (rank_.has_fault("missing_micro_batch") && micro_batch + 1 == layout_.micro_batches) {
     std::ranges::fill(batch.target_T, kIgnoredTarget);
   }
-  const bool masks = config.data.document_mask;
+  // A window is a mask whose first token moves along.
+  const int64_t window = config.model.sliding_window;
+  const bool masks = config.data.document_mask || window > 0;
+  for (int64_t t = window; window > 0 && t < std::ssize(batch.document_start_T); ++t) {
+    int32_t& start = batch.document_start_T[static_cast<size_t>(t)];
+    start = std::max(start, static_cast<int32_t>(t - window + 1));
+  }
   const std::vector<int32_t> document_start_S = batch.document_start_T;
   const ContextShare share = context_share(rank_);
   if (share.ranks > 1) {
@@ -219,6 +225,7 @@ void TrainStep::update_router_state() {
   const int64_t layers = model_.config().layers, experts = model_.config().experts;
   RouterState& router = model_.router();
   for (int64_t layer = 0; layer < layers; ++layer) {
+    if (model_.config().is_dense(layer)) continue;
     const In<int32_t> count(global_count_LE_.as<int32_t>() + layer * experts, Shape(experts));
     if (!router.select_bias_LE.empty()) {
       router_bias_update({.count_E = count,
