@@ -253,13 +253,6 @@ void check_supported(const Config& config) {
     refuse(fmt::format("parallel.cp = {} with run.device = cuda", parallel.cp),
            fmt::format("parallel.cp = 1, parallel.dp = {}", parallel.dp * parallel.cp));
   }
-  const bool shards_more =
-      parallel.sharding == Sharding::zero2 || parallel.sharding == Sharding::full;
-  if (config.run.device == DeviceKind::cuda && shards_more && parallel.dp * parallel.cp > 1) {
-    refuse(fmt::format("parallel.sharding = {} with run.device = cuda",
-                       choice_name(parallel.sharding)),
-           "parallel.sharding = zero1");
-  }
   check_device(config);
   if (config.run.transport == Transport::nccl && config.run.device == DeviceKind::cpu) {
     refuse("run.transport = nccl with run.device = cpu", "run.device = cuda, or transport = sim");
