@@ -117,6 +117,8 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
 }  // namespace
 
 void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s) {
+  c.enter(WorkStage::attend, WorkPass::forward, batch.index);
+  s.micro_batch = batch.index;
   s.x_TD = std::move(x_TD);
   attention_forward(c, batch, s);
   router_forward(c, batch, s);
@@ -248,6 +250,7 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
 Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                        LayerGradients& g) {
   const Extents x(c, batch.tokens);
+  c.enter(WorkStage::attend, WorkPass::backward, batch.index);
   const Buffer d_mlp_normed = router_backward(c, batch, s, g);
   Buffer d_sum_TD = norm_backward(c, batch, g, *c.tensors.mlp_norm, d_mlp_normed, s.sum_TD,
                                   s.mlp_rstd_T, g.d_out_TD);
