@@ -12,6 +12,7 @@
 #include "sim/deadlock.h"
 #include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
+#include "sim/virtual_time.h"
 #include "src/comm/call_check.h"
 
 namespace cambium::sim {
@@ -48,18 +49,21 @@ class Groups {
 // A rank's host code waits by giving its thread to other fibers.
 class SimHost final : public Host {
  public:
-  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector)
-      : scheduler_(scheduler), rank_(rank), injector_(injector) {}
+  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector, VirtualRank* virtual_rank)
+      : scheduler_(scheduler), rank_(rank), injector_(injector), virtual_rank_(virtual_rank) {}
   void wait(const Event& event, std::source_location site) override {
     if (injector_ != nullptr) injector_->flush();
     scheduler_.wait(rank_, event, site);
-    if (std::uncaught_exceptions() == 0) event.synchronize_device();
+    if (std::uncaught_exceptions() > 0) return;
+    event.synchronize_device();
+    if (virtual_rank_ != nullptr) virtual_rank_->host_waited(event);
   }
   void yield(const char*) override {
     if (injector_ != nullptr) injector_->flush();
     scheduler_.yield(rank_);
   }
   int64_t now_ns() const override {
+    if (virtual_rank_ != nullptr) return virtual_rank_->host_now_ns();
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
                std::chrono::steady_clock::now().time_since_epoch())
         .count();
@@ -69,6 +73,7 @@ class SimHost final : public Host {
   Scheduler& scheduler_;
   int rank_;
   FaultInjector* injector_;
+  VirtualRank* virtual_rank_;  // null when values are computed
 };
 
 class SimEnvironment final : public RankEnvironment {
@@ -81,7 +86,10 @@ class SimEnvironment final : public RankEnvironment {
         scheduler_(scheduler),
         groups_(groups),
         injector_(make_injector(rank, options)),
-        host_(scheduler, rank, injector_.get()) {}
+        virtual_rank_(options.time == nullptr
+                          ? nullptr
+                          : std::make_unique<VirtualRank>(*options.time, rank, place)),
+        host_(scheduler, rank, injector_.get(), virtual_rank_.get()) {}
 
   int rank() const override { return rank_; }
   int ranks() const override { return options_.ranks; }
@@ -93,6 +101,7 @@ class SimEnvironment final : public RankEnvironment {
     streams_.push_back(std::make_unique<Stream>(fmt::format("rank {} {}", rank_, name),
                                                 &scheduler_.ready_streams()));
     scheduler_.add_stream(*streams_.back(), rank_);
+    if (virtual_rank_ != nullptr) virtual_rank_->add_stream(*streams_.back());
     if constexpr (kHasCuda) {
       if (options_.device == Device::cuda) {
         native_streams_.push_back(std::make_unique<cuda::NativeStream>(
@@ -118,6 +127,7 @@ class SimEnvironment final : public RankEnvironment {
     if (injector_ != nullptr) injector_->set_step(step);
   }
   int64_t step() const override { return step_; }
+  ShapeOnlyRun* shape_only() override { return virtual_rank_.get(); }
 
   // After the rank's main returned: its buffers are gone, so nothing may be queued.
   void check_idle() const {
@@ -168,6 +178,7 @@ class SimEnvironment final : public RankEnvironment {
   Scheduler& scheduler_;
   Groups& groups_;
   std::unique_ptr<FaultInjector> injector_;
+  std::unique_ptr<VirtualRank> virtual_rank_;
   SimHost host_;
   std::vector<std::unique_ptr<Stream>> streams_;
   std::vector<std::unique_ptr<DeviceStream>> native_streams_;  // of streams_, on a GPU
@@ -205,7 +216,9 @@ Error failure(const Scheduler& scheduler, const Groups& groups, const Environmen
     return environments[static_cast<size_t>(rank)]->annotate(scheduler.task(rank).error);
   }
   std::vector<int64_t> steps;
-  for (const auto& environment : environments) steps.push_back(environment->step());
+  for (const auto& environment : environments) {
+    steps.push_back(environment == nullptr ? 0 : environment->step());
+  }
   std::string message = describe_deadlock(scheduler, groups.all(), steps);
   if (options.schedule_seed != 0) {
     message += fmt::format("\n  schedule seed {}", options.schedule_seed);
@@ -215,7 +228,9 @@ Error failure(const Scheduler& scheduler, const Groups& groups, const Environmen
 
 void check_faults_struck(const Environments& environments) {
   for (const auto& environment : environments) {
-    if (environment->injector() == nullptr || environment->injector()->pending().empty()) continue;
+    if (environment == nullptr || environment->injector() == nullptr ||
+        environment->injector()->pending().empty())
+      continue;
     const CommFault& fault = environment->injector()->pending().front();
     fail(
         ExitCode::usage,
@@ -227,6 +242,11 @@ void check_faults_struck(const Environments& environments) {
 
 }  // namespace
 
+bool is_simulated(const ClusterOptions& options, int rank) {
+  return options.only_ranks.empty() ||
+         std::ranges::find(options.only_ranks, rank) != options.only_ranks.end();
+}
+
 namespace cluster_detail {
 
 ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
@@ -234,11 +254,16 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   std::unique_ptr<Workers> own_workers;
   if (options.workers == nullptr) own_workers = std::make_unique<Workers>(options.worker_threads);
   Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
-  Scheduler scheduler(options.ranks, workers, options.schedule_seed);
+  Scheduler scheduler(options.ranks, workers, options.schedule_seed, options.time);
   Groups groups(options, workers);
   Environments environments;
   std::vector<RankProgram> programs(static_cast<size_t>(options.ranks));
   for (int rank = 0; rank < options.ranks; ++rank) {
+    if (!is_simulated(options, rank)) {
+      environments.push_back(nullptr);
+      scheduler.leave_out(rank);
+      continue;
+    }
     environments.push_back(
         std::make_unique<SimEnvironment>(rank, options, workers, scheduler, groups));
     RankProgram& program = programs[static_cast<size_t>(rank)];

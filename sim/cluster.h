@@ -25,6 +25,8 @@
 
 namespace cambium::sim {
 
+class VirtualTime;
+
 // Reductions: `rank` adds contributions 0, 1, .. n-1 in fp32 and rounds once; `ring` adds chunk c
 // from rank (c+1) % n on, rounding to the dtype at every hop, as NCCL's ring does.
 enum class ReductionOrder { rank, ring };
@@ -63,8 +65,14 @@ struct ClusterOptions {
   Poison poison = Poison::off;
   ReductionOrder reduction_order = ReductionOrder::rank;
   std::vector<CommFault> faults = {};
+  // Shape-only: nothing is computed, ops and transfers take their virtual time (one thread).
+  VirtualTime* time = nullptr;
+  // Folding: the ranks that stand for all; the others' calls are taken for theirs. Empty = all.
+  std::vector<int> only_ranks = {};
   int64_t stack_bytes = 1 << 20;  // per rank; only touched pages cost memory
 };
+
+bool is_simulated(const ClusterOptions& options, int rank);
 
 // What a run did, for tests and benchmarks.
 struct ClusterReport {

@@ -37,7 +37,10 @@ class Scheduler {
   // std::exception: a rank's handlers for errors must not take it for one.
   struct Cancelled {};
 
-  Scheduler(int ranks, Workers& workers, uint64_t seed);
+  // With `time`, streams run one after another, and when nothing can go on, time does.
+  Scheduler(int ranks, Workers& workers, uint64_t seed, VirtualTime* time = nullptr);
+  // Rank `rank` is not of this run.
+  void leave_out(int rank);
 
   // Runs every task's fiber to its end (true), or until a rank failed (false, `failed_rank() >= 0`)
   // or nothing can go on (false: a deadlock).
@@ -65,6 +68,7 @@ class Scheduler {
  private:
   bool run_in_rank_order();
   bool run_explored();
+  bool run_in_time_order();
   void run_fiber(int rank);
   void suspend(RankTask& task);
   // Drains until nothing can run; records the failure of the lowest rank.
@@ -81,6 +85,7 @@ class Scheduler {
   std::vector<RankTask> tasks_;
   Workers& workers_;
   uint64_t seed_;
+  VirtualTime* time_;
   uint64_t draws_ = 0;
   ReadyStreams ready_streams_;
   std::vector<StreamRank> stream_ranks_;

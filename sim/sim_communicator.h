@@ -42,6 +42,9 @@ class Transfer final : public GatedTask {
   std::vector<Mail*> recvs;
   bool started = false;  // reached its stream's head
   bool done = false;
+  // Virtual time: posted, at its stream's head, peers there, done; and the trainer's place then.
+  int64_t issue_ns = 0, ready_ns = 0, moves_from_ns = 0, end_ns = 0;
+  WorkPlace place;
 
  private:
   bool advance_collective(Workers& workers);
@@ -97,6 +100,9 @@ class Group {
   const std::string& name() const { return name_; }
   const std::vector<int>& members() const { return members_; }
   int ranks() const { return static_cast<int>(members_.size()); }
+  // Members that this run simulates: all, but for folded ranks.
+  int participants() const { return participants_; }
+  VirtualTime* time() const { return time_; }
   ReductionOrder order() const { return order_; }
   Poison poison() const { return poison_; }
   Workers& workers() const { return workers_; }
@@ -126,6 +132,8 @@ class Group {
   ReductionOrder order_;
   Poison poison_;
   Workers& workers_;
+  VirtualTime* time_;
+  int participants_ = 0;
   std::vector<bool> joined_;
   std::vector<uint64_t> posted_;
   std::deque<std::unique_ptr<Meeting>> meetings_;  // numbers first_ ...

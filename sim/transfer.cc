@@ -6,6 +6,7 @@
 #include "kernels/cuda_stream.h"
 #include "sim/reduce.h"
 #include "sim/sim_communicator.h"
+#include "sim/virtual_time.h"
 
 namespace cambium::sim {
 
@@ -221,6 +222,7 @@ void Transfer::poison_receive_side(Workers& workers) {
 
 bool Transfer::advance(Workers& workers) {
   if (group == nullptr) return false;  // reserved by an injected fault and not bound yet
+  if (group->time() != nullptr) return group->time()->advance_transfer(*this);
   if (!started && group->poison() == Poison::on) poison_receive_side(workers);
   return call.kind == CollectiveKind::exchange ? advance_exchange(workers)
                                                : advance_collective(workers);

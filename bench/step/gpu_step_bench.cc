@@ -56,9 +56,11 @@ void print_op_times(Rank& rank, TrainStep& step, const SequenceSource& source, i
     step.accumulate(source, now - 1);
     step.update(now, 1e-4, WithDigests::no);
     rank.ops.timer = nullptr;
+    std::map<std::string, double> totals;
+    for (const auto& [cost, ms] : timer.take_ms()) totals[cost.op] += ms;
     std::vector<std::pair<double, std::string>> rows;
     double sum = 0;
-    for (const auto& [op, ms] : timer.take_totals_ms()) {
+    for (const auto& [op, ms] : totals) {
       rows.emplace_back(ms, op);
       sum += ms;
     }

@@ -154,6 +154,8 @@ struct RunConfig {
 
 struct PlanConfig {
   std::string machine;
+  std::string routing = "uniform";  // or "zipf", or the metrics.jsonl of a run
+  double zipf = 0.7;                // exponent of routing = "zipf"
 };
 
 // One injected fault (design.md section 4, `check`): the kind, and where it strikes.

@@ -244,7 +244,7 @@ void check_balance(const Config& config) {
 }
 
 // What other parts of this build cannot do yet: refused, never downgraded.
-void check_supported(const Config& config) {
+void check_supported(const Config& config, ConfigUse use) {
   const ParallelConfig& parallel = config.parallel;
   const auto refuse = [](const std::string& what, const std::string& nearest) {
     fail(ExitCode::usage, "{} is not supported yet; nearest supported: {}", what, nearest);
@@ -253,7 +253,7 @@ void check_supported(const Config& config) {
     refuse(fmt::format("parallel.cp = {} with run.device = cuda", parallel.cp),
            fmt::format("parallel.cp = 1, parallel.dp = {}", parallel.dp * parallel.cp));
   }
-  check_device(config);
+  check_device(config, use);
   if (config.run.transport == Transport::nccl && config.run.device == DeviceKind::cpu) {
     refuse("run.transport = nccl with run.device = cpu", "run.device = cuda, or transport = sim");
   }
@@ -317,14 +317,14 @@ void cut_intervals(const Config& config, Derived* derived) {
 
 }  // namespace
 
-void check_device(const Config& config) {
+void check_device(const Config& config, ConfigUse use) {
   if (config.run.device == DeviceKind::cpu) return;
   if (config.numerics.compute == ComputeType::fp32) {
     fail(ExitCode::usage,
          "run.device = cuda computes in bf16 with fp32 sums: numerics.compute = fp32 is not "
          "supported there; nearest supported: numerics.compute = bf16, or run.device = cpu");
   }
-  if (!kHasCuda) {
+  if (!kHasCuda && use == ConfigUse::trained) {
     fail(ExitCode::usage,
          "run.device = cuda, but this build has no CUDA kernels; next: run.device = cpu, or a "
          "build by `cmake --preset cuda`");
@@ -337,14 +337,14 @@ int64_t rope_original_positions(const ModelConfig& model) {
       1, static_cast<int64_t>(static_cast<double>(model.max_positions) / model.rope_factor));
 }
 
-Derived derive(const Config& config) {
+Derived derive(const Config& config, ConfigUse use) {
   check_model(config);
   check_layout(config);
   check_pipeline(config);
   check_balance(config);
   check_faults(config);
   check_data(config);
-  check_supported(config);
+  check_supported(config, use);
 
   Derived derived;
   derived.data_ranks = config.parallel.dp * config.parallel.cp;

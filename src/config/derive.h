@@ -46,9 +46,11 @@ struct Derived {
 // Positions of the texts that YaRN's angles were trained on.
 int64_t rope_original_positions(const ModelConfig& model);
 
-Derived derive(const Config& config);
+// `planned`: shapes alone are run, so that a GPU need not be there, nor kernels for it.
+enum class ConfigUse { trained, planned };
+Derived derive(const Config& config, ConfigUse use = ConfigUse::trained);
 
 // Refuses what a GPU does not compute, and a GPU in a build without kernels (exit 2). Of derive().
-void check_device(const Config& config);
+void check_device(const Config& config, ConfigUse use = ConfigUse::trained);
 
 }  // namespace cambium

@@ -446,6 +446,18 @@ const KeySpec kKeys[] = {
 
     {"plan", "machine", in_section<kPlan, &PlanConfig::machine>, kNoRange, kNoChoices, kSame,
      nullptr, "machine name or file"},
+    {"plan", "routing", in_section<kPlan, &PlanConfig::routing>, kNoRange, kNoChoices, kMay,
+     nullptr,
+     "how tokens choose experts: uniform, zipf, or the metrics.jsonl of a run, whose last loads "
+     "count"},
+    {"plan",
+     "zipf",
+     in_section<kPlan, &PlanConfig::zipf>,
+     {0, 10},
+     kNoChoices,
+     kMay,
+     nullptr,
+     "exponent of plan.routing = zipf: expert i is chosen with a weight of (i + 1)^-zipf"},
 
     {"faults", "kind", in_fault<&FaultConfig::kind>, kNoRange, kFaultNames, kSame, "required",
      "which mistake"},

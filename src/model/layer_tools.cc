@@ -22,6 +22,11 @@ DType LayerContext::dtype() const {
   return rank.config.numerics.compute == ComputeType::bf16 ? DType::bf16 : DType::f32;
 }
 
+void LayerContext::enter(WorkStage stage, WorkPass pass, int64_t micro_batch) const {
+  rank.environment.place = {stage, pass, static_cast<int16_t>(layer),
+                            static_cast<int32_t>(micro_batch)};
+}
+
 Buffer LayerContext::real(Shape shape, const char* what) const {
   return rank.arena.tensor(shape, dtype(), MemoryClass::activations, what);
 }

@@ -117,7 +117,12 @@ Model::Model(Rank& rank, const ModelConfig& config)
   }
   positions_ = rank.config.train.sequence_length;
   std::vector<float> cos_SC, sin_SC;
-  rope_table(rope_args(config_, positions_), cos_SC, sin_SC);
+  if (rank.is_shape_only()) {
+    cos_SC.resize(static_cast<size_t>(positions_ * config_.head_dim / 2));
+    sin_SC.resize(cos_SC.size());
+  } else {
+    rope_table(rope_args(config_, positions_), cos_SC, sin_SC);
+  }
   cos_SC_ = rank.upload(cos_SC, "rope cos");
   sin_SC_ = rank.upload(sin_SC, "rope sin");
   const int64_t loads = config_.layers * config_.experts;
@@ -341,8 +346,13 @@ Buffer Model::real(Shape shape, const char* what) const {
   return rank_.arena.tensor(shape, dtype(), MemoryClass::activations, what);
 }
 
+void Model::enter(WorkStage stage, WorkPass pass, const MicroBatch& batch) {
+  rank_.environment.place = {stage, pass, -1, static_cast<int32_t>(batch.index)};
+}
+
 Buffer Model::embed(const MicroBatch& batch) {
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
+  enter(WorkStage::embed, WorkPass::forward, batch);
   Buffer x_TD = real(Shape(T, D), "embedding");
   embed_->hold_weights();
   embedding({.w_VD = embed_->weight(*embed_->find(TensorRole::embed, -1), Shape(V, D)),
@@ -356,6 +366,7 @@ Buffer Model::embed(const MicroBatch& batch) {
 void Model::embed_backward(const MicroBatch& batch, const Buffer& d_x_TD) {
   const ParamTensor& tensor = *embed_->find(TensorRole::embed, -1);
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
+  enter(WorkStage::embed, WorkPass::backward, batch);
   embed_->begin_micro_batch(batch.index);
   embedding_wgrad({.d_x_TD = {d_x_TD.data(), dtype(), Shape(T, D)},
                    .token_T = {batch.token_T.as<int32_t>(), Shape(T)},
@@ -419,6 +430,7 @@ Buffer Model::forward(const MicroBatch& batch, int64_t chunk, Buffer x_TD, Chunk
     drop_layer(layer);
   }
   if (!here.ends) return x_TD;
+  enter(WorkStage::head, WorkPass::forward, batch);
   head_->hold_weights();
   head_weights_.group->hold_weights();
   if (state == nullptr) {

@@ -112,6 +112,7 @@ class Model {
   void upload_context(const HostTokens& tokens, MicroBatch& batch);
   LayerContext layer_context(int64_t layer, Keep keep = Keep::for_backward);
   DType dtype() const;
+  void enter(WorkStage stage, WorkPass pass, const MicroBatch& batch);
   bool recomputes() const;  // layers, in backward, from their inputs
   void embed_backward(const MicroBatch& batch, const Buffer& d_x_TD);
   // Final norm, vocabulary head and loss; returns the gradient of the last layer's output, its

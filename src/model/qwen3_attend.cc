@@ -124,6 +124,8 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
 }  // namespace
 
 void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s) {
+  c.enter(WorkStage::attend, WorkPass::forward, batch.index);
+  s.micro_batch = batch.index;
   s.x_TD = std::move(x_TD);
   attention_forward(c, batch, s);
   mlp_norm_forward(c, batch.tokens, s);
@@ -260,6 +262,7 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
 Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                        LayerGradients& g) {
   const Extents x(c, batch.tokens);
+  c.enter(WorkStage::attend, WorkPass::backward, batch.index);
   const Buffer d_mlp_normed =
       c.is_dense() ? mlp_backward(c, batch, s, g) : router_backward(c, batch, s, g);
   Buffer d_sum_TD = norm_backward(c, batch, g, *c.tensors.mlp_norm, d_mlp_normed, s.sum_TD,

@@ -38,11 +38,19 @@ void read_counts(const LayerContext& c, DispatchState& d) {
   const auto* sent = c.rank.download<int32_t>(d.send_count_P2);
   const auto* received = c.rank.download<int32_t>(d.recv_count_P2);
   c.rank.host.wait(c.rank.compute.record());
-  for (int64_t p = 0; p < P; ++p) {
-    d.send_tokens.push_back(sent[2 * p]);
-    d.send_rows.push_back(sent[2 * p + 1]);
-    d.recv_tokens.push_back(received[2 * p]);
-    d.recv_rows.push_back(received[2 * p + 1]);
+  if (ShapeOnlyRun* shapes = c.rank.environment.shape_only()) {
+    DispatchCounts counts = shapes->dispatch_counts(c.rank.environment.place);
+    d.send_tokens = std::move(counts.send_tokens);
+    d.send_rows = std::move(counts.send_rows);
+    d.recv_tokens = std::move(counts.recv_tokens);
+    d.recv_rows = std::move(counts.recv_rows);
+  } else {
+    for (int64_t p = 0; p < P; ++p) {
+      d.send_tokens.push_back(sent[2 * p]);
+      d.send_rows.push_back(sent[2 * p + 1]);
+      d.recv_tokens.push_back(received[2 * p]);
+      d.recv_rows.push_back(received[2 * p + 1]);
+    }
   }
   auto total = [](const std::vector<int64_t>& counts) {
     return std::accumulate(counts.begin(), counts.end(), int64_t{0});
@@ -56,6 +64,7 @@ void read_counts(const LayerContext& c, DispatchState& d) {
 
 void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
+  c.enter(WorkStage::dispatch, WorkPass::forward, batch.index);
   DispatchState& d = s.dispatch;
   if (x.P == 1) {
     d.sent = d.received = x.T;
@@ -107,6 +116,7 @@ In<Real> expert_tokens(const LayerContext& c, const LayerState& s) {
 
 void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
+  c.enter(WorkStage::expert, WorkPass::forward, batch.index);
   OpContext& ops = c.rank.ops;
   const DispatchState& d = s.dispatch;
   ExpertState& m = s.expert;
@@ -193,7 +203,8 @@ Buffer send_home(const LayerContext& c, LayerState& s, const Buffer& rows_RD) {
 
 }  // namespace
 
-void combine_forward(const LayerContext& c, const MicroBatch&, LayerState& s) {
+void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
+  c.enter(WorkStage::combine, WorkPass::forward, batch.index);
   if (c.rank.mesh.ep == 1) return;
   s.returned = send_home(c, s, s.expert.y_RD);
   s.expert.y_RD.reset();
@@ -201,6 +212,7 @@ void combine_forward(const LayerContext& c, const MicroBatch&, LayerState& s) {
 
 Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
+  c.enter(WorkStage::aggregate, WorkPass::forward, batch.index);
   Buffer out_TD = c.real(Shape(x.T, x.D), "layer output");
   sum_rows(c, x.T, s, x.P == 1 ? s.expert.y_RD : s.returned, c.in(s.sum_TD, Shape(x.T, x.D)),
            c.out(out_TD, Shape(x.T, x.D)));
@@ -211,6 +223,7 @@ Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerSt
 
 void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                         LayerGradients& g) {
+  c.enter(WorkStage::combine, WorkPass::backward, batch.index);
   if (c.rank.mesh.ep == 1) return;
   const Extents x(c, batch.tokens);
   const DispatchState& d = s.dispatch;
@@ -236,6 +249,7 @@ In<Real> expert_token_gradients(const LayerContext& c, const LayerState& s,
 }  // namespace
 
 void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients& g) {
+  c.enter(WorkStage::expert, WorkPass::backward, s.micro_batch);
   const Extents x(c);
   const ExpertState& m = s.expert;
   const int64_t R = s.dispatch.rows;
@@ -262,6 +276,7 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
 }
 
 void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g) {
+  c.enter(WorkStage::expert, WorkPass::weights, s.micro_batch);
   const Extents x(c);
   const ExpertState& m = s.expert;
   const int64_t R = s.dispatch.rows;
@@ -293,6 +308,7 @@ void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients
 }
 
 void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) {
+  c.enter(WorkStage::dispatch, WorkPass::backward, s.micro_batch);
   if (c.rank.mesh.ep == 1) return;
   const Extents x(c);
   const DispatchState& d = s.dispatch;
@@ -314,6 +330,7 @@ void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) 
 
 void release_for_weights(LayerState& s, LayerGradients& g) {
   LayerState kept;
+  kept.micro_batch = s.micro_batch;
   kept.normed_TD = std::move(s.normed_TD);
   kept.o_TC = std::move(s.o_TC);
   kept.mlp_normed_TD = std::move(s.mlp_normed_TD);
@@ -335,6 +352,7 @@ void layer_backward_weight(const LayerContext& c, LayerState& s, LayerGradients&
   CHECK(g.weights == WeightGradients::later);
   g.weights = WeightGradients::now;
   if (!c.is_dense()) expert_backward_weight(c, s, g);
+  c.enter(WorkStage::attend, WorkPass::weights, s.micro_batch);
   for (const DenseWgrad& wait : g.dense_wgrads) {
     dense_wgrad(c, g, *wait.tensor, wait.d_y_TN, wait.x_TK);
   }

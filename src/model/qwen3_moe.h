@@ -83,6 +83,7 @@ struct LayerContext {
 
   bool is_dense() const { return tensors.mlp_down != nullptr; }
   DType dtype() const;  // of activations
+  void enter(WorkStage stage, WorkPass pass, int64_t micro_batch) const;
   Buffer real(Shape shape, const char* what) const;
   In<Real> in(const Buffer& buffer, Shape shape, int64_t stride = -1) const;
   Out<Real> out(const Buffer& buffer, Shape shape, int64_t stride = -1) const;
@@ -106,6 +107,7 @@ struct ExpertState {
 
 // Saved by forward, consumed by backward. Freed piece by piece in program order.
 struct LayerState {
+  int64_t micro_batch = 0;
   Buffer x_TD, attn_rstd_T, normed_TD, qkv_TC, q_THQ, k_TGQ, q_rstd, k_rstd, o_TC, lse_TH;
   Buffer k_SC, v_SC;  // with cp > 1: of whole sequences
   Buffer sum_TD, mlp_rstd_T, mlp_normed_TD;

@@ -122,6 +122,7 @@ void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
   begin(batch_index, source);
   for (const auto& group : model_.groups()) group->begin_step();
   PipelinePass(*this, source, batch_index).train(training_);
+  rank_.environment.place = {.stage = WorkStage::reduce};
   for (const auto& group : model_.groups()) {
     group->reduce_gradients();
     // The fault `expert_gradient_scale`: this rank's expert gradients times the size of its group.
@@ -327,11 +328,13 @@ StepResult TrainStep::read_result() const {
 }
 
 StepResult TrainStep::update(int64_t step, double learning_rate, WithDigests with_digests) {
+  rank_.environment.place = {.stage = WorkStage::update};
   apply_adamw(step, learning_rate);
   update_router_state();
   if (with_digests == WithDigests::yes) enqueue_digests();
   download_results();
   rank_.finish_step();
+  if (rank_.is_shape_only()) return {.learning_rate = learning_rate, .tokens = targets_};
   check_finite(step);
   StepResult result = read_result();
   result.learning_rate = learning_rate;
