@@ -165,6 +165,7 @@ void MachineReader::op(const toml::table& entry, Machine& machine) const {
   if (bound != "compute" && bound != "memory") refuse(where, "bound is compute or memory");
   made.bound = bound == "compute" ? TimedOp::Bound::compute : TimedOp::Bound::memory;
   made.row_tile = entry["row_tile"].value_or(int64_t{1});
+  made.is_measured = entry["measured"].value_or(true);
   made.residual = entry["residual"].value_or(0.0);
   if (made.row_tile < 1) refuse(where, "row_tile is at least 1");
   const toml::array* points = entry["points"].as_array();
@@ -310,6 +311,7 @@ OpTime op_time(const Machine& machine, const Cost& cost, std::span<const int64_t
     time.is_extrapolated = true;
   } else {
     time.bound = table->bound;
+    time.is_extrapolated = !table->is_measured;
     const std::array<double, 6> at = log_extents(cost.shape_key);
     ns *= std::exp(interpolated_log_ratio(*table, at));
     for (size_t i = 0; i < 6; ++i) {

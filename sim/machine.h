@@ -27,7 +27,7 @@ struct OpTable {
   TimedOp::Bound bound = TimedOp::Bound::compute;
   int64_t row_tile = 1;  // rows of an expert are multiplied in whole tiles of so many
   double residual = 0;   // mean relative error of each point, predicted from the others
-  int dims = 0;
+  bool is_measured = true;  // false: scaled from another machine's
   std::vector<Point> points;
   std::array<double, 6> least{}, most{};  // of log_extent
 };
