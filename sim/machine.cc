@@ -7,6 +7,7 @@
 
 #include "fmt/format.h"
 #include "sim/machine_files.h"
+#include "src/base/fmath.h"
 #include "toml++/toml.h"
 
 namespace cambium::sim {
@@ -147,10 +148,10 @@ LinkModel MachineReader::link(const char* section) const {
     const double bytes = parse(where, (*pair)[0].value_or(std::string()), Unit::bytes);
     const double share = (*pair)[1].value_or(-1.0);
     if (!(share > 0 && share <= 1)) refuse(where, "a share is above 0 and at most 1");
-    if (!link.efficiency.empty() && link.efficiency.back().first >= std::log2(bytes)) {
+    if (!link.efficiency.empty() && link.efficiency.back().first >= log2(bytes)) {
       refuse(where, "sizes must ascend");
     }
-    link.efficiency.emplace_back(std::log2(bytes), share);
+    link.efficiency.emplace_back(log2(bytes), share);
   }
   return link;
 }
@@ -165,6 +166,7 @@ void MachineReader::op(const toml::table& entry, Machine& machine) const {
   if (bound != "compute" && bound != "memory") refuse(where, "bound is compute or memory");
   made.bound = bound == "compute" ? TimedOp::Bound::compute : TimedOp::Bound::memory;
   made.row_tile = entry["row_tile"].value_or(int64_t{1});
+  made.is_measured = entry["measured"].value_or(true);
   made.residual = entry["residual"].value_or(0.0);
   if (made.row_tile < 1) refuse(where, "row_tile is at least 1");
   const toml::array* points = entry["points"].as_array();
@@ -184,7 +186,7 @@ void MachineReader::op(const toml::table& entry, Machine& machine) const {
       refuse(where, "a point needs bytes and us above 0, and flops of 0 or more");
     }
     const OpTable::Point made_point{log_extents(cost.shape_key),
-                                    std::log(us * 1e3 / roofline_ns(machine, &made, cost, {}))};
+                                    fmath::log(us * 1e3 / roofline_ns(machine, &made, cost, {}))};
     if (made.points.empty()) made.least = made.most = made_point.log_extent;
     for (size_t i = 0; i < 6; ++i) {
       made.least[i] = std::min(made.least[i], made_point.log_extent[i]);
@@ -256,10 +258,12 @@ Machine parse_machine(const std::string& text, const std::string& path) {
   return MachineReader(text, path).read();
 }
 
+double log2(double value) { return fmath::log(value) * 1.4426950408889634; }
+
 std::array<double, 6> log_extents(const std::array<int64_t, 6>& shape_key) {
   std::array<double, 6> logs{};
   for (size_t i = 0; i < 6; ++i) {
-    logs[i] = std::log2(static_cast<double>(std::max<int64_t>(1, shape_key[i])));
+    logs[i] = log2(static_cast<double>(std::max<int64_t>(1, shape_key[i])));
   }
   return logs;
 }
@@ -310,8 +314,9 @@ OpTime op_time(const Machine& machine, const Cost& cost, std::span<const int64_t
     time.is_extrapolated = true;
   } else {
     time.bound = table->bound;
+    time.is_extrapolated = !table->is_measured;
     const std::array<double, 6> at = log_extents(cost.shape_key);
-    ns *= std::exp(interpolated_log_ratio(*table, at));
+    ns *= fmath::exp(interpolated_log_ratio(*table, at));
     for (size_t i = 0; i < 6; ++i) {
       // A factor of two beyond a measured extent is as good as measured.
       if (at[i] < table->least[i] - 1 || at[i] > table->most[i] + 1) time.is_extrapolated = true;

@@ -25,9 +25,9 @@ struct OpTable {
     double log_ratio = 0;  // of measured to roofline time
   };
   TimedOp::Bound bound = TimedOp::Bound::compute;
-  int64_t row_tile = 1;  // rows of an expert are multiplied in whole tiles of so many
-  double residual = 0;   // mean relative error of each point, predicted from the others
-  int dims = 0;
+  int64_t row_tile = 1;     // rows of an expert are multiplied in whole tiles of so many
+  double residual = 0;      // mean relative error of each point, predicted from the others
+  bool is_measured = true;  // false: scaled from another machine's
   std::vector<Point> points;
   std::array<double, 6> least{}, most{};  // of log_extent
 };
@@ -81,6 +81,7 @@ double roofline_ns(const Machine& machine, const OpTable* table, const Cost& cos
                    std::span<const int64_t> expert_rows);
 double interpolated_log_ratio(const OpTable& table, const std::array<double, 6>& log_extent,
                               int64_t without = -1);
+double log2(double value);
 std::array<double, 6> log_extents(const std::array<int64_t, 6>& shape_key);
 
 }  // namespace cambium::sim

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kNear = 0, kFar = 1, kTiers = 2;
 
 double efficiency(const LinkModel& link, double bytes, bool& extrapolated) {
-  const double at = std::log2(std::max(1.0, bytes));
+  const double at = log2(std::max(1.0, bytes));
   const auto& curve = link.efficiency;
   // A factor of four beyond the measured sizes is as good as measured.
   if (at < curve.front().first - 2 || at > curve.back().first + 2) extrapolated = true;
@@ -41,8 +41,8 @@ double VirtualTime::link_ns(const LinkModel& link, double bytes, double ranks) {
   return ns;
 }
 
-int64_t VirtualTime::link_of(int rank, bool is_far) const {
-  if (!is_far) return rank * kTiers + kNear;
+int64_t VirtualTime::link_of(int rank, Tier tier) const {
+  if (tier == Tier::near) return rank * kTiers + kNear;
   // Ranks of a node with fewer NICs than ranks share them: the first of each share's link.
   const int64_t node = rank / machine_.node_ranks, local = rank % machine_.node_ranks;
   const int64_t nic = local * machine_.nics / machine_.node_ranks;
@@ -88,7 +88,9 @@ void VirtualTime::price_message(Flow& flow, const Mail& mail) {
   const double bytes =
       static_cast<double>(mail.received.count * dtype_bytes(mail.recv->call.dtype));
   flow.remaining_ns = link_ns(is_far ? machine_.far : machine_.near, bytes, 0);
-  for (const int rank : {from, to}) flow.uses.emplace_back(link_of(rank, is_far), 1.0);
+  for (const int rank : {from, to}) {
+    flow.uses.emplace_back(link_of(rank, is_far ? Tier::far : Tier::near), 1.0);
+  }
 }
 
 // Nothing in place; else one copy.
@@ -133,7 +135,8 @@ void VirtualTime::price_collective(Flow& flow) {
     if (is_far) {
       // A ring enters a node once: its ranks' NICs share what every rank moves.
       std::map<int64_t, std::set<int64_t>> nics;
-      for (const int rank : ranks) nics[rank / machine_.node_ranks].insert(link_of(rank, true));
+      for (const int rank : ranks)
+        nics[rank / machine_.node_ranks].insert(link_of(rank, Tier::far));
       size_t fewest = SIZE_MAX;
       for (const auto& [node, of_node] : nics) fewest = std::min(fewest, of_node.size());
       far = moved / static_cast<double>(fewest);
@@ -144,8 +147,8 @@ void VirtualTime::price_collective(Flow& flow) {
   flow.remaining_ns = std::max(near_ns, far_ns);
   for (const Transfer* member : flow.members) {
     const int rank = ranks[static_cast<size_t>(member->member)];
-    flow.uses.emplace_back(link_of(rank, false), near_ns / flow.remaining_ns);
-    if (is_far) flow.uses.emplace_back(link_of(rank, true), far_ns / flow.remaining_ns);
+    flow.uses.emplace_back(link_of(rank, Tier::near), near_ns / flow.remaining_ns);
+    if (is_far) flow.uses.emplace_back(link_of(rank, Tier::far), far_ns / flow.remaining_ns);
   }
 }
 

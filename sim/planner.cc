@@ -40,11 +40,19 @@ std::vector<int> folded_ranks(const Config& config, const Machine& machine,
   if (!routing.is_symmetric()) {
     refuse(fmt::format("plan.routing = {} differs between ranks", config.plan.routing));
   }
-  if (config.parallel.sharding != Sharding::none && mesh.stage_ranks() > 1) {
-    refuse(fmt::format("parallel.sharding = {} cuts every rank another shard",
-                       choice_name(config.parallel.sharding)));
+  if (config.model.tie_embeddings && mesh.stage_ranks() > 1) {
+    refuse("a tied embedding's gradient is added where its shard lies");
+  }
+  if (config.numerics.reduction == ReductionMode::exact && mesh.stage_ranks() > 1) {
+    refuse("numerics.reduction = exact gives every rank nodes of its own in the gradients' tree");
+  }
+  if (config.logging.digest_every_steps == 1) {
+    refuse("digests of every step (logging.digest_every_steps = 1) are of every rank's own shard");
   }
   if (machine.is_shared) refuse("the ranks share one device");
+  if (machine.nics < machine.node_ranks && mesh.ranks() > machine.node_ranks) {
+    refuse(fmt::format("{} ranks of a node share {} NICs", machine.node_ranks, machine.nics));
+  }
   // Groups must cut nodes in the same way wherever they lie.
   for (const int64_t count : {mesh.stage_ranks(), mesh.ep, mesh.cp}) {
     if (count % machine.node_ranks != 0 && machine.node_ranks % count != 0) {

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "src/base/error.h"
+#include "src/base/fmath.h"
 #include "src/base/philox.h"
 
 namespace cambium::sim {
@@ -65,7 +66,7 @@ RoutingModel::RoutingModel(const Config& config, int64_t tokens)
         std::swap(order[i], order[static_cast<size_t>(u * static_cast<double>(i + 1))]);
       }
       for (size_t i = 0; i < E; ++i) {
-        share[order[i]] = std::pow(static_cast<double>(i + 1), -config.plan.zipf);
+        share[order[i]] = fmath::pow(static_cast<double>(i + 1), -config.plan.zipf);
       }
     }
     sample_tokens(layer);
@@ -125,7 +126,7 @@ void RoutingModel::sample_tokens(int64_t layer) {
     const auto what = (uint64_t{2} << 61) + static_cast<uint64_t>(layer * kSampledTokens + token);
     for (size_t i = 0; i < weight.size(); ++i) {
       const double u = std::max(1e-12, uniform(seed_, what, i));
-      keys[i] = {-std::log(u) / weight[i], i};
+      keys[i] = {-fmath::log(u) / weight[i], i};
     }
     std::nth_element(keys.begin(), keys.begin() + top_k_, keys.end());
     std::vector<bool> here(static_cast<size_t>(ranks_), false);

@@ -11,7 +11,8 @@
 namespace cambium::sim {
 
 size_t VirtualTime::CostHash::operator()(const CostKey& key) const {
-  auto hash = reinterpret_cast<uint64_t>(key.op) ^ static_cast<uint64_t>(key.bytes);
+  auto hash = reinterpret_cast<uint64_t>(key.op) ^ static_cast<uint64_t>(key.bytes) ^
+              static_cast<uint64_t>(key.flops) << 1;
   for (const int64_t extent : key.shape) {
     hash = (hash ^ static_cast<uint64_t>(extent)) * 0x9e3779b97f4a7c15u;
     hash ^= hash >> 29;
@@ -30,7 +31,7 @@ VirtualTime::~VirtualTime() = default;
 // The roofline's numbers once per shape; products of experts' rows depend on the draw.
 OpTime VirtualTime::price_op(const Cost& cost, std::span<const int64_t> expert_rows) {
   if (!expert_rows.empty()) return op_time(machine_, cost, expert_rows);
-  const CostKey key{cost.op, cost.shape_key, cost.bytes};
+  const CostKey key{cost.op, cost.shape_key, cost.flops, cost.bytes};
   const auto found = priced_.find(key);
   if (found != priced_.end()) return found->second;
   return priced_.emplace(key, op_time(machine_, cost, {})).first->second;

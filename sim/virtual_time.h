@@ -142,7 +142,8 @@ class VirtualTime {
   void finish(Transfer& transfer, int64_t start, int64_t end);
   void rebalance(Flow& changed, int64_t now);
   void settle(Flow& flow, int64_t now);
-  int64_t link_of(int rank, bool is_far) const;
+  enum class Tier : int { near, far };
+  int64_t link_of(int rank, Tier tier) const;
   void price_collective(Flow& flow);
   void price_message(Flow& flow, const Mail& mail);
   int64_t alone_ns(const CollectiveCall& call) const;  // of a group of one rank
@@ -163,7 +164,7 @@ class VirtualTime {
   struct CostKey {
     const char* op;
     std::array<int64_t, 6> shape;
-    int64_t bytes;
+    int64_t flops, bytes;
     bool operator==(const CostKey&) const = default;
   };
   struct CostHash {

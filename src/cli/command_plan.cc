@@ -123,7 +123,7 @@ int command_plan(const PlanOptions& options) {
   if (options.ranks > 0) scale_ranks(options.ranks, config);
   Trace trace;
   if (!options.trace.empty()) run.trace = &trace;
-  const PlanReport report = plan_step(run);
+  const PlanReport report = plan_layout(run);
   if (options.format == OutputFormat::json) {
     print_json(report);
   } else {

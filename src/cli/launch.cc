@@ -117,7 +117,7 @@ std::string device_name(DeviceKind device) {
   return "cpu";
 }
 
-PlanReport plan_step(const PlanRun& run) { return sim::plan_step(run); }
+PlanReport plan_layout(const PlanRun& run) { return sim::plan_step(run); }
 
 int64_t worker_threads(int64_t configured) {
   if (configured > 0) return configured;

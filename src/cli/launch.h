@@ -31,7 +31,7 @@ void launch(const LaunchOptions& options, void (*main)(void* body, RankEnvironme
 }
 
 // One step, shapes alone, on a machine that need not be there (sim/planner.h).
-PlanReport plan_step(const PlanRun& run);
+PlanReport plan_layout(const PlanRun& run);
 
 // Runs body(environment) for each rank that lives in this process.
 template <class Body>
