@@ -128,9 +128,9 @@ const SectionSpec kSections[] = {
 };
 
 const KeySpec kKeys[] = {
-    {"model", "preset", in_section<kModel, &Model::preset>, kNoRange, preset_names(), kMay, nullptr,
-     "a built-in model; other keys of [model] change it"},
-    {"model", "path", in_section<kModel, &Model::path>, kNoRange, kNoChoices, kMay, nullptr,
+    {"model", "preset", in_section<kModel, &Model::preset>, kNoRange, preset_names(), kSame,
+     nullptr, "a built-in model; other keys of [model] change it"},
+    {"model", "path", in_section<kModel, &Model::path>, kNoRange, kNoChoices, kSame, nullptr,
      "directory with a Hugging Face config.json; other keys of [model] change it"},
     {"model", "family", in_section<kModel, &Model::family>, kNoRange, kFamilyNames, kSame,
      kFromModel, "architecture"},
@@ -275,7 +275,7 @@ const KeySpec kKeys[] = {
     {"data", "document_mask", in_section<kData, &Data::document_mask>, kNoRange, kNoChoices, kSame,
      nullptr, "attention stays within a document"},
 
-    {"train", "steps", in_section<kTrain, &Train::steps>, kCount, kNoChoices, kMay, nullptr,
+    {"train", "steps", in_section<kTrain, &Train::steps>, kCount, kNoChoices, kSame, nullptr,
      "optimizer steps"},
     {"train",
      "global_batch_sequences",
@@ -290,7 +290,7 @@ const KeySpec kKeys[] = {
      in_section<kTrain, &Train::micro_batch_sequences>,
      {1, 65536},
      kNoChoices,
-     kMay,
+     kSame,
      nullptr,
      "sequences of one forward pass of one data rank"},
     {"train", "sequence_length", in_section<kTrain, &Train::sequence_length>, kDimension,
@@ -349,24 +349,24 @@ const KeySpec kKeys[] = {
     {"schedule", "min_lr_ratio", in_section<kSchedule, &Schedule::min_lr_ratio>, kRatio, kNoChoices,
      kSame, nullptr, "last learning rate / optimizer.lr"},
 
-    {"parallel", "pp", in_section<kParallel, &Parallel::pp>, kRanks, kNoChoices, kMay, nullptr,
+    {"parallel", "pp", in_section<kParallel, &Parallel::pp>, kRanks, kNoChoices, kSame, nullptr,
      "pipeline stages"},
-    {"parallel", "dp", in_section<kParallel, &Parallel::dp>, kRanks, kNoChoices, kMay, nullptr,
+    {"parallel", "dp", in_section<kParallel, &Parallel::dp>, kRanks, kNoChoices, kSame, nullptr,
      "data-parallel ranks, every one counted"},
-    {"parallel", "cp", in_section<kParallel, &Parallel::cp>, kRanks, kNoChoices, kMay, nullptr,
+    {"parallel", "cp", in_section<kParallel, &Parallel::cp>, kRanks, kNoChoices, kSame, nullptr,
      "ranks that share a sequence"},
-    {"parallel", "ep", in_section<kParallel, &Parallel::ep>, kRanks, kNoChoices, kMay, nullptr,
+    {"parallel", "ep", in_section<kParallel, &Parallel::ep>, kRanks, kNoChoices, kSame, nullptr,
      "ranks that share a layer's experts; divides dp * cp and model.experts"},
     {"parallel", "sharding", in_section<kParallel, &Parallel::sharding>, kNoRange, kShardingNames,
-     kMay, nullptr, "what the dp * cp ranks share out: nothing, optimizer, gradients, parameters"},
+     kSame, nullptr, "what the dp * cp ranks share out: nothing, optimizer, gradients, parameters"},
     {"parallel", "schedule", in_section<kParallel, &Parallel::schedule>, kNoRange, kScheduleNames,
-     kMay, nullptr, "pipeline schedule"},
+     kSame, nullptr, "pipeline schedule"},
     {"parallel",
      "virtual_stages",
      in_section<kParallel, &Parallel::virtual_stages>,
      {1, 1024},
      kNoChoices,
-     kMay,
+     kSame,
      nullptr,
      "layer groups of a rank with interleaved_1f1b"},
 
@@ -386,7 +386,7 @@ const KeySpec kKeys[] = {
      "step of the selection bias, once per training step; 0 = no bias"},
 
     {"recompute", "mode", in_section<kRecompute, &RecomputeConfig::mode>, kNoRange, kRecomputeNames,
-     kMay, nullptr, "what backward computes again; swiglu: what it does in any case"},
+     kSame, nullptr, "what backward computes again; swiglu: what it does in any case"},
 
     {"numerics", "compute", in_section<kNumerics, &Numerics::compute>, kNoRange, kComputeNames,
      kSame, "fp32 on cpu, bf16 on cuda",
@@ -404,16 +404,16 @@ const KeySpec kKeys[] = {
      "positions of a block, the unit of exact sums"},
 
     {"checkpoint", "every_steps", in_section<kCheckpoint, &Checkpoint::every_steps>, kOptionalCount,
-     kNoChoices, kMay, nullptr, "steps between checkpoints; 0 = only after the last step"},
+     kNoChoices, kSame, nullptr, "steps between checkpoints; 0 = only after the last step"},
     {"checkpoint", "keep", in_section<kCheckpoint, &Checkpoint::keep>, kOptionalCount, kNoChoices,
-     kMay, nullptr, "newest checkpoints that stay; 0 = all"},
+     kSame, nullptr, "newest checkpoints that stay; 0 = all"},
 
     {"logging", "digest_every_steps", in_section<kLogging, &Logging::digest_every_steps>, kCount,
-     kNoChoices, kMay, nullptr, "steps between parameter digests"},
+     kNoChoices, kSame, nullptr, "steps between parameter digests"},
     {"logging", "tensorboard", in_section<kLogging, &Logging::tensorboard>, kNoRange, kNoChoices,
-     kMay, nullptr, "write events.out.tfevents.*"},
+     kSame, nullptr, "write events.out.tfevents.*"},
 
-    {"run", "name", in_name, kNoRange, kNoChoices, kMay, "the file's name without .toml",
+    {"run", "name", in_name, kNoRange, kNoChoices, kSame, "the file's name without .toml",
      "name of the configuration"},
     {"run", "seed", in_section<kRun, &Run::seed>, kSeeds, kNoChoices, kMay, nullptr,
      "root of every random stream"},
@@ -446,7 +446,7 @@ const KeySpec kKeys[] = {
 
     {"plan", "machine", in_section<kPlan, &PlanConfig::machine>, kNoRange, kNoChoices, kSame,
      nullptr, "machine name or file"},
-    {"plan", "routing", in_section<kPlan, &PlanConfig::routing>, kNoRange, kNoChoices, kMay,
+    {"plan", "routing", in_section<kPlan, &PlanConfig::routing>, kNoRange, kNoChoices, kSame,
      nullptr,
      "how tokens choose experts: uniform, zipf, or the metrics.jsonl of a run, whose last loads "
      "count"},
@@ -455,7 +455,7 @@ const KeySpec kKeys[] = {
      in_section<kPlan, &PlanConfig::zipf>,
      {0, 10},
      kNoChoices,
-     kMay,
+     kSame,
      nullptr,
      "exponent of plan.routing = zipf: expert i is chosen with a weight of (i + 1)^-zipf"},
 
