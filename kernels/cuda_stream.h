@@ -90,6 +90,20 @@ class EventTimer final : public OpTimer {
   std::vector<Interval> intervals_;
 };
 
+// Brackets what a profiler records (nsys --capture-range=cudaProfilerApi), with NVTX ranges named
+// after stages and ops.
+class StepProfile final : public OpTimer {
+ public:
+  StepProfile();
+  ~StepProfile() override;
+  void before(const Cost& cost, Stream& stream) override;
+  void after(Stream& stream) override;
+  void begin_stage(const char* name) override;
+
+ private:
+  uint64_t stage_ = 0;  // an nvtxRangeId_t; 0 = none
+};
+
 // In stream order: a copy between any memories, and a fill.
 struct CopyAsync {
   const void* from = nullptr;

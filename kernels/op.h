@@ -40,13 +40,14 @@ struct OpTotals {
   int64_t bytes = 0;
 };
 
-// Times ops: on a GPU where they are launched at once (kernels/cuda_stream.h), on the CPU where
-// they run. For benchmarks and calibration.
+// Sees ops, on a GPU where they are launched at once (kernels/cuda_stream.h), on the CPU where they
+// run, and where a layer's stages begin. For benchmarks, calibration and profiles.
 class OpTimer {
  public:
   virtual ~OpTimer() = default;
   virtual void before(const Cost& cost, Stream& stream) = 0;
   virtual void after(Stream& stream) = 0;
+  virtual void begin_stage(const char*) {}  // ends the one before; "" = none
 };
 
 // Where shape-only execution charges costs.

@@ -1,4 +1,7 @@
 // CUDA streams behind src/base/stream.h: creation, ordering, waiting, copies; what the GPU is.
+#include <cuda_profiler_api.h>
+#include <nvtx3/nvToolsExt.h>
+
 #include "kernels/cuda_launch.cuh"
 
 namespace cambium::cuda {
@@ -89,6 +92,22 @@ std::vector<std::pair<Cost, double>> EventTimer::take_ms() {
   }
   intervals_.clear();
   return calls;
+}
+
+StepProfile::StepProfile() { check_cuda(cudaProfilerStart(), "cudaProfilerStart"); }
+
+StepProfile::~StepProfile() {
+  begin_stage("");
+  cudaProfilerStop();
+}
+
+void StepProfile::before(const Cost& cost, Stream&) { nvtxRangePushA(cost.op); }
+
+void StepProfile::after(Stream&) { nvtxRangePop(); }
+
+void StepProfile::begin_stage(const char* name) {
+  if (stage_ != 0) nvtxRangeEnd(stage_);
+  stage_ = name[0] == 0 ? 0 : nvtxRangeStartA(name);
 }
 
 void copy_bytes(const void* from, void* to, int64_t bytes) {

@@ -116,6 +116,10 @@ int run_train(const Invocation& invocation) {
       "go on from the newest good checkpoint of the run directory");
   app.add_option("--stop-after-step", options.stop_after_step, "save after this step, and end")
       ->check(positive());
+  app.add_option("--profile", options.profile_step,
+                 "bracket this step for a GPU profiler, with NVTX ranges of stages and ops")
+      ->type_name("STEP")
+      ->check(positive());
   app.footer(example("cambium train configs/quickstart.toml --set train.steps=100 --out runs/a"));
   parse(app, invocation);
   return command_train(options);

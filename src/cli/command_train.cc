@@ -226,6 +226,7 @@ TrainOutcome run_ranks(const TrainPlan& plan, const LoadedData& data, TrainRun r
   run.validation = data.validation.get();
   run.validation_batches = data.validation_batches;
   run.last_step = plan.last_step();
+  run.profile_step = plan.options.profile_step;
   run.stop_signal = &stop_signal_received;
   const auto gpus = static_cast<double>(plan.job == nullptr ? 1 : plan.job->ranks());
   run.peak_flops_per_s = gpus * peak_flops_per_s(plan.config.run.device);
@@ -323,6 +324,11 @@ int command_train(const TrainOptions& options) {
   const Config config = load_config(options.config.path, options.config.sets);
   const Derived derived = derive(config);
   refuse_faults(config);
+  if (options.profile_step > 0 && config.run.device != DeviceKind::cuda) {
+    fail(ExitCode::usage,
+         "--profile brackets a step for a GPU profiler, but run.device = cpu; next: run.device = "
+         "cuda, under `nsys profile --capture-range=cudaProfilerApi`");
+  }
   const int ranks = static_cast<int>(derived.ranks);
   const Transport transport = resolve_transport(options.environment, config, ranks);
   std::unique_ptr<Job> job;

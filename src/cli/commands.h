@@ -24,11 +24,13 @@ struct ConfigSource {
 };
 
 // cambium train CONFIG.toml [--set a.b=c]... [--out DIR] [--resume] [--stop-after-step N]
+// [--profile STEP]
 struct TrainOptions {
   ConfigSource config;
   std::string out;  // overrides run.out when not empty
   ResumeChoice resume = ResumeChoice::fresh;
   int64_t stop_after_step = 0;  // 0 = train.steps
+  int64_t profile_step = 0;     // 0 = none
   Environment environment;
 };
 int command_train(const TrainOptions& options);

@@ -23,8 +23,7 @@ DType LayerContext::dtype() const {
 }
 
 void LayerContext::enter(WorkStage stage, WorkPass pass, int64_t micro_batch) const {
-  rank.environment.place = {stage, pass, static_cast<int16_t>(layer),
-                            static_cast<int32_t>(micro_batch)};
+  rank.enter({stage, pass, static_cast<int16_t>(layer), static_cast<int32_t>(micro_batch)});
 }
 
 Buffer LayerContext::real(Shape shape, const char* what) const {

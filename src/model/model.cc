@@ -334,7 +334,7 @@ Buffer Model::real(Shape shape, const char* what) const {
 }
 
 void Model::enter(WorkStage stage, WorkPass pass, const MicroBatch& batch) {
-  rank_.environment.place = {stage, pass, -1, static_cast<int32_t>(batch.index)};
+  rank_.enter({stage, pass, -1, static_cast<int32_t>(batch.index)});
 }
 
 Buffer Model::embed(const MicroBatch& batch) {

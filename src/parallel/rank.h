@@ -95,6 +95,11 @@ class Rank {
   }
   // Fills a buffer's bytes in stream order.
   void zero(const Buffer& buffer);
+  // What follows belongs to this part of the step.
+  void enter(const WorkPlace& place) {
+    environment.place = place;
+    if (ops.timer != nullptr) ops.timer->begin_stage(work_stage_name(place.stage));
+  }
   // `compute` waits for `ticket`, or `comm` for everything computed so far.
   void compute_waits(const Ticket& ticket) { compute.wait(ticket); }
   void comm_waits_for_compute() { comm.wait(compute.record()); }

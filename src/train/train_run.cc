@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "kernels/copy.h"
+#include "kernels/cuda_stream.h"
 #include "src/optim/lr_schedule.h"
 
 namespace cambium {
@@ -228,6 +229,15 @@ void record_step(const TrainRun& run, int64_t step, const StepResult& result, in
   run.progress->update(metrics);
 }
 
+void start_profile(Rank& rank, std::unique_ptr<OpTimer>& profile) {
+  if constexpr (kHasCuda) {
+    if (rank.config.run.device == DeviceKind::cuda) {
+      profile = std::make_unique<cuda::StepProfile>();
+      rank.ops.timer = profile.get();
+    }
+  }
+}
+
 }  // namespace
 
 TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run) {
@@ -246,10 +256,12 @@ TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run) {
   const int64_t digest_every = config.logging.digest_every_steps;
   const int64_t save_every = run.derived->checkpoint_every_steps;
   StopReason reason = StopReason::finished;
+  std::unique_ptr<OpTimer> profile;
   double validation = std::numeric_limits<double>::quiet_NaN();
   while (done < run.last_step) {
     const int64_t now = done + 1;
     const int64_t start_ns = rank.host.now_ns();
+    if (now == run.profile_step && rank.is_first()) start_profile(rank, profile);
     rank.step = now;
     environment.set_step(now);
     step.accumulate(*run.train, done);
@@ -257,6 +269,8 @@ TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run) {
     const StepResult result = step.update(now, learning_rate(config, *run.derived, now),
                                           digest ? WithDigests::yes : WithDigests::no);
     const int64_t elapsed_ns = rank.host.now_ns() - start_ns;
+    rank.ops.timer = nullptr;
+    profile.reset();
     done = now;
     const bool stopping = stop_requested(rank, run);
     const bool last = done == run.last_step || stopping;

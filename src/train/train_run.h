@@ -29,6 +29,7 @@ struct TrainRun {
   int64_t last_step = 0;               // stop_after_step or train.steps
   const volatile std::sig_atomic_t* stop_signal = nullptr;
   double peak_flops_per_s = 0;  // of all GPUs of the run; 0 = no MFU
+  int64_t profile_step = 0;     // rank 0's step that a profiler records; 0 = none
   MetricsWriter* metrics = nullptr;
   Progress* progress = nullptr;
 };

@@ -122,7 +122,7 @@ void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
   begin(batch_index, source);
   for (const auto& group : model_.groups()) group->begin_step();
   PipelinePass(*this, source, batch_index).train(training_);
-  rank_.environment.place = {.stage = WorkStage::reduce};
+  rank_.enter({.stage = WorkStage::reduce});
   for (const auto& group : model_.groups()) {
     group->reduce_gradients();
     // The fault `expert_gradient_scale`: this rank's expert gradients times the size of its group.
@@ -328,7 +328,7 @@ StepResult TrainStep::read_result() const {
 }
 
 StepResult TrainStep::update(int64_t step, double learning_rate, WithDigests with_digests) {
-  rank_.environment.place = {.stage = WorkStage::update};
+  rank_.enter({.stage = WorkStage::update});
   apply_adamw(step, learning_rate);
   update_router_state();
   if (with_digests == WithDigests::yes) enqueue_digests();

@@ -87,6 +87,8 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --stop-after-step -1", 2, "stop-after-step.*-1"},
     {"train $Q --stop-after-step 0", 2, "stop-after-step"},
     {"train $Q --stop-after-step three", 2, "stop-after-step.*three"},
+    {"train $Q --profile 0", 2, "--profile"},
+    {"train $Q --profile 3", 2, "run.device = cpu; next: run.device = cuda"},
     {"train $Q --resmue", 2, "did you mean --resume"},
     {"train $Q --ouput x", 2, "unknown flag --ouput"},
     {"train $Q extra.toml", 2, "unexpected argument 'extra.toml'"},
