@@ -4,6 +4,7 @@
 
 #include "gtest/gtest.h"
 #include "sim/cluster.h"
+#include "sim/machine_writer.h"
 #include "sim/planner.h"
 #include "sim/virtual_time.h"
 #include "src/cli/launch.h"
@@ -292,6 +293,33 @@ TEST(Machines, AMeasuredShapeTakesItsMeasuredTimeAndTilesCount) {
   const double want = static_cast<double>(op_time(machine, rows, full).ns);
   EXPECT_NEAR(static_cast<double>(op_time(machine, rows, ragged).ns), want * 63 / 32, want * 0.01);
   EXPECT_TRUE(op_time(load_machine("dgx-b200"), whole, {}).is_extrapolated);
+}
+
+TEST(Machines, ACalibratedFileGivesBackWhatWasMeasured) {
+  Measurements measured;
+  measured.name = "here";
+  measured.command = "a test";
+  measured.memory_bytes = 8e9;
+  measured.call_ns = 500;
+  measured.call_rank_ns = 20;
+  measured.copy_bytes_per_s = 4e9;
+  for (int64_t n = 128; n <= 1024; n *= 2) {
+    measured.ops.push_back({{"linear", {n, n, n}, 2 * n * n * n, 12 * n * n, 0}, 100.0 * n * n});
+    measured.ops.push_back({{"copy_bytes", {n * n}, 0, 2 * n * n, 0}, 3.0 * n});
+  }
+  const Machine machine = parse_machine(machine_text(measured), "here");
+  EXPECT_TRUE(machine.is_shared);
+  for (const MeasuredOp& op : measured.ops) {
+    const OpTime time = op_time(machine, op.cost, {});
+    EXPECT_NEAR(static_cast<double>(time.ns), op.ns, 0.002 * op.ns + 1) << op.cost.op;
+    EXPECT_FALSE(time.is_extrapolated);
+  }
+  // Time of n^2 between measured ones; residuals are those of the steps of a factor of two.
+  const OpTime between = op_time(machine, {"linear", {181, 181, 181}, 2 * 5929741, 393132, 0}, {});
+  EXPECT_NEAR(static_cast<double>(between.ns), 3276100, 0.35 * 3276100);
+  EXPECT_GT(machine.ops.at("linear").residual, 0.05);
+  EXPECT_TRUE(op_time(machine, {"linear", {8192, 64, 64}, 1, 1, 0}, {}).is_extrapolated);
+  EXPECT_TRUE(op_time(machine, {"attention", {64}, 1, 1, 0}, {}).is_extrapolated);
 }
 
 }  // namespace
