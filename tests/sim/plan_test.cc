@@ -170,7 +170,7 @@ std::vector<RankPlan> numeric_run(const Config& config) {
   return plans;
 }
 
-void expect_same_work(const Config& config, bool routes) {
+void expect_equal_work(const Config& config, bool routes) {
   const std::vector<RankPlan> numeric = numeric_run(config);
   const PlanReport plan = plan_step({.config = config, .machine = "laptop"});
   ASSERT_EQ(plan.by_rank.size(), numeric.size());
@@ -205,10 +205,10 @@ TEST(Plan, DoesTheOpsCallsAndAllocationsOfARunThatComputes) {
         "dp = 2\nsharding = \"zero2\"", "dp = 2\nsharding = \"full\"", "dp = 2\ncp = 2",
         "pp = 2\ndp = 2", "pp = 2\nschedule = \"zb_h1\"", "pp = 2\nschedule = \"dualpipev\""}) {
     SCOPED_TRACE(layout);
-    expect_same_work(plan_config("[parallel]\n" + layout + "\n"), false);
+    expect_equal_work(plan_config("[parallel]\n" + layout + "\n"), false);
     Config fast = plan_config("[parallel]\n" + layout + "\n");
     fast.numerics.reduction = ReductionMode::fast;
-    expect_same_work(fast, false);
+    expect_equal_work(fast, false);
   }
 }
 
@@ -216,7 +216,7 @@ TEST(Plan, MakesTheSameCallsWhereTokensTravel) {
   for (const std::string layout :
        {"dp = 4\nep = 4", "dp = 4\nep = 2\nsharding = \"full\"", "pp = 2\ndp = 2\nep = 2"}) {
     SCOPED_TRACE(layout);
-    expect_same_work(plan_config("[parallel]\n" + layout + "\n"), true);
+    expect_equal_work(plan_config("[parallel]\n" + layout + "\n"), true);
   }
 }
 
