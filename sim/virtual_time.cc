@@ -133,9 +133,14 @@ void VirtualRank::add_stream(Stream& stream) {
 
 void VirtualRank::charge(const Cost& cost, Stream& stream) {
   const bool has_rows = cost.op[0] == 'g' && std::string_view(cost.op).starts_with("grouped_");
-  const OpTime time =
-      time_.price_op(cost, has_rows ? expert_rows(place_) : std::span<const int64_t>());
-  host_ns_ += static_cast<int64_t>(time_.machine_.launch_ns);
+  OpTime time = time_.price_op(cost, has_rows ? expert_rows(place_) : std::span<const int64_t>());
+  // Where ops run on the host's own cores, handing them over takes their time.
+  const auto launch = static_cast<int64_t>(time_.machine_.launch_ns);
+  if (time_.machine_.is_shared) {
+    time.ns += launch;
+  } else {
+    host_ns_ += launch;
+  }
   if (time.is_extrapolated) times_.extrapolated_ns += time.ns;
   stream.charge({cost.op, host_ns_, time.ns, place_, time.bound});
 }

@@ -161,7 +161,13 @@ int run_plan(const Invocation& invocation) {
 int run_calibrate(const Invocation& invocation) {
   CalibrateOptions options;
   CLI::App app("Measure this machine into a machine file.", "cambium calibrate");
-  app.add_option("--out", options.out, "machine file to write")->required();
+  auto* out = app.add_option("--out", options.out, "machine file to write")->type_name("FILE");
+  app.add_option("--check", options.check,
+                 "compare a machine file's predictions with steps that it was not fitted to")
+      ->type_name("FILE")
+      ->excludes(out);
+  app.add_option("--device", options.device, "cpu or cuda; default: a GPU where there is one")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
   app.footer(example("cambium calibrate --out laptop.toml"));
   parse(app, invocation);
   return command_calibrate(options);

@@ -58,7 +58,7 @@ nlohmann::json rank_json(const RankPlan& rank) {
           {"peak_at", place_text(rank)}};
 }
 
-void print_json(const PlanReport& report) {
+void print_plan_json(const PlanReport& report) {
   nlohmann::json ranks = nlohmann::json::array();
   for (const RankPlan& rank : report.by_rank) ranks.push_back(rank_json(rank));
   const nlohmann::json object{{"machine", report.machine},
@@ -78,7 +78,7 @@ void print_json(const PlanReport& report) {
   fmt::print("{}\n", object.dump());
 }
 
-void print_text(const Config& config, const PlanReport& report) {
+void print_plan_text(const Config& config, const PlanReport& report) {
   fmt::print("{} on {}, {} ranks ({} simulated), routing {}\n", layout_text(config), report.machine,
              report.ranks, report.by_rank.size(), config.plan.routing);
   fmt::print("  step            {:.3f} ms\n", ms(report.step_ns));
@@ -125,9 +125,9 @@ int command_plan(const PlanOptions& options) {
   if (!options.trace.empty()) run.trace = &trace;
   const PlanReport report = plan_layout(run);
   if (options.format == OutputFormat::json) {
-    print_json(report);
+    print_plan_json(report);
   } else {
-    print_text(config, report);
+    print_plan_text(config, report);
   }
   if (!options.trace.empty()) {
     std::ofstream file(options.trace);

@@ -1,7 +1,6 @@
 // The subcommands: plain options in, exit code out. cli.cc fills the options from the arguments.
 //
 // Results go to stdout, progress to stderr. A command that fails throws Error (error.h).
-// pending.cc holds the commands that are not built yet; whoever writes one deletes it there.
 #pragma once
 
 #include <cstdint>
@@ -55,9 +54,12 @@ struct PlanOptions {
 };
 int command_plan(const PlanOptions& options);
 
-// cambium calibrate --out FILE
+// cambium calibrate --out FILE [--device cpu|cuda]: measures this machine.
+// cambium calibrate --check FILE: its predictions against configurations that it was not fitted to.
 struct CalibrateOptions {
   std::string out;
+  std::string check;
+  std::string device;  // "cpu" or "cuda"; empty = a GPU where there is one
 };
 int command_calibrate(const CalibrateOptions& options);
 

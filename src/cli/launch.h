@@ -11,6 +11,7 @@
 #include "src/comm/job.h"
 #include "src/comm/rank_environment.h"
 #include "src/config/config.h"
+#include "src/train/measurements.h"
 #include "src/train/plan_report.h"
 
 namespace cambium {
@@ -32,6 +33,8 @@ void launch(const LaunchOptions& options, void (*main)(void* body, RankEnvironme
 
 // One step, shapes alone, on a machine that need not be there (sim/planner.h).
 PlanReport plan_layout(const PlanRun& run);
+// The text of a machine file (sim/machine_writer.h).
+std::string calibrated_machine(const Measurements& measured);
 
 // Runs body(environment) for each rank that lives in this process.
 template <class Body>

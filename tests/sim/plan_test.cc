@@ -4,6 +4,7 @@
 
 #include "gtest/gtest.h"
 #include "sim/cluster.h"
+#include "sim/machine_writer.h"
 #include "sim/planner.h"
 #include "sim/virtual_time.h"
 #include "src/cli/launch.h"
@@ -169,7 +170,7 @@ std::vector<RankPlan> numeric_run(const Config& config) {
   return plans;
 }
 
-void expect_same_work(const Config& config, bool routes) {
+void expect_equal_work(const Config& config, bool routes) {
   const std::vector<RankPlan> numeric = numeric_run(config);
   const PlanReport plan = plan_step({.config = config, .machine = "laptop"});
   ASSERT_EQ(plan.by_rank.size(), numeric.size());
@@ -204,10 +205,10 @@ TEST(Plan, DoesTheOpsCallsAndAllocationsOfARunThatComputes) {
         "dp = 2\nsharding = \"zero2\"", "dp = 2\nsharding = \"full\"", "dp = 2\ncp = 2",
         "pp = 2\ndp = 2", "pp = 2\nschedule = \"zb_h1\"", "pp = 2\nschedule = \"dualpipev\""}) {
     SCOPED_TRACE(layout);
-    expect_same_work(plan_config("[parallel]\n" + layout + "\n"), false);
+    expect_equal_work(plan_config("[parallel]\n" + layout + "\n"), false);
     Config fast = plan_config("[parallel]\n" + layout + "\n");
     fast.numerics.reduction = ReductionMode::fast;
-    expect_same_work(fast, false);
+    expect_equal_work(fast, false);
   }
 }
 
@@ -215,7 +216,7 @@ TEST(Plan, MakesTheSameCallsWhereTokensTravel) {
   for (const std::string layout :
        {"dp = 4\nep = 4", "dp = 4\nep = 2\nsharding = \"full\"", "pp = 2\ndp = 2\nep = 2"}) {
     SCOPED_TRACE(layout);
-    expect_same_work(plan_config("[parallel]\n" + layout + "\n"), true);
+    expect_equal_work(plan_config("[parallel]\n" + layout + "\n"), true);
   }
 }
 
@@ -292,6 +293,33 @@ TEST(Machines, AMeasuredShapeTakesItsMeasuredTimeAndTilesCount) {
   const double want = static_cast<double>(op_time(machine, rows, full).ns);
   EXPECT_NEAR(static_cast<double>(op_time(machine, rows, ragged).ns), want * 63 / 32, want * 0.01);
   EXPECT_TRUE(op_time(load_machine("dgx-b200"), whole, {}).is_extrapolated);
+}
+
+TEST(Machines, ACalibratedFileGivesBackWhatWasMeasured) {
+  Measurements measured;
+  measured.name = "here";
+  measured.command = "a test";
+  measured.memory_bytes = 8e9;
+  measured.call_ns = 500;
+  measured.call_rank_ns = 20;
+  measured.copy_bytes_per_s = 4e9;
+  for (int64_t n = 128; n <= 1024; n *= 2) {
+    measured.ops.push_back({{"linear", {n, n, n}, 2 * n * n * n, 12 * n * n, 0}, 100.0 * n * n});
+    measured.ops.push_back({{"copy_bytes", {n * n}, 0, 2 * n * n, 0}, 3.0 * n});
+  }
+  const Machine machine = parse_machine(machine_text(measured), "here");
+  EXPECT_TRUE(machine.is_shared);
+  for (const MeasuredOp& op : measured.ops) {
+    const OpTime time = op_time(machine, op.cost, {});
+    EXPECT_NEAR(static_cast<double>(time.ns), op.ns, 0.002 * op.ns + 1) << op.cost.op;
+    EXPECT_FALSE(time.is_extrapolated);
+  }
+  // Time of n^2 between measured ones; residuals are those of the steps of a factor of two.
+  const OpTime between = op_time(machine, {"linear", {181, 181, 181}, 2 * 5929741, 393132, 0}, {});
+  EXPECT_NEAR(static_cast<double>(between.ns), 3276100, 0.35 * 3276100);
+  EXPECT_GT(machine.ops.at("linear").residual, 0.05);
+  EXPECT_TRUE(op_time(machine, {"linear", {8192, 64, 64}, 1, 1, 0}, {}).is_extrapolated);
+  EXPECT_TRUE(op_time(machine, {"attention", {64}, 1, 1, 0}, {}).is_extrapolated);
 }
 
 }  // namespace
