@@ -316,7 +316,10 @@ OpTime op_time(const Machine& machine, const Cost& cost, std::span<const int64_t
     time.bound = table->bound;
     time.is_extrapolated = !table->is_measured;
     const std::array<double, 6> at = log_extents(cost.shape_key);
-    ns *= fmath::exp(interpolated_log_ratio(*table, at));
+    const double measured_ns = ns * fmath::exp(interpolated_log_ratio(*table, at));
+    // Small calls say nothing of the rate of ones far larger, which memory bounds.
+    const bool is_larger = at[0] > table->most[0] + 1 && time.bound == TimedOp::Bound::memory;
+    ns = is_larger ? std::min(measured_ns, ns + machine.least_op_ns) : measured_ns;
     for (size_t i = 0; i < 6; ++i) {
       // A factor of two beyond a measured extent is as good as measured.
       if (at[i] < table->least[i] - 1 || at[i] > table->most[i] + 1) time.is_extrapolated = true;

@@ -71,6 +71,8 @@ void plan_rank(RankEnvironment& environment, const Config& config, RankPlan& pla
   Rank rank(config, environment);
   rank.ops.totals = nullptr;
   TrainStep step(rank, config.model);
+  // What a run does once is not part of a step: gradient slots are made, and zeroed, before it.
+  for (const auto& group : step.model().groups()) group->begin_step();
   rank.finish_step();
   rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
   auto& clock = static_cast<VirtualRank&>(*environment.shape_only());
