@@ -137,6 +137,7 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
   try {
     copy_framework(record, work);
     fs::copy_file(spec.home + "/run.sh", work + "/.ate/run");
+    fs::permissions(work + "/.ate/run", fs::perms::owner_all);
     for (const std::string& from : {spec.framework.directory, spec.task.directory}) {
       if (fs::exists(from + "/prepare.sh")) {
         run_shell("bash \"$1\"", {fs::absolute(from + "/prepare.sh")}, work);
@@ -173,7 +174,7 @@ std::vector<CheckResult> read_checks(const std::vector<std::string>& names,
                                      const std::string& output) {
   std::vector<CheckResult> results;
   for (const std::string& name : names) {
-    CheckResult result = {name, false, "the grader never reached it"};
+    CheckResult result = {name, false, kNeverReached};
     std::istringstream stream(output);
     bool failed = false;
     for (std::string line; std::getline(stream, line);) {

@@ -34,6 +34,8 @@ struct AttemptRecord {
 
 AttemptRecord run_attempt(const AttemptSpec& spec);
 
+constexpr const char* kNeverReached = "the grader never reached it";
+
 struct CheckResult {
   std::string name;
   bool passed = false;

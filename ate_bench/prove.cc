@@ -39,7 +39,11 @@ bool prove_task(const Task& task, const ProofSpec& spec) {
     attempt.directory = directory;
     const AttemptRecord record = run_attempt(attempt);
     const Grade grade = grade_attempt(spec.home, directory);
-    const bool sound = record.outcome == "finished" && grade.graded;
+    // A near-miss that does not even compile proves nothing: every check must have been reached.
+    const bool reached =
+        std::all_of(grade.checks.begin(), grade.checks.end(),
+                    [](const CheckResult& check) { return check.detail != kNeverReached; });
+    const bool sound = record.outcome == "finished" && grade.graded && reached;
     const bool holds = sound && grade.success == (name == "right");
     std::string failed;
     for (const CheckResult& check : grade.checks) {
