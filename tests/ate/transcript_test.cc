@@ -2,35 +2,18 @@
 #include "ate_bench/transcript.h"
 
 #include "ate_bench/measures.h"
+#include "ate_bench/process.h"
 #include "gtest/gtest.h"
-
-namespace {
-
-const std::string kClaude =
-    R"({"type":"system","subtype":"init","session_id":"s","model":"claude-x"}
-{"type":"assistant","message":{"id":"m1","model":"claude-x","content":[{"type":"text","text":"I read"}],"usage":{"input_tokens":10,"cache_creation_input_tokens":200,"cache_read_input_tokens":1000,"output_tokens":5}}}
-{"type":"assistant","message":{"id":"m1","model":"claude-x","content":[{"type":"tool_use","id":"t1","name":"Read","input":{"file_path":"src/a.cc"}}],"usage":{"input_tokens":10,"cache_creation_input_tokens":200,"cache_read_input_tokens":1000,"output_tokens":40}}}
-{"type":"user","message":{"content":[{"type":"tool_result","tool_use_id":"t1","content":"text"}]}}
-{"type":"assistant","message":{"id":"m2","model":"claude-x","content":[{"type":"tool_use","id":"t2","name":"Read","input":{"file_path":"src/a.cc"}},{"type":"tool_use","id":"t3","name":"Bash","input":{"command":"make"}}],"usage":{"input_tokens":20,"cache_creation_input_tokens":0,"cache_read_input_tokens":2000,"output_tokens":60}}}
-{"type":"user","message":{"content":[{"type":"tool_result","tool_use_id":"t2"},{"type":"tool_result","tool_use_id":"t3"}]}}
-{"type":"assistant","message":{"id":"m3","model":"claude-x","content":[{"type":"text","text":"done"}],"usage":{"input_tokens":30,"cache_read_input_tokens":3000,"output_tokens":7}}}
-{"type":"result","subtype":"success","is_error":false,"num_turns":3,"usage":{"input_tokens":60,"cache_creation_input_tokens":200,"cache_read_input_tokens":6000,"output_tokens":120}}
-)";
-
-const std::string kCodex = R"({"type":"thread.started","thread_id":"x"}
-{"type":"turn.started"}
-{"type":"item.completed","item":{"id":"i0","type":"reasoning","text":"look"}}
-{"type":"item.started","item":{"id":"i1","type":"command_execution","command":"ls","status":"in_progress"}}
-{"type":"item.completed","item":{"id":"i1","type":"command_execution","command":"ls","exit_code":0}}
-{"type":"item.completed","item":{"id":"i2","type":"file_change","changes":[]}}
-{"type":"item.completed","item":{"id":"i3","type":"agent_message","text":"done"}}
-{"type":"turn.completed","usage":{"input_tokens":9000,"cached_input_tokens":6000,"output_tokens":300}}
-)";
-
-}  // namespace
+#include "tests/tree.h"
 
 namespace ate {
 namespace {
+
+std::string recorded(const std::string& name) {
+  return read_file(cambium::source_directory() + ("/tests/ate/transcripts/" + name + ".jsonl"));
+}
+
+const std::string kClaude = recorded("claude"), kCodex = recorded("codex");
 
 std::string first_lines(const std::string& text, int count) {
   size_t end = 0;
@@ -95,8 +78,8 @@ TEST(AteTranscript, CodexTellsTotals) {
 TEST(AteTranscript, ClaudeErrorResultIsNoEnd) {
   const Transcript failed = read_transcript(
       TranscriptFormat::claude,
-      first_lines(kClaude, 3) +
-          R"({"type":"result","subtype":"error_during_execution","is_error":true,"result":"Connection error."})",
+      first_lines(kClaude, 3) + R"({"type":"result","subtype":"error_during_execution",)"
+                                R"("is_error":true,"result":"Connection error."})",
       {});
   EXPECT_FALSE(failed.complete);
   EXPECT_TRUE(is_network_error(failed.error));

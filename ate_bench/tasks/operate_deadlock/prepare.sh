@@ -13,7 +13,7 @@ ep = 2
 [[faults]]
 kind = "skipped_collective"
 rank = 2
-step = 3
+step = 2
 C
 (cd .ate/hide && ln -sf ../../data data && ! "$CAMBIUM" check job.toml >../../failing_check.log 2>&1)
 rm -rf .ate/hide
