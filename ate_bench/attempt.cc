@@ -14,10 +14,11 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
-// $1 source, $2 commit, $3 target, then hidden paths. A local repository's objects are read where
-// they lie; the copy's own history is one commit, so that nothing hidden is found in it.
+// $1 source, $2 commit, $3 target, $4 `none` for a copy without git, then hidden paths. A local
+// repository's objects are read where they lie; the copy's own history is one commit, so that
+// nothing hidden is found in it.
 constexpr const char* kCopyScript = R"(
-source=$1 commit=$2 target=$3; shift 3
+source=$1 commit=$2 target=$3 history=$4; shift 4
 mkdir -p "$target"
 if [ -d "$source" ]; then
   git -C "$source" archive --format=tar "$commit" | tar -x -C "$target"
@@ -29,9 +30,9 @@ fi
 cd "$target"
 for hidden in "$@"; do rm -rf "./$hidden"; done
 mkdir -p .ate/runs .ate/answer
-printf '/.ate/\n' > .ate-ignore
+if [ "$history" = none ]; then exit 0; fi
 git init -q .
-mv .ate-ignore .git/info/exclude
+echo '/.ate/' > .git/info/exclude
 git add -A -f
 git -c user.name=ate -c user.email=ate@localhost commit -q --no-gpg-sign -m base
 )";
@@ -44,8 +45,8 @@ cp -r .ate/answer "$1/answer"
 cp -r .ate/runs "$1/runs"
 )";
 
-void copy_framework(const AttemptRecord& record, const std::string& target) {
-  std::vector<std::string> arguments = {record.source, record.commit, target};
+void copy_framework(const AttemptRecord& record, const std::string& target, const char* history) {
+  std::vector<std::string> arguments = {record.source, record.commit, target, history};
   arguments.insert(arguments.end(), record.hidden.begin(), record.hidden.end());
   run_shell(kCopyScript, arguments, "/");
 }
@@ -135,7 +136,7 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
                           spec.framework.hidden};
   save_attempt(record, directory);
   try {
-    copy_framework(record, work);
+    copy_framework(record, work, "one_commit");
     fs::copy_file(spec.home + "/run.sh", work + "/.ate/run");
     fs::permissions(work + "/.ate/run", fs::perms::owner_all);
     for (const std::string& from : {spec.framework.directory, spec.task.directory}) {
@@ -198,7 +199,7 @@ Grade grade_attempt(const std::string& home, const std::string& directory_given)
   Grade grade;
   fs::remove_all(copy);
   if (fs::exists(directory + "/diff.patch")) {
-    copy_framework(record, copy);
+    copy_framework(record, copy, "none");
     for (const std::string& from : {home + "/frameworks/" + record.framework, task.directory}) {
       if (fs::exists(from + "/prepare.sh")) {
         run_shell("bash \"$1\"", {fs::absolute(from + "/prepare.sh")}, copy);
@@ -206,9 +207,10 @@ Grade grade_attempt(const std::string& home, const std::string& directory_given)
     }
     run_shell(
         "if [ -s \"$1/diff.patch\" ]; then git apply --whitespace=nowarn \"$1/diff.patch\"; "
-        "fi; cp -r \"$1/answer/.\" .ate/answer; cp -r \"$2\" .ate/grade; cp \"$3\" \"$4\" .ate/",
+        "fi; cp -r \"$1/answer/.\" .ate/answer; cp -r \"$2\" .ate/grade; "
+        "cp \"$3\" \"$4\" \"$5\" .ate/",
         {directory, fs::absolute(task.directory + "/grade"), fs::absolute(home + "/grade_tools.sh"),
-         fs::absolute(home + "/hidden_test.inc")},
+         fs::absolute(home + "/hidden_test.inc"), fs::absolute(home + "/questions.py")},
         copy);
     ChildSpec child;
     child.arguments = {"bash", ".ate/grade/grade.sh"};
