@@ -206,7 +206,8 @@ Grade grade_attempt(const std::string& home, const std::string& directory_given)
       }
     }
     run_shell(
-        "if [ -s \"$1/diff.patch\" ]; then git apply --whitespace=nowarn \"$1/diff.patch\"; "
+        "if [ -s \"$1/diff.patch\" ]; then GIT_CEILING_DIRECTORIES=\"$1\" git apply "
+        "--whitespace=nowarn \"$1/diff.patch\"; "
         "fi; cp -r \"$1/answer/.\" .ate/answer; cp -r \"$2\" .ate/grade; "
         "cp \"$3\" \"$4\" \"$5\" .ate/",
         {directory, fs::absolute(task.directory + "/grade"), fs::absolute(home + "/grade_tools.sh"),

@@ -9,7 +9,7 @@ import json, os, re, sys
 
 questions = json.load(open(sys.argv[1]))
 try:
-    answers = json.load(open(os.environ["ATE_ANSWER"] + "/answers.json"))
+    answers = json.load(open(os.environ.get("ATE_ANSWER", "") + "/answers.json"))
 except (OSError, ValueError):
     answers = {}
 

@@ -78,7 +78,8 @@ const std::string kRight = "echo 42 > .ate/answer/n; echo changed > code; .ate/r
 TEST(AteAttempt, RightAnswerSucceedsThroughCommandLineAndReport) {
   Bench bench;
   const std::string session = bench.scratch.write("s", exec(kRight) + kDone);
-  const std::string out = bench.scratch.path() + "/out";
+  // Inside a repository: the grading copy's diff must not be taken for the surrounding tree's.
+  const std::string out = bench.scratch.path() + "/tree/runs";
   run_shell(
       "\"$1\" --home \"$2\" run sum --agent scripted --command \"$3\" --repeat 2 --out \"$4\"; "
       "\"$1\" --home \"$2\" report \"$4\"; \"$1\" --home \"$2\" grade "
