@@ -47,7 +47,7 @@ build() {  # build PRESET [TARGET...]
 }
 
 check_format() {
-  find src kernels reference sim tests bench -name '*.cc' -o -name '*.h' -o -name '*.cu' |
+  find src kernels reference sim tests bench ate_bench -name '*.cc' -o -name '*.h' -o -name '*.cu' |
     xargs clang-format --dry-run -Werror
 }
 
@@ -77,6 +77,15 @@ cuda_stage() {
   fi
 }
 
+# Every grader of ATE-Bench against its solutions; the copies compile through ccache.
+ate_proofs() {
+  local out status=0
+  out=$(mktemp -d)
+  ATE_CAMBIUM=$PWD/build/cpu/cambium build/cpu/ate prove --out "$out" || status=$?
+  rm -rf "$out"
+  return "$status"
+}
+
 sanitizer_tests() { build "$1" "small_$1" && ctest --preset "$1"; }
 
 bash scripts/setup.sh
@@ -92,6 +101,7 @@ if [ "$full" = yes ]; then
   stage "tsan" sanitizer_tests tsan
 fi
 stage "cpu" cpu_tests
+if [ "$full" = yes ]; then stage "ate" ate_proofs; fi
 
 for reason in ${skips[@]+"${skips[@]}"}; do echo "skipped: $reason"; done
 for name in ${failures[@]+"${failures[@]}"}; do echo "failed: $name"; done

@@ -1,0 +1,3 @@
+# Names the rank that waits.
+export WRONG=rank
+. "$(dirname "$0")/right.sh"

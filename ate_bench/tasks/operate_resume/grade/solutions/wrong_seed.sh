@@ -1,0 +1,3 @@
+# Another seed.
+SEED=13
+. "$(dirname "$0")/right.sh"

@@ -1,0 +1,3 @@
+# Tells the training loss for the validation loss.
+FIELD=loss
+. "$(dirname "$0")/right.sh"

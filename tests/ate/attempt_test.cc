@@ -1,0 +1,209 @@
+// `ate run` with the scripted agent through run, grade and report, on a framework and a task made
+// here: what succeeds, and every way in which an attempt must not.
+#include "ate_bench/attempt.h"
+
+#include <filesystem>
+
+#include "ate_bench/process.h"
+#include "ate_bench/prove.h"
+#include "ate_bench/report.h"
+#include "gtest/gtest.h"
+#include "tests/cli/run_binary.h"
+#include "tests/tree.h"
+
+namespace ate {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::string kDone = "{\"type\":\"end\"}\n";
+
+struct Bench {
+  cambium::ScratchDirectory scratch;
+  std::string home = scratch.path() + "/home",
+              binary = cambium::build_directory() + std::string("/ate");
+
+  Bench() {
+    const std::string real = cambium::source_directory() + std::string("/ate_bench/");
+    for (const char* file :
+         {"run.sh", "grade_tools.sh", "hidden_test.inc", "questions.py", "preamble.md"}) {
+      write_file(home + "/" + file, read_file(real + file));
+    }
+    write_file(
+        home + "/frameworks/cambium/framework.toml",
+        "source = \"" + scratch.path() + "/tree\"\ncommit = \"HEAD\"\nhidden = [\"secret\"]\n");
+    const std::string task = home + "/tasks/sum/";
+    write_file(task + "task.toml",
+               "suite = \"operate\"\ntitle = \"t\"\nbudget_s = 60\nframeworks = [\"cambium\"]\n"
+               "read_only = [\"fixed\"]\nchecks = [\"number\", \"source\"]\n");
+    write_file(task + "task.md", "Write 42.\n");
+    write_file(task + "grade/grade.sh",
+               ". .ate/grade_tools.sh\n"
+               "check number n grep -qx 42 \"$ATE_ANSWER/n\"\n"
+               "check source s grep -qx changed code\n");
+    write_file(scratch.path() + "/tree/code", "base\n");
+    write_file(scratch.path() + "/tree/fixed/file", "base\n");
+    write_file(scratch.path() + "/tree/secret", "hidden\n");
+    run_shell(
+        "git init -q && git add -A && git -c user.name=t -c user.email=t@localhost commit -qm t",
+        {}, scratch.path() + "/tree");
+  }
+
+  // Runs one session; the attempt's directory is `name`.
+  AttemptRecord run(const std::string& name, const std::string& session, double limit_s = 30) {
+    AttemptSpec spec;
+    spec.task = load_task(home, "sum");
+    spec.framework = load_framework(home, "cambium");
+    spec.agent = {"scripted", "", scratch.write(name + ".session", session)};
+    spec.home = home;
+    spec.ate_binary = binary;
+    spec.directory = attempt(name);
+    spec.limit_s = limit_s;
+    const AttemptRecord record = run_attempt(spec);
+    grade_attempt(home, spec.directory);
+    return record;
+  }
+  std::string attempt(const std::string& name) const { return scratch.path() + "/out/" + name; }
+  Grade grade(const std::string& name) const { return load_grade(attempt(name)); }
+};
+
+std::string exec(const std::string& command) {
+  return "{\"type\":\"turn\",\"input_tokens\":50,\"output_tokens\":5}\n"
+         "{\"type\":\"exec\",\"command\":\"" +
+         command + "\"}\n";
+}
+
+const std::string kRight = "echo 42 > .ate/answer/n; echo changed > code; .ate/run true";
+
+TEST(AteAttempt, RightAnswerSucceedsThroughCommandLineAndReport) {
+  Bench bench;
+  const std::string session = bench.scratch.write("s", exec(kRight) + kDone);
+  // Inside a repository: the grading copy's diff must not be taken for the surrounding tree's.
+  const std::string out = bench.scratch.path() + "/tree/runs";
+  run_shell(
+      "\"$1\" --home \"$2\" run sum --agent scripted --command \"$3\" --repeat 2 --out \"$4\"; "
+      "\"$1\" --home \"$2\" report \"$4\"; \"$1\" --home \"$2\" grade "
+      "\"$4/sum-cambium-scripted-1\"",
+      {bench.binary, bench.home, session, out}, "/");
+  const auto attempts = collect_attempts(out, {});
+  ASSERT_EQ(attempts.size(), 2u);
+  EXPECT_TRUE(attempts[1].grade.success);
+  EXPECT_EQ(attempts[1].record.outcome, "finished");
+  EXPECT_EQ(attempts[1].measures.lines_changed, 2);
+  EXPECT_EQ(attempts[1].measures.agent_turns, 1);
+  EXPECT_GT(attempts[1].measures.cpu_simulated_s + attempts[1].measures.active_gpu_s, 0);
+  EXPECT_NE(read_file(out + "/report.md").find("| sum | cambium | scripted | 2/2 | 1 | 50 | 5 |"),
+            std::string::npos);
+  EXPECT_NE(read_file(out + "/report.csv").find("finished,1,1,1,50,5,"), std::string::npos);
+  const std::string html = read_file(out + "/report.html");
+  EXPECT_NE(html.find("<svg"), std::string::npos);
+  EXPECT_EQ(html.find("http"), std::string::npos) << "the page needs nothing else";
+}
+
+TEST(AteAttempt, WrongAnswersFailByCheck) {
+  Bench bench;
+  EXPECT_EQ(
+      bench.run("wrong", exec("echo 41 > .ate/answer/n; echo changed > code") + kDone).outcome,
+      "finished");
+  const Grade grade = bench.grade("wrong");
+  EXPECT_TRUE(grade.graded);
+  EXPECT_FALSE(grade.success);
+  EXPECT_FALSE(grade.checks.at(0).passed);
+  EXPECT_TRUE(grade.checks.at(1).passed);
+  bench.run(
+      "committed",
+      exec(kRight + "; git add -A; git -c user.name=a -c user.email=a@b commit -qm c") + kDone);
+  EXPECT_TRUE(bench.grade("committed").success) << "a commit of the agent's is part of its work";
+}
+
+TEST(AteAttempt, TimeoutCrashNetworkLossAndReadOnlyAreNoSuccess) {
+  Bench bench;
+  EXPECT_EQ(bench.run("slow", exec(kRight) + "{\"type\":\"sleep\",\"s\":60}\n" + kDone, 2).outcome,
+            "timeout");
+  EXPECT_EQ(bench.run("crash", exec(kRight) + "{\"type\":\"exit\",\"code\":3}\n").outcome, "crash");
+  EXPECT_EQ(bench.run("torn", exec(kRight) + "{\"type\":\"en").outcome, "crash");
+  EXPECT_EQ(bench
+                .run("lost", exec(kRight) +
+                                 "{\"type\":\"end\",\"error\":\"connection reset: ECONNRESET\"}\n")
+                .outcome,
+            "network_loss");
+  const AttemptRecord edited = bench.run("edited", exec(kRight + "; echo x >> fixed/file") + kDone);
+  EXPECT_EQ(edited.outcome, "edited_read_only");
+  EXPECT_EQ(edited.detail, "fixed/file");
+  for (const char* name : {"slow", "crash", "torn", "lost", "edited"}) {
+    EXPECT_FALSE(bench.grade(name).success) << name;
+    EXPECT_TRUE(bench.grade(name).checks.at(0).passed) << name << ": its work was right";
+  }
+  EXPECT_EQ(collect_attempts(bench.scratch.path() + "/out", {}).size(), 5u);
+}
+
+TEST(AteAttempt, AgentsNeverSeeHiddenPathsNorTheGrader) {
+  Bench bench;
+  bench.run("look",
+            exec("ls -aR . .. > .ate/answer/n; git log --all --stat >> .ate/answer/n") + kDone);
+  const std::string seen = read_file(bench.attempt("look") + "/answer/n");
+  EXPECT_NE(seen.find("code"), std::string::npos);
+  EXPECT_EQ(seen.find("secret"), std::string::npos);
+  EXPECT_EQ(seen.find("grade.sh"), std::string::npos);
+}
+
+TEST(AteAttempt, FailedPrepareAndDyingGraderAreRecorded) {
+  Bench bench;
+  write_file(bench.home + "/tasks/sum/grade/grade.sh", "echo CHECK number PASS; exit 9\n");
+  bench.run("dies", exec(kRight) + kDone);
+  EXPECT_FALSE(bench.grade("dies").graded);
+  EXPECT_FALSE(bench.grade("dies").success);
+  EXPECT_EQ(bench.grade("dies").checks.at(1).detail, kNeverReached);
+  write_file(bench.home + "/tasks/sum/prepare.sh", "echo no luck; exit 1\n");
+  const AttemptRecord record = bench.run("unprepared", kDone);
+  EXPECT_EQ(record.outcome, "prepare_failed");
+  EXPECT_NE(record.detail.find("no luck"), std::string::npos);
+}
+
+TEST(AteAttempt, ProofNeedsRejectedNearMisses) {
+  Bench bench;
+  const std::string solutions = bench.home + "/tasks/sum/grade/solutions/";
+  const ProofSpec spec = {bench.home, bench.binary, bench.scratch.path() + "/p1", "cambium"};
+  write_file(solutions + "right.sh", kRight + "\n");
+  write_file(solutions + "wrong_a.sh", "echo 41 > .ate/answer/n\n");
+  EXPECT_FALSE(prove_task(load_task(bench.home, "sum"), spec)) << "one near-miss is too few";
+  write_file(solutions + "wrong_b.sh", "echo 42 > .ate/answer/n\n");
+  ProofSpec again = spec;
+  again.out = bench.scratch.path() + "/p2";
+  EXPECT_TRUE(prove_task(load_task(bench.home, "sum"), again));
+  write_file(solutions + "wrong_b.sh", kRight + "\n");
+  again.out = bench.scratch.path() + "/p3";
+  EXPECT_FALSE(prove_task(load_task(bench.home, "sum"), again)) << "a near-miss was accepted";
+}
+
+TEST(AteTasks, EveryTaskOfTheTreeIsWhole) {
+  const std::string home = cambium::source_directory() + std::string("/ate_bench");
+  int extend = 0, operate = 0;
+  for (const Task& task : list_tasks(home)) {
+    EXPECT_TRUE(fs::exists(task.directory + "/task.md")) << task.name;
+    EXPECT_TRUE(fs::exists(task.directory + "/grade/grade.sh")) << task.name;
+    EXPECT_GE(list_solutions(task).size(), 3u) << task.name;
+    extend += task.suite == "extend";
+    operate += task.suite == "operate";
+  }
+  EXPECT_GE(extend, 5);
+  EXPECT_GE(operate, 5);
+}
+
+// The commit tier's sample: tasks that need no compilation, with the binary built here. All of
+// them: scripts/test.sh --full.
+TEST(AteTasks, GradersAcceptSolutionsAndRejectNearMisses) {
+  const std::string tree = cambium::source_directory();
+  if (!fs::exists(tree + "/.git")) GTEST_SKIP() << "skipped: no git history to copy from";
+  setenv("ATE_CAMBIUM", cambium::cambium_binary(), 1);
+  const cambium::ScratchDirectory scratch;
+  const ProofSpec spec = {tree + "/ate_bench", cambium::build_directory() + std::string("/ate"),
+                          scratch.path(), "cambium"};
+  for (const Task& task : list_tasks(spec.home)) {
+    if (task.suite == "extend") continue;
+    EXPECT_TRUE(prove_task(task, spec)) << task.name;
+  }
+}
+
+}  // namespace
+}  // namespace ate
