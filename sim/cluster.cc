@@ -10,6 +10,7 @@
 #include "kernels/cuda_stream.h"
 #include "sim/comm_faults.h"
 #include "sim/deadlock.h"
+#include "sim/race_detector.h"
 #include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
 #include "src/comm/call_check.h"
@@ -23,11 +24,12 @@ class SimEnvironment;
 // All groups of a run by (name, members), in order of making.
 class Groups {
  public:
-  Groups(const ClusterOptions& options, Workers& workers) : options_(options), workers_(workers) {}
+  Groups(const ClusterOptions& options, Workers& workers, RaceDetector* races)
+      : options_(options), workers_(workers), races_(races) {}
   Group& nth(const std::string& name, const std::vector<int>& members, size_t number) {
     auto& made = groups_[{name, members}];
     while (made.size() <= number) {
-      made.push_back(std::make_unique<Group>(name, members, options_, workers_));
+      made.push_back(std::make_unique<Group>(name, members, options_, workers_, races_));
     }
     return *made[number];
   }
@@ -42,18 +44,25 @@ class Groups {
  private:
   const ClusterOptions& options_;
   Workers& workers_;
+  RaceDetector* races_;
   std::map<std::pair<std::string, std::vector<int>>, std::vector<std::unique_ptr<Group>>> groups_;
 };
 
 // A rank's host code waits by giving its thread to other fibers.
 class SimHost final : public Host {
  public:
-  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector)
-      : scheduler_(scheduler), rank_(rank), injector_(injector) {}
+  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector, RaceDetector* races)
+      : scheduler_(scheduler), rank_(rank), injector_(injector), races_(races) {}
   void wait(const Event& event, std::source_location site) override {
     if (injector_ != nullptr) injector_->flush();
+    if (races_ != nullptr && !races_->keeps_host_wait(rank_, event, site)) return;
     scheduler_.wait(rank_, event, site);
-    if (std::uncaught_exceptions() == 0) event.synchronize_device();
+    if (std::uncaught_exceptions() > 0) return;
+    event.synchronize_device();
+    if (races_ != nullptr) races_->host_waited(rank_, event, site);
+  }
+  void touches(const MemoryAccess& access) override {
+    if (races_ != nullptr) races_->host_touches(rank_, access);
   }
   void yield(const char*) override {
     if (injector_ != nullptr) injector_->flush();
@@ -69,19 +78,21 @@ class SimHost final : public Host {
   Scheduler& scheduler_;
   int rank_;
   FaultInjector* injector_;
+  RaceDetector* races_;  // null when races are not looked for
 };
 
 class SimEnvironment final : public RankEnvironment {
  public:
   SimEnvironment(int rank, const ClusterOptions& options, Workers& workers, Scheduler& scheduler,
-                 Groups& groups)
+                 Groups& groups, RaceDetector* races)
       : rank_(rank),
         options_(options),
         workers_(workers),
         scheduler_(scheduler),
         groups_(groups),
+        races_(races),
         injector_(make_injector(rank, options)),
-        host_(scheduler, rank, injector_.get()) {}
+        host_(scheduler, rank, injector_.get(), races) {}
 
   int rank() const override { return rank_; }
   int ranks() const override { return options_.ranks; }
@@ -93,6 +104,10 @@ class SimEnvironment final : public RankEnvironment {
     streams_.push_back(std::make_unique<Stream>(fmt::format("rank {} {}", rank_, name),
                                                 &scheduler_.ready_streams()));
     scheduler_.add_stream(*streams_.back(), rank_);
+    if (races_ != nullptr) {
+      races_->add_stream(*streams_.back(), rank_);
+      streams_.back()->set_observer(races_);
+    }
     if constexpr (kHasCuda) {
       if (options_.device == Device::cuda) {
         native_streams_.push_back(std::make_unique<cuda::NativeStream>(
@@ -167,6 +182,7 @@ class SimEnvironment final : public RankEnvironment {
   Workers& workers_;
   Scheduler& scheduler_;
   Groups& groups_;
+  RaceDetector* races_;
   std::unique_ptr<FaultInjector> injector_;
   SimHost host_;
   std::vector<std::unique_ptr<Stream>> streams_;
@@ -235,12 +251,18 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   if (options.workers == nullptr) own_workers = std::make_unique<Workers>(options.worker_threads);
   Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
   Scheduler scheduler(options.ranks, workers, options.schedule_seed);
-  Groups groups(options, workers);
+  std::unique_ptr<RaceDetector> races;
+  if (options.races == Races::detected) {
+    CHECK(options.device == Device::cpu);
+    races = std::make_unique<RaceDetector>(options.ranks, options.left_out_wait);
+    scheduler.run_streams_in_turn();
+  }
+  Groups groups(options, workers, races.get());
   Environments environments;
   std::vector<RankProgram> programs(static_cast<size_t>(options.ranks));
   for (int rank = 0; rank < options.ranks; ++rank) {
     environments.push_back(
-        std::make_unique<SimEnvironment>(rank, options, workers, scheduler, groups));
+        std::make_unique<SimEnvironment>(rank, options, workers, scheduler, groups, races.get()));
     RankProgram& program = programs[static_cast<size_t>(rank)];
     program = {main, body, environments.back().get(), &scheduler.task(rank)};
     scheduler.task(rank).fiber =
@@ -252,7 +274,9 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
     throw error;
   }
   check_faults_struck(environments);
-  return scheduler.report();
+  ClusterReport report = scheduler.report();
+  if (races != nullptr) report.races = races->report();
+  return report;
 }
 
 }  // namespace cluster_detail

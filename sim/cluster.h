@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "src/comm/race_report.h"
 #include "src/comm/rank_environment.h"
 
 namespace cambium::sim {
@@ -54,6 +55,9 @@ struct CommFault {
   int64_t skip_calls = 0;         // fitting calls that are left alone first
 };
 
+// Race detection (sim/race_detector.h): on the CPU, streams one after another.
+enum class Races { ignored, detected };
+
 struct ClusterOptions {
   int ranks = 1;
   Device device = Device::cpu;
@@ -63,6 +67,8 @@ struct ClusterOptions {
   Poison poison = Poison::off;
   ReductionOrder reduction_order = ReductionOrder::rank;
   std::vector<CommFault> faults = {};
+  Races races = Races::ignored;
+  std::string left_out_wait = {};  // the name of a WaitSite: its waits do nothing
   int64_t stack_bytes = 1 << 20;  // per rank; only touched pages cost memory
 };
 
@@ -71,6 +77,7 @@ struct ClusterReport {
   int64_t fiber_switches = 0;
   int64_t compute_phases = 0;
   int64_t tasks = 0;
+  RaceReport races;
 };
 
 namespace cluster_detail {

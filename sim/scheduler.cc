@@ -139,6 +139,7 @@ void Scheduler::drain_ready() {
 void Scheduler::compute_phase() {
   if (ready_streams_.count() == 0) return;
   ++report_.compute_phases;
+  if (stream_order_ == StreamOrder::in_turn) return drain_ready();
   workers_.parallel_for(workers_.threads(), [this](int64_t, Scratch&) { drain_ready(); });
 }
 

@@ -39,6 +39,9 @@ class Scheduler {
 
   Scheduler(int ranks, Workers& workers, uint64_t seed);
 
+  // One stream after another, in the same order every time; ops still use all threads.
+  void run_streams_in_turn() { stream_order_ = StreamOrder::in_turn; }
+
   // Runs every task's fiber to its end (true), or until a rank failed (false, `failed_rank() >= 0`)
   // or nothing can go on (false: a deadlock).
   bool run();
@@ -87,6 +90,7 @@ class Scheduler {
   int finished_ = 0;
   int failed_rank_ = -1;
   int64_t failed_stream_ = INT64_MAX;  // place in stream_ranks_
+  enum class StreamOrder { at_once, in_turn } stream_order_ = StreamOrder::at_once;
   enum class Mode { running, cancelling } mode_ = Mode::running;
   std::atomic<int> draining_{0};  // threads that may add to ready_streams_
   std::atomic<int64_t> tasks_run_{0};

@@ -2,20 +2,23 @@
 #include "sim/sim_communicator.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "fmt/format.h"
 #include "sim/comm_faults.h"
+#include "sim/race_detector.h"
 #include "src/comm/call_check.h"
 
 namespace cambium::sim {
 
 Group::Group(std::string name, std::vector<int> members, const ClusterOptions& options,
-             Workers& workers)
+             Workers& workers, RaceDetector* races)
     : name_(std::move(name)),
       members_(std::move(members)),
       order_(options.reduction_order),
       poison_(options.poison),
       workers_(workers),
+      races_(races),
       joined_(members_.size()),
       posted_(members_.size()) {}
 
@@ -228,8 +231,45 @@ Ticket SimCommunicator::post(CollectiveCall call) {
   return submit(std::move(call));
 }
 
+namespace {
+
+// The bytes of a call's buffers, touched until its ticket completes.
+void declare_transfer(const CollectiveCall& call, const SimCommunicator& communicator) {
+  const int64_t element = dtype_bytes(call.dtype);
+  const int64_t ranks = communicator.ranks();
+  const bool is_exchange = call.kind == CollectiveKind::exchange;
+  const auto total = [](const std::vector<int64_t>& counts) {
+    return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  };
+  int64_t sent = call.count, received = call.count;
+  if (call.kind == CollectiveKind::all_gather) received *= ranks;
+  if (call.kind == CollectiveKind::reduce_scatter) sent *= ranks;
+  if (call.kind == CollectiveKind::all_to_all_v) {
+    sent = total(call.send_counts);
+    received = total(call.recv_counts);
+  }
+  std::vector<MemoryAccess> accesses;
+  const auto add = [&](const void* data, int64_t count, Access access) {
+    if (data == nullptr || count == 0) return;
+    accesses.push_back(
+        {data, count * element, access, access == Access::read ? "send" : "receive"});
+  };
+  if (!is_exchange && call.kind != CollectiveKind::barrier) {
+    const bool is_broadcast = call.kind == CollectiveKind::broadcast;
+    const bool is_root = communicator.rank() == call.root;
+    if (!is_broadcast || is_root) add(call.send, sent, Access::read);
+    if (!is_broadcast || !is_root) add(call.recv, received, Access::write);
+  }
+  for (const Message& message : call.sends) add(message.data, message.count, Access::read);
+  for (const Message& message : call.recvs) add(message.data, message.count, Access::write);
+  call.stream->observer()->declare(*call.stream, collective_name(call.kind), accesses, call.site);
+}
+
+}  // namespace
+
 Ticket SimCommunicator::submit(CollectiveCall call) {
   Stream& stream = *call.stream;
+  if (stream.observer() != nullptr) declare_transfer(call, *this);
   const char* op_name = collective_name(call.kind);
   Transfer& transfer = group_.new_transfer(rank_);
   group_.bind(transfer, std::move(call));

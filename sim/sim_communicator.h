@@ -25,6 +25,7 @@ namespace cambium::sim {
 class Group;
 class SimCommunicator;
 class FaultInjector;
+class RaceDetector;
 struct Meeting;
 struct Mail;
 
@@ -42,8 +43,10 @@ class Transfer final : public GatedTask {
   std::vector<Mail*> recvs;
   bool started = false;  // reached its stream's head
   bool done = false;
+  std::vector<uint64_t> arrival_clock;  // what its stream knew when it started (race detection)
 
  private:
+  void note_completed();
   bool advance_collective(Workers& workers);
   bool advance_exchange(Workers& workers);
   void run_stage(int stage, Workers& workers);
@@ -93,13 +96,14 @@ struct Channel {
 class Group {
  public:
   Group(std::string name, std::vector<int> members, const ClusterOptions& options,
-        Workers& workers);
+        Workers& workers, RaceDetector* races);
   const std::string& name() const { return name_; }
   const std::vector<int>& members() const { return members_; }
   int ranks() const { return static_cast<int>(members_.size()); }
   ReductionOrder order() const { return order_; }
   Poison poison() const { return poison_; }
   Workers& workers() const { return workers_; }
+  RaceDetector* races() const { return races_; }
 
   // Makes room for a call; `bind` then gives it its place and checks it against its peers.
   Transfer& new_transfer(int member);
@@ -126,6 +130,7 @@ class Group {
   ReductionOrder order_;
   Poison poison_;
   Workers& workers_;
+  RaceDetector* races_;
   std::vector<bool> joined_;
   std::vector<uint64_t> posted_;
   std::deque<std::unique_ptr<Meeting>> meetings_;  // numbers first_ ...

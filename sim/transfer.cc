@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "kernels/cuda_stream.h"
+#include "sim/race_detector.h"
 #include "sim/reduce.h"
 #include "sim/sim_communicator.h"
 
@@ -221,9 +222,24 @@ void Transfer::poison_receive_side(Workers& workers) {
 
 bool Transfer::advance(Workers& workers) {
   if (group == nullptr) return false;  // reserved by an injected fault and not bound yet
+  if (!started && group->races() != nullptr) {
+    group->races()->starts(*call.stream);
+    arrival_clock = group->races()->arrival(*call.stream);
+  }
   if (!started && group->poison() == Poison::on) poison_receive_side(workers);
   return call.kind == CollectiveKind::exchange ? advance_exchange(workers)
                                                : advance_collective(workers);
+}
+
+// Its peers' arrivals came before.
+void Transfer::note_completed() {
+  if (group->races() == nullptr) return;
+  const auto learn = [this](const Transfer* peer) {
+    if (peer != this) group->races()->learn(*call.stream, peer->arrival_clock);
+  };
+  if (meeting != nullptr) std::ranges::for_each(meeting->transfers, learn);
+  for (const Mail* mail : sends) learn(mail->recv);
+  for (const Mail* mail : recvs) learn(mail->send);
 }
 
 bool Transfer::advance_collective(Workers& workers) {
@@ -245,6 +261,7 @@ bool Transfer::advance_collective(Workers& workers) {
     arrived_ = false;
   }
   done = true;
+  note_completed();
   meeting->left.fetch_add(1, std::memory_order_acq_rel);
   return true;
 }
@@ -275,6 +292,7 @@ bool Transfer::advance_exchange(Workers& workers) {
   }
   done = complete;
   if (!complete) return false;
+  note_completed();
   for (const Mail* mail : sends) order_after(*call.stream, *mail->recv->call.stream);
   return true;
 }

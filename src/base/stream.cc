@@ -95,9 +95,12 @@ void Stream::order_after(const Stream& other) {
   if (device_ != nullptr && other.device_ != nullptr) device_->wait_for(*other.device_);
 }
 
-void Stream::wait(const Event& event) {
+void Stream::wait(const Event& event, std::source_location site) {
   if (event.stream == this || event.stream == nullptr) return;
-  if (event.is_complete() && (device_ == nullptr || launches_at_once())) {
+  if (observer_ != nullptr) {
+    // An event that happens to be complete still orders what follows.
+    if (!observer_->keeps_wait(*this, event, site)) return;
+  } else if (event.is_complete() && (device_ == nullptr || launches_at_once())) {
     order_after(*event.stream);
     return;
   }
@@ -117,6 +120,7 @@ bool Stream::run_head(Workers& workers) {
   Task& task = front();
   switch (task.kind) {
     case TaskKind::op:
+      if (observer_ != nullptr) observer_->starts(*this);
       task.call(task.payload(), workers);
       return true;
     case TaskKind::gated:
@@ -129,6 +133,7 @@ bool Stream::run_head(Workers& workers) {
         if (head_waits_) return false;
       }
       order_after(*event.stream);
+      if (observer_ != nullptr) observer_->waited(*this, event);
       return true;
     }
   }

@@ -28,7 +28,8 @@ void exchange_rows(const LayerContext& c, const void* send, void* recv,
                                      .send_counts = send_counts,
                                      .recv_counts = recv_counts,
                                      .dtype = dtype,
-                                     .site = site}));
+                                     .site = site}),
+                       site);
 }
 
 // The host wait of an MoE layer: counts that stage 1 exchanged, reused in backward.
@@ -38,6 +39,7 @@ void read_counts(const LayerContext& c, DispatchState& d) {
   const auto* sent = c.rank.download<int32_t>(d.send_count_P2);
   const auto* received = c.rank.download<int32_t>(d.recv_count_P2);
   c.rank.host.wait(c.rank.compute.record());
+  for (const auto* counts : {sent, received}) c.rank.landed(counts, 2 * P);
   for (int64_t p = 0; p < P; ++p) {
     d.send_tokens.push_back(sent[2 * p]);
     d.send_rows.push_back(sent[2 * p + 1]);

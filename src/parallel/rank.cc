@@ -103,6 +103,7 @@ std::byte* Rank::stage(int64_t bytes) {
 
 Buffer Rank::upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what) {
   std::byte* staged = stage(bytes);
+  host.touches({staged, bytes, Access::write, "staging"});
   std::memcpy(staged, source, static_cast<size_t>(bytes));
   Buffer buffer = arena.allocate(bytes, memory_class, what);
   copy_bytes({.from_N = {reinterpret_cast<const uint8_t*>(staged), Shape(bytes)},
@@ -128,6 +129,10 @@ void Rank::finish_step() {
   host.wait(compute.record());
   host.wait(comm.record());
   host.wait(pipe.record());
+  // What was downloaded is read from here on, and what was staged is overwritten.
+  for (const HostBuffer& block : staging_) {
+    host.touches({block.as<std::byte>(), block.size_bytes(), Access::write, "staging"});
+  }
   staging_block_ = 0;
   staging_used_ = 0;
   arena.reclaim();

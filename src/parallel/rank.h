@@ -88,14 +88,25 @@ class Rank {
   std::vector<T> read(const void* from, int64_t count) {
     const std::byte* bytes = download(from, count * static_cast<int64_t>(sizeof(T)));
     host.wait(compute.record());
-    const T* values = reinterpret_cast<const T*>(bytes);
+    const T* values = landed(reinterpret_cast<const T*>(bytes), count);
     return {values, values + count};
+  }
+  // Says that the host reads what it waited for: race detection looks for a missing wait here.
+  template <class T>
+  const T* landed(const T* values, int64_t count) {
+    host.touches({values, count * static_cast<int64_t>(sizeof(T)), Access::read, "downloaded"});
+    return values;
   }
   // Fills a buffer's bytes in stream order.
   void zero(const Buffer& buffer);
   // `compute` waits for `ticket`, or `comm` for everything computed so far.
-  void compute_waits(const Ticket& ticket) { compute.wait(ticket); }
-  void comm_waits_for_compute() { comm.wait(compute.record()); }
+  void compute_waits(const Ticket& ticket,
+                     std::source_location site = std::source_location::current()) {
+    compute.wait(ticket, site);
+  }
+  void comm_waits_for_compute(std::source_location site = std::source_location::current()) {
+    comm.wait(compute.record(), site);
+  }
   // Everything queued has run; staging and quarantined memory return.
   void finish_step();
 
