@@ -136,6 +136,7 @@ class SimEnvironment final : public RankEnvironment {
 
   // After the rank's main returned: its buffers are gone, so nothing may be queued.
   void check_idle() const {
+    if (races_ != nullptr) races_->check_tickets(rank_);
     for (const auto& stream : streams_) {
       if (stream->is_idle()) continue;
       fail(

@@ -58,6 +58,13 @@ struct CommFault {
 // Race detection (sim/race_detector.h): on the CPU, streams one after another.
 enum class Races { ignored, detected };
 
+// Waits that do nothing, to see what they are good for: those of WaitSites whose name holds `site`,
+// on one rank or on all (-1). Needs race detection.
+struct LeftOutWait {
+  std::string site = {};
+  int rank = -1;
+};
+
 struct ClusterOptions {
   int ranks = 1;
   Device device = Device::cpu;
@@ -68,7 +75,7 @@ struct ClusterOptions {
   ReductionOrder reduction_order = ReductionOrder::rank;
   std::vector<CommFault> faults = {};
   Races races = Races::ignored;
-  std::string left_out_wait = {};  // the name of a WaitSite: its waits do nothing
+  LeftOutWait left_out_wait = {};
   int64_t stack_bytes = 1 << 20;  // per rank; only touched pages cost memory
 };
 

@@ -36,7 +36,7 @@ bool writes(Access access) { return access != Access::read; }
 
 }  // namespace
 
-RaceDetector::RaceDetector(int ranks, std::string left_out_wait)
+RaceDetector::RaceDetector(int ranks, LeftOutWait left_out_wait)
     : left_out_wait_(std::move(left_out_wait)) {
   for (int rank = 0; rank < ranks; ++rank) {
     ranks_.push_back(std::make_unique<RankState>());
@@ -106,6 +106,9 @@ void RaceDetector::declare(const Stream& stream, const char* op_name,
                                     .end = begin + static_cast<uintptr_t>(access.bytes)}));
   }
   s.declared.push_back(std::move(task));
+  if (site.line() == 0) return;
+  s.last_ticket = stream.enqueued() + 1;
+  s.last_site = site;
 }
 
 WaitSite& RaceDetector::wait_site(const std::string& waiter, const Event& event,
@@ -116,13 +119,20 @@ WaitSite& RaceDetector::wait_site(const std::string& waiter, const Event& event,
   return wait_sites_.try_emplace(key, WaitSite{.name = key}).first->second;
 }
 
+bool RaceDetector::leaves_out(const WaitSite& wait, const RankState& rank) const {
+  if (left_out_wait_.site.empty() || wait.name.find(left_out_wait_.site) == std::string::npos) {
+    return false;
+  }
+  return left_out_wait_.rank < 0 || ranks_[static_cast<size_t>(left_out_wait_.rank)].get() == &rank;
+}
+
 bool RaceDetector::keeps_wait(const Stream& stream, const Event& event, std::source_location site) {
   const std::lock_guard lock(mutex_);
   StreamState& s = state(stream);
   note_host(s);
   WaitSite& wait = wait_site(stream.name().substr(stream.name().rfind(' ') + 1), event, site);
   ++wait.count;
-  if (wait.name == left_out_wait_) return false;
+  if (leaves_out(wait, *s.rank)) return false;
   s.waits.emplace_back(stream.enqueued() + 1, &wait);
   return true;
 }
@@ -170,12 +180,12 @@ void RaceDetector::learn(const Stream& stream, const VectorClock& clock) {
   if (join(s.clock, clock)) s.knowledge.emplace_back(next(s), s.clock);
 }
 
-bool RaceDetector::keeps_host_wait(int, const Event& event, std::source_location site) {
+bool RaceDetector::keeps_host_wait(int rank, const Event& event, std::source_location site) {
   if (event.stream == nullptr) return true;
   const std::lock_guard lock(mutex_);
   WaitSite& wait = wait_site("host", event, site);
   ++wait.count;
-  return wait.name != left_out_wait_;
+  return !leaves_out(wait, *ranks_[static_cast<size_t>(rank)]);
 }
 
 void RaceDetector::host_waited(int rank, const Event& event, std::source_location site) {
@@ -194,18 +204,30 @@ void RaceDetector::host_touches(int rank, const MemoryAccess& access) {
   set_known(host.clock, host.timeline, tick);
   ++host.version;
   const auto begin = reinterpret_cast<uintptr_t>(access.data);
-  const Epoch epoch{host.timeline, tick,
-                    std::make_shared<Note>(Note{
-                        .op_name = "host",
-                        .view = access.view,
-                        .site = {},
-                        .timeline = fmt::format("rank {} host", rank),
-                        .access = access.access,
-                        .number = tick,
-                        .begin = begin,
-                        .end = begin + static_cast<uintptr_t>(access.bytes)})};
+  const Epoch epoch{
+      host.timeline, tick,
+      std::make_shared<Note>(Note{.op_name = "host",
+                                  .view = access.view,
+                                  .site = {},
+                                  .timeline = fmt::format("rank {} host", rank),
+                                  .access = access.access,
+                                  .number = tick,
+                                  .begin = begin,
+                                  .end = begin + static_cast<uintptr_t>(access.bytes)})};
   check_pending(host, nullptr, *epoch.note, ++host.orders);
   check_and_record(host, host.clock, epoch);
+}
+
+void RaceDetector::check_tickets(int rank) const {
+  const std::lock_guard lock(mutex_);
+  const RankState& host = *ranks_[static_cast<size_t>(rank)];
+  for (const StreamState* s : host.streams) {
+    if (known(host.clock, s->timeline) >= s->last_ticket) continue;
+    fail(ExitCode::internal,
+         "leaked ticket: nothing waits for the last transfer of stream '{}' (number {}, posted at "
+         "{}); next: let the host, or a stream that it waits for, wait for its ticket",
+         s->stream->name(), s->last_ticket, describe_site(s->last_site));
+  }
 }
 
 // A task that was enqueued earlier and has not started is ordered by nothing: were it, it would
@@ -281,14 +303,22 @@ void RaceDetector::report_race(const Note& later, const Note& earlier) const {
                        note.site.line() == 0 ? "" : ", posted at " + describe_site(note.site), verb,
                        begin - note.begin, end - note.begin, note.view);
   };
-  fail(ExitCode::verification_mismatch,
-       "race: nothing orders two accesses of {} bytes:\n  {}\n  {}\n  next: let the second wait for "
-       "an event recorded after the first (Stream::wait, Host::wait), or keep the buffer longer",
-       end - begin, describe(earlier), describe(later));
+  fail(
+      ExitCode::verification_mismatch,
+      "race: nothing orders two accesses of {} bytes:\n  {}\n  {}\n  next: let the second wait for "
+      "an event recorded after the first (Stream::wait, Host::wait), or keep the buffer longer",
+      end - begin, describe(earlier), describe(later));
 }
 
 RaceReport RaceDetector::report() const {
   const std::lock_guard lock(mutex_);
+  const auto is_left_out = [this](const auto& entry) {
+    return entry.first.find(left_out_wait_.site) != std::string::npos;
+  };
+  if (std::none_of(wait_sites_.begin(), wait_sites_.end(), is_left_out)) {
+    fail(ExitCode::usage, "no place that waits has '{}' in its name: nothing was left out",
+         left_out_wait_.site);
+  }
   RaceReport report{.accesses = accesses_, .waits = {}};
   for (const auto& [name, wait] : wait_sites_) report.waits.push_back(wait);
   return report;

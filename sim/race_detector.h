@@ -13,6 +13,9 @@
 // A transfer's buffers are touched from its arrival until its ticket completes, by whoever moves
 // the data. NOTE: that a peer has read a buffer is known through the ticket alone.
 //
+// A ticket that was leaked, which the host does not know to be complete when the rank's program
+// returns, is an Error with exit code 70 that names its call.
+//
 // It also counts the waits, tells which of them were implied by others, and can leave one out.
 #pragma once
 
@@ -33,7 +36,7 @@ using VectorClock = std::vector<uint64_t>;  // by timeline; missing entries are 
 
 class RaceDetector final : public StreamObserver {
  public:
-  RaceDetector(int ranks, std::string left_out_wait);
+  RaceDetector(int ranks, LeftOutWait left_out_wait);
 
   void add_stream(const Stream& stream, int rank);
   void declare(const Stream& stream, const char* op_name, std::span<const MemoryAccess> accesses,
@@ -50,6 +53,8 @@ class RaceDetector final : public StreamObserver {
   bool keeps_host_wait(int rank, const Event& event, std::source_location site);
   void host_waited(int rank, const Event& event, std::source_location site);
   void host_touches(int rank, const MemoryAccess& access);
+  // The rank's program returned: a ticket that nothing led to the host is an Error.
+  void check_tickets(int rank) const;
 
   RaceReport report() const;
 
@@ -91,6 +96,8 @@ class RaceDetector final : public StreamObserver {
     std::vector<std::pair<uint64_t, VectorClock>> knowledge;  // `clock` from a task on
     std::deque<Declared> declared;                            // not started
     std::deque<std::pair<uint64_t, WaitSite*>> waits;         // enqueued, not over
+    uint64_t last_ticket = 0;                                 // the last transfer's
+    std::source_location last_site;
   };
   struct RankState {
     int timeline = 0;
@@ -107,13 +114,14 @@ class RaceDetector final : public StreamObserver {
   void advance(StreamState& s);
   VectorClock clock_at(const Event& event);
   WaitSite& wait_site(const std::string& waiter, const Event& event, std::source_location site);
+  bool leaves_out(const WaitSite& wait, const RankState& rank) const;
   void check_pending(const RankState& rank, const StreamState* own, const Note& note,
                      uint64_t order) const;
   void check_and_record(RankState& rank, const VectorClock& clock, const Epoch& epoch);
   void split(RankState& rank, uintptr_t at);
   [[noreturn]] void report_race(const Note& later, const Note& earlier) const;
 
-  std::string left_out_wait_;
+  LeftOutWait left_out_wait_;
   mutable std::mutex mutex_;
   int timelines_ = 0;
   std::vector<std::unique_ptr<RankState>> ranks_;

@@ -95,8 +95,8 @@ struct Channel {
 // A communicator's state shared by its members. Posting happens on the scheduler's thread only.
 class Group {
  public:
-  Group(std::string name, std::vector<int> members, const ClusterOptions& options,
-        Workers& workers, RaceDetector* races);
+  Group(std::string name, std::vector<int> members, const ClusterOptions& options, Workers& workers,
+        RaceDetector* races);
   const std::string& name() const { return name_; }
   const std::vector<int>& members() const { return members_; }
   int ranks() const { return static_cast<int>(members_.size()); }

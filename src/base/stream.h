@@ -154,8 +154,7 @@ class Stream {
   // An event that completes when everything enqueued so far has run.
   Event record() const { return Event{this, enqueued_}; }
   // Later tasks of this stream run only after `event` is complete.
-  void wait(const Event& event,
-            std::source_location site = std::source_location::current());
+  void wait(const Event& event, std::source_location site = std::source_location::current());
   // `task` in this stream's order; it must live until it is done. For communicators. With `at_once`
   // a device's stream that has nothing queued lets it advance first, by these workers.
   void enqueue_gated(const char* op_name, GatedTask& task, Workers* at_once = nullptr);

@@ -147,12 +147,18 @@ void launch_detail::launch(const LaunchOptions& options,
   cluster.schedule_seed = options.schedule_seed;
   cluster.poison = options.poison;
   for (const FaultConfig& fault : options.faults) {
+    if (fault.kind == "missing_wait") {
+      cluster.left_out_wait = {fault.site, static_cast<int>(fault.rank)};
+    }
     if (!is_comm_fault(fault.kind)) continue;
     cluster.faults.push_back({.kind = sim::comm_fault_kind(fault.kind),
                               .rank = static_cast<int>(fault.rank),
                               .step = fault.step});
   }
-  sim::run_cluster(cluster, [&](RankEnvironment& environment) { main(body, environment); });
+  if (options.races != nullptr) cluster.races = sim::Races::detected;
+  const sim::ClusterReport report =
+      sim::run_cluster(cluster, [&](RankEnvironment& environment) { main(body, environment); });
+  if (options.races != nullptr) *options.races = report.races;
 }
 
 }  // namespace cambium

@@ -145,6 +145,7 @@ struct FaultConfig {
                      // rng_rank routing_order swapped_send missing_micro_batch zigzag_half ...
   int64_t rank = 0;
   int64_t step = 1;
+  std::string site;  // a communicator, a place that waits, or "#k": the k-th fitting place
 };
 
 struct Config {

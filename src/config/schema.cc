@@ -35,7 +35,7 @@ constexpr const char* kOptimizerNames[] = {"adamw"};
 constexpr const char* kFaultNames[] = {
     "wrong_count", "swapped_collectives", "skipped_collective", "expert_gradient_scale",
     "rng_rank",    "routing_order",       "swapped_send",       "missing_micro_batch",
-    "zigzag_half", "gradient_axis"};
+    "zigzag_half", "gradient_axis",       "missing_wait"};
 
 template <class Value>
 KeyField field_of(Value& value) {
@@ -445,6 +445,8 @@ const KeySpec kKeys[] = {
      "on which rank"},
     {"faults", "step", in_fault<&FaultConfig::step>, kCount, kNoChoices, kSame, nullptr,
      "at which step"},
+    {"faults", "site", in_fault<&FaultConfig::site>, kNoRange, kNoChoices, kSame, nullptr,
+     "where: a communicator, part of a wait's name, or #k for the k-th fitting place"},
 };
 
 // A number as text, without the fraction of whole numbers.

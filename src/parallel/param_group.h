@@ -88,7 +88,8 @@ class ParamGroup {
   void begin_step();
   void begin_micro_batch(int64_t micro_batch);
   void end_micro_batch();
-  // Sums gradients over replicas; afterwards `gradient()` holds this rank's shard (or all).
+  // Sums gradients over replicas; when `comm` has done what is queued, `gradient()` holds this
+  // rank's shard (or all).
   void reduce_gradients();
 
   const std::vector<ParamTensor>& tensors() const { return tensors_; }

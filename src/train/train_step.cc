@@ -120,6 +120,7 @@ void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
     group->reduce_gradients();
     // The fault `expert_gradient_scale`: this rank's expert gradients times the size of its group.
     if (group->kind() == GroupKind::expert && rank_.has_fault("expert_gradient_scale")) {
+      rank_.compute_waits(rank_.comm.record());
       group->scale_gradient(static_cast<float>(rank_.mesh.ep));
     }
   }
@@ -127,15 +128,17 @@ void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
   compute_norm();
 }
 
-// Loads are integers and gathered metrics are not summed: nothing here depends on an order.
+// `compute` may use the gradients and the metrics from here on: the last ticket of `comm` implies
+// the ones before. Loads are integers and gathered metrics are not summed: nothing here depends on
+// an order.
 void TrainStep::reduce_metrics() {
   const int64_t loads = model_.config().layers * model_.config().experts;
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(all_gather({.communicator = *rank_.world,
-                                  .stream = rank_.comm,
-                                  .send = metric_table_.data(),
-                                  .recv = gathered_metrics_.data(),
-                                  .count = metric_table_.size_bytes() / 4}));
+  all_gather({.communicator = *rank_.world,
+              .stream = rank_.comm,
+              .send = metric_table_.data(),
+              .recv = gathered_metrics_.data(),
+              .count = metric_table_.size_bytes() / 4});
   rank_.compute_waits(all_reduce({.communicator = *rank_.world,
                                   .stream = rank_.comm,
                                   .send = model_.router().count_LE.data(),
