@@ -1,6 +1,7 @@
 #include "sim/cluster.h"
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <map>
 #include <new>
@@ -244,6 +245,36 @@ void check_faults_struck(const Environments& environments) {
 
 }  // namespace
 
+std::string tape_text(const ScheduleTape& tape) {
+  std::string text;
+  for (const Deviation& deviation : tape) {
+    text += fmt::format("{}{}:{}", text.empty() ? "" : ",", deviation.decision, deviation.choice);
+  }
+  return text.empty() ? "fifo" : text;
+}
+
+ScheduleTape parse_tape(const std::string& text) {
+  ScheduleTape tape;
+  if (text == "fifo") return tape;
+  const char* at = text.c_str();
+  const char* const end = at + text.size();
+  while (true) {
+    Deviation next;
+    const auto [colon, first_error] = std::from_chars(at, end, next.decision);
+    if (first_error != std::errc{} || colon == end || *colon != ':') break;
+    const auto [comma, second_error] = std::from_chars(colon + 1, end, next.choice);
+    const bool ascends = tape.empty() || tape.back().decision < next.decision;
+    if (second_error != std::errc{} || !ascends) break;
+    tape.push_back(next);
+    if (comma == end) return tape;
+    if (*comma != ',') break;
+    at = comma + 1;
+  }
+  fail(ExitCode::usage,
+       "'{}' is no schedule: write 'fifo', or decision:choice pairs as in '12:3,57:1', in ascending "
+       "order", text);
+}
+
 namespace cluster_detail {
 
 ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
@@ -252,6 +283,7 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   if (options.workers == nullptr) own_workers = std::make_unique<Workers>(options.worker_threads);
   Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
   Scheduler scheduler(options.ranks, workers, options.schedule_seed);
+  if (options.schedule_seed != 0 || options.replay != nullptr) scheduler.explore(options);
   std::unique_ptr<RaceDetector> races;
   if (options.races == Races::detected) {
     CHECK(options.device == Device::cpu);

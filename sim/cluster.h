@@ -58,6 +58,20 @@ struct CommFault {
 // Race detection (sim/race_detector.h): on the CPU, streams one after another.
 enum class Races { ignored, detected };
 
+// How a seed explores. `random` draws every choice evenly; `pct` gives every fiber and stream a
+// random priority and lowers the leader's at two random moments (Burckhardt et al., ASPLOS 2010).
+enum class Exploration { random, pct };
+
+// Choices of an explored run that were not the oldest candidate: what replays it.
+struct Deviation {
+  uint64_t decision = 0;
+  uint32_t choice = 0;
+  bool operator==(const Deviation&) const = default;
+};
+using ScheduleTape = std::vector<Deviation>;
+std::string tape_text(const ScheduleTape& tape);  // "12:3,57:1"; "fifo" without deviations
+ScheduleTape parse_tape(const std::string& text);
+
 // Waits that do nothing, to see what they are good for: those of WaitSites whose name holds `site`,
 // on one rank or on all (-1). Needs race detection.
 struct LeftOutWait {
@@ -71,6 +85,10 @@ struct ClusterOptions {
   Workers* workers = nullptr;  // null = a pool of `worker_threads` for this run
   int worker_threads = 1;
   uint64_t schedule_seed = 0;  // 0 = rank order
+  Exploration exploration = Exploration::random;
+  const ScheduleTape* replay = nullptr;  // instead of a seed's choices
+  ScheduleTape* record = nullptr;        // an explored run's deviations, of a failing one too
+  std::vector<int> slow_ranks = {};      // explored runs: go on only when no other rank can
   Poison poison = Poison::off;
   ReductionOrder reduction_order = ReductionOrder::rank;
   std::vector<CommFault> faults = {};

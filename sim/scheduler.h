@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <source_location>
@@ -39,6 +40,8 @@ class Scheduler {
 
   Scheduler(int ranks, Workers& workers, uint64_t seed);
 
+  // Explores: every choice is drawn from the seed, or replayed.
+  void explore(const ClusterOptions& options) { exploration_ = &options; }
   // One stream after another, in the same order every time; ops still use all threads.
   void run_streams_in_turn() { stream_order_ = StreamOrder::in_turn; }
 
@@ -74,6 +77,10 @@ class Scheduler {
   void compute_phase();
   void drain_ready();
   void run_stream(Stream& stream, int64_t most);
+  // Explored runs: which of the ready fibers and streams goes on.
+  int64_t choose(const std::vector<int>& ready);
+  int64_t choose_by_priority(const std::vector<int64_t>& actors, const std::vector<int64_t>& among);
+  int64_t priority(int64_t actor);
   bool all_finished() const { return finished_ == ranks(); }
   uint64_t random(uint64_t bound);
 
@@ -81,10 +88,16 @@ class Scheduler {
     const Stream* stream = nullptr;
     int rank = 0;
   };
+  std::vector<StreamRank>::const_iterator find_stream(const Stream& stream) const;
+
   std::vector<RankTask> tasks_;
   Workers& workers_;
   uint64_t seed_;
+  const ClusterOptions* exploration_ = nullptr;
   uint64_t draws_ = 0;
+  uint64_t decisions_ = 0;
+  size_t replayed_ = 0;
+  std::map<int64_t, int64_t> priorities_;  // by actor (pct)
   ReadyStreams ready_streams_;
   std::vector<StreamRank> stream_ranks_;
   int finished_ = 0;

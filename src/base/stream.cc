@@ -22,6 +22,12 @@ Stream* ReadyStreams::pop() {
   return stream;
 }
 
+const Stream* ReadyStreams::at(int64_t index) {
+  const std::lock_guard lock(mutex_);
+  CHECK_LT(index, std::ssize(streams_));
+  return streams_[static_cast<size_t>(index)];
+}
+
 Stream* ReadyStreams::take(int64_t index) {
   const std::lock_guard lock(mutex_);
   CHECK_LT(index, std::ssize(streams_));

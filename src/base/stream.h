@@ -90,6 +90,7 @@ class ReadyStreams {
   Stream* pop();
   // The one at `index` < count(), for a driver that chooses.
   Stream* take(int64_t index);
+  const Stream* at(int64_t index);
   // Without the lock: idle threads ask all the time.
   int64_t count() const { return count_.load(std::memory_order_seq_cst); }
 

@@ -208,6 +208,11 @@ void check_faults(const Config& config) {
     needs(fault, "swapped_send", "parallel.pp", parallel.pp);
     needs(fault, "zigzag_half", "parallel.cp", parallel.cp);
     needs(fault, "gradient_axis", "parallel.ep", parallel.ep);
+    if (fault.kind == "missing_wait" && fault.site.empty()) {
+      fail(ExitCode::usage,
+           "faults.kind = missing_wait needs faults.site, part of a wait's place such as "
+           "\"qwen3_moe.cc\"");
+    }
     if (fault.rank < ranks) continue;
     fail(ExitCode::usage, "faults.rank = {} of kind {} is not below the layout's {} ranks",
          fault.rank, fault.kind, ranks);
