@@ -270,9 +270,11 @@ ScheduleTape parse_tape(const std::string& text) {
     if (*comma != ',') break;
     at = comma + 1;
   }
-  fail(ExitCode::usage,
-       "'{}' is no schedule: write 'fifo', or decision:choice pairs as in '12:3,57:1', in ascending "
-       "order", text);
+  fail(
+      ExitCode::usage,
+      "'{}' is no schedule: write 'fifo', or decision:choice pairs as in '12:3,57:1', in ascending "
+      "order",
+      text);
 }
 
 namespace cluster_detail {

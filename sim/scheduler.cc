@@ -84,9 +84,8 @@ int64_t Scheduler::priority(int64_t actor) {
 int64_t Scheduler::choose_by_priority(const std::vector<int64_t>& actors,
                                       const std::vector<int64_t>& among) {
   const auto leader = [&] {
-    return *std::ranges::max_element(among, {}, [&](int64_t i) {
-      return priority(actors[static_cast<size_t>(i)]);
-    });
+    return *std::ranges::max_element(
+        among, {}, [&](int64_t i) { return priority(actors[static_cast<size_t>(i)]); });
   };
   // Where the leader changes: about twice in a run of this many decisions.
   if (random(kDecisionsBetweenChanges) == 0) {

@@ -51,6 +51,15 @@ void pin_nccl() {
   setenv("NCCL_PROTO", "Simple", 1);
 }
 
+// Hands the tape on, whether the run returns or throws.
+struct RecordSchedule {
+  const sim::ScheduleTape& tape;
+  std::string* text;
+  ~RecordSchedule() {
+    if (text != nullptr) *text = sim::tape_text(tape);
+  }
+};
+
 }  // namespace
 
 std::unique_ptr<Job> join_job(const Environment& environment, const Config& config, int ranks) {
@@ -156,6 +165,14 @@ void launch_detail::launch(const LaunchOptions& options,
                               .step = fault.step});
   }
   if (options.races != nullptr) cluster.races = sim::Races::detected;
+  sim::ScheduleTape replay, taken;
+  if (options.schedule_seed % 2 == 0) cluster.exploration = sim::Exploration::pct;
+  if (!options.schedule.empty()) {
+    replay = sim::parse_tape(options.schedule);
+    cluster.replay = &replay;
+  }
+  cluster.record = &taken;
+  const RecordSchedule record{taken, options.schedule_taken};
   const sim::ClusterReport report =
       sim::run_cluster(cluster, [&](RankEnvironment& environment) { main(body, environment); });
   if (options.races != nullptr) *options.races = report.races;
