@@ -92,7 +92,7 @@ class SimEnvironment final : public RankEnvironment {
         scheduler_(scheduler),
         groups_(groups),
         races_(races),
-        injector_(make_injector(rank, options)),
+        injector_(make_injector(rank, options, scheduler)),
         host_(scheduler, rank, injector_.get(), races) {}
 
   int rank() const override { return rank_; }
@@ -171,12 +171,14 @@ class SimEnvironment final : public RankEnvironment {
   }
 
  private:
-  static std::unique_ptr<FaultInjector> make_injector(int rank, const ClusterOptions& options) {
+  static std::unique_ptr<FaultInjector> make_injector(int rank, const ClusterOptions& options,
+                                                      Scheduler& scheduler) {
     std::vector<CommFault> faults;
     for (const CommFault& fault : options.faults) {
       if (fault.rank == rank) faults.push_back(fault);
     }
-    return faults.empty() ? nullptr : std::make_unique<FaultInjector>(std::move(faults));
+    return faults.empty() ? nullptr
+                          : std::make_unique<FaultInjector>(std::move(faults), scheduler, rank);
   }
 
   int rank_;
@@ -224,6 +226,15 @@ Error failure(const Scheduler& scheduler, const Groups& groups, const Environmen
   }
   std::vector<int64_t> steps;
   for (const auto& environment : environments) steps.push_back(environment->step());
+  for (int rank = 0; rank < scheduler.ranks(); ++rank) {
+    const RankTask& stuck = scheduler.task(rank);
+    if (stuck.state != RankState::stuck) continue;
+    return Error(ExitCode::watchdog,
+                 fmt::format("watchdog: rank {} is alive but stuck at {} in step {}, and no other "
+                             "rank can go on without it; next: look at that rank, then train "
+                             "--resume",
+                             rank, describe_site(stuck.site), steps[static_cast<size_t>(rank)]));
+  }
   std::string message = describe_deadlock(scheduler, groups.all(), steps);
   if (options.schedule_seed != 0) {
     message += fmt::format("\n  schedule seed {}", options.schedule_seed);

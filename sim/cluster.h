@@ -28,10 +28,17 @@ namespace cambium::sim {
 
 // Reductions: `rank` adds contributions 0, 1, .. n-1 in fp32 and rounds once; `ring` adds chunk c
 // from rank (c+1) % n on, rounding to the dtype at every hop, as NCCL's ring does.
-enum class ReductionOrder { rank, ring };
+// `arrival` adds in the order in which ranks came, as atomics do: a mistake to be found.
+enum class ReductionOrder { rank, ring, arrival };
 
 // Faults at the communicator, each injected by one line at its site (sim/sim_communicator.cc).
-enum class CommFaultKind { wrong_count, swapped_collectives, skipped_collective };
+enum class CommFaultKind {
+  wrong_count,
+  swapped_collectives,
+  skipped_collective,
+  rank_crash,
+  stuck_rank
+};
 // The kind of that name in `[[faults]]`; an Error with exit code 2 for other names.
 CommFaultKind comm_fault_kind(const std::string& name);
 const char* comm_fault_name(CommFaultKind kind);
@@ -47,6 +54,9 @@ enum class Device { cpu, cuda };
 //     are posted in the other order (calls that differ, or two groups that share a peer).
 //   skipped_collective: does not post; without `communicator` only a payload (f32, bf16)
 //     all_to_all_v is skipped, as by a rank that has no tokens to send.
+//   rank_crash: the rank ends before it posts; the run ends with exit code 20.
+//   stuck_rank: the rank stays alive and never posts; when its peers can do nothing more, the run
+//     ends with exit code 21, as the watchdog of a real job would end it.
 struct CommFault {
   CommFaultKind kind = CommFaultKind::wrong_count;
   int rank = 0;

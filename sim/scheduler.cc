@@ -229,6 +229,12 @@ void Scheduler::wait(int rank, const Event& event, std::source_location site) {
   suspend(current);
 }
 
+void Scheduler::hang(int rank, std::source_location site) {
+  task(rank).state = RankState::stuck;
+  task(rank).site = site;
+  suspend(task(rank));
+}
+
 void Scheduler::yield(int rank) {
   if (std::uncaught_exceptions() > 0) return;
   if (mode_ == Mode::cancelling) throw Cancelled{};

@@ -21,7 +21,7 @@
 
 namespace cambium::sim {
 
-enum class RankState { ready, running, waiting, yielded, finished, failed };
+enum class RankState { ready, running, waiting, yielded, stuck, finished, failed };
 
 // One rank as the scheduler sees it.
 struct RankTask {
@@ -60,6 +60,8 @@ class Scheduler {
 
   // From the running fiber: returns when `event` is complete.
   void wait(int rank, const Event& event, std::source_location site);
+  // From the running fiber: never goes on (an injected fault).
+  void hang(int rank, std::source_location site);
   // From the running fiber: lets the other ranks run.
   void yield(int rank);
 

@@ -68,6 +68,7 @@ void Group::bind_collective(Transfer& transfer) {
     fresh.transfers.assign(members_.size(), nullptr);
     fresh.posted = 0;
     for (auto& missing : fresh.missing) missing.store(ranks());
+    fresh.arrivals.store(0);
     fresh.left.store(0);
   }
   Meeting& meeting = *meetings_[index];

@@ -43,6 +43,7 @@ class Transfer final : public GatedTask {
   std::vector<Mail*> recvs;
   bool started = false;  // reached its stream's head
   bool done = false;
+  int arrival_number = 0;               // among the members of its meeting
   std::vector<uint64_t> arrival_clock;  // what its stream knew when it started (race detection)
 
  private:
@@ -67,6 +68,7 @@ struct Meeting {
   std::vector<Transfer*> transfers;  // by member; null until posted
   int posted = 0;
   std::array<std::atomic<int>, kMostStages> missing;  // members that have not reached the stage
+  std::atomic<int> arrivals{0};                       // members that have started
   std::atomic<int> left{0};                           // members that have completed
 };
 

@@ -95,8 +95,12 @@ Segment segment_of(int64_t count, int member, int ranks) {
 void reduce_own(const Transfer& transfer, int64_t first, int64_t count, void* out,
                 const Mover& mover) {
   const Group& group = *transfer.group;
+  std::vector<Transfer*> members = transfer.meeting->transfers;
+  if (group.order() == ReductionOrder::arrival) {
+    std::ranges::sort(members, {}, &Transfer::arrival_number);
+  }
   std::vector<const void*> sources;
-  for (const Transfer* peer : transfer.meeting->transfers) sources.push_back(peer->call.send);
+  for (const Transfer* peer : members) sources.push_back(peer->call.send);
   ReduceSegment segment;
   segment.dtype = transfer.call.dtype;
   segment.reduce = transfer.call.reduce;
@@ -243,6 +247,7 @@ void Transfer::note_completed() {
 }
 
 bool Transfer::advance_collective(Workers& workers) {
+  if (!started) arrival_number = meeting->arrivals.fetch_add(1);
   started = true;
   const int stages = stages_of(call.kind);
   while (stage_ < stages) {

@@ -89,6 +89,8 @@ class Arena {
   // Bytes by class at the moment of the peak.
   std::array<int64_t, kMemoryClasses> peak_by_class() const { return peak_by_class_; }
   void reset_peak();
+  // An injected fault: of the allocations from now on, number `allocation` (from 0) fails.
+  void fail_at(int64_t allocation) { allocations_left_ = allocation; }
 
  private:
   friend class Buffer;
@@ -102,6 +104,7 @@ class Arena {
   int64_t top_ = 0;                  // first never-used offset
   std::map<int64_t, int64_t> free_;  // offset -> bytes, coalesced
   std::vector<std::pair<int64_t, int64_t>> quarantine_;
+  int64_t allocations_left_ = -1;
   int64_t used_ = 0;
   int64_t peak_ = 0;
   std::array<int64_t, kMemoryClasses> by_class_{};

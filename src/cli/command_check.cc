@@ -105,7 +105,7 @@ std::string gradient_cause(const std::vector<float>& value, const std::vector<fl
     if (ratio == 0) ratio = here;
     constant = constant && std::abs(here - ratio) <= 1e-5 * std::abs(ratio);
   }
-  if (constant && ratio != 0) {
+  if (constant && ratio != 0 && std::abs(ratio - 1) > 1e-5) {
     return fmt::format("its gradient is {:.6g} times that of one rank: a wrong gradient scale",
                        ratio);
   }
@@ -312,7 +312,10 @@ CheckReport check_config(const CheckRequest& request) {
     run_checks(config, request, report);
   } catch (const Error& error) {
     const ExitCode code = error.exit_code();
-    const bool own_code = code == ExitCode::collective_mismatch || code == ExitCode::deadlock;
+    constexpr ExitCode kOwn[] = {ExitCode::peer_lost,           ExitCode::watchdog,
+                                 ExitCode::collective_mismatch, ExitCode::deadlock,
+                                 ExitCode::out_of_memory,       ExitCode::non_finite};
+    const bool own_code = std::ranges::find(kOwn, code) != std::end(kOwn);
     if (code == ExitCode::usage) throw;
     report.failure = error.what();
     report.exit_code = own_code ? code : ExitCode::verification_mismatch;

@@ -35,7 +35,9 @@ constexpr const char* kOptimizerNames[] = {"adamw"};
 constexpr const char* kFaultNames[] = {
     "wrong_count", "swapped_collectives", "skipped_collective", "expert_gradient_scale",
     "rng_rank",    "routing_order",       "swapped_send",       "missing_micro_batch",
-    "zigzag_half", "gradient_axis",       "missing_wait"};
+    "zigzag_half", "gradient_axis",       "missing_wait",       "rank_crash",
+    "stuck_rank",  "slow_rank",           "out_of_memory",      "nan_gradient",
+    "bit_flip",    "arrival_order_sum",   "torn_write",         "disk_full"};
 
 template <class Value>
 KeyField field_of(Value& value) {

@@ -558,6 +558,12 @@ void ParamGroup::scale_gradient(float factor) {
   }
 }
 
+void ParamGroup::flip_weight() {
+  const Shape one(int64_t{1});
+  scale_values({.value_N = {weights(owned_.front().flat_offset()), one}, .factor = -1.0f},
+               rank_.ops);
+}
+
 void ParamGroup::gather_weights() {
   const Sharding sharding = rank_.config.parallel.sharding;
   if (shards_ > 1 && (sharding == Sharding::zero1 || sharding == Sharding::zero2)) {

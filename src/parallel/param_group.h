@@ -117,6 +117,7 @@ class ParamGroup {
     return compute_.empty() ? nullptr : compute_.as<uint16_t>() + flat_offset - stored_first_;
   }
   // Multiplies the final gradient of the optimized pieces (the fault `expert_gradient_scale`).
+  void flip_weight();  // changes the sign of this rank's first owned weight, for faults
   void scale_gradient(float factor);
   // After the optimizer, which wrote the owned part of the compute copy: every replica gets every
   // shard (none: it has them; full: it never does).

@@ -73,11 +73,14 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
   ops.totals = &totals;
 }
 
-bool Rank::has_fault(const char* kind) const {
+bool Rank::has_fault(const char* kind) const { return fault_number(kind, -1) >= 0; }
+
+int64_t Rank::fault_number(const char* kind, int64_t fallback) const {
   for (const FaultConfig& fault : config.faults) {
-    if (fault.kind == kind && fault.rank == at.rank && fault.step == step) return true;
+    if (fault.kind != kind || fault.rank != at.rank || fault.step != step) continue;
+    return fault_place(fault).number;
   }
-  return false;
+  return fallback;
 }
 
 bool Rank::has_init_fault(const char* kind) const {

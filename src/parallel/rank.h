@@ -62,6 +62,8 @@ class Rank {
 
   bool is_first() const { return at.rank == 0; }
   bool has_fault(const char* kind) const;       // a [[faults]] entry strikes here, in this step
+  // The k of its site "#k"; `fallback` when none strikes.
+  int64_t fault_number(const char* kind, int64_t fallback) const;
   bool has_init_fault(const char* kind) const;  // ... strikes this rank before the first step
 
   Buffer activation(int64_t bytes, const char* what) {

@@ -1,6 +1,7 @@
 #include "src/train/train_step.h"
 
 #include <cmath>
+#include <limits>
 
 #include "kernels/adamw.h"
 #include "kernels/copy.h"
@@ -114,6 +115,11 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
 
 void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
   begin(batch_index, source);
+  // The fault `out_of_memory`: allocation #k of this step fails. `bit_flip`: a weight's sign.
+  if (rank_.has_fault("out_of_memory")) {
+    rank_.arena.fail_at(rank_.fault_number("out_of_memory", 0));
+  }
+  if (rank_.has_fault("bit_flip")) model_.groups().front()->flip_weight();
   for (const auto& group : model_.groups()) group->begin_step();
   PipelinePass(*this, source, batch_index).train(training_);
   for (const auto& group : model_.groups()) {
@@ -123,6 +129,11 @@ void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
       rank_.compute_waits(rank_.comm.record());
       group->scale_gradient(static_cast<float>(rank_.mesh.ep));
     }
+  }
+  // The fault `nan_gradient`.
+  if (rank_.has_fault("nan_gradient")) {
+    rank_.compute_waits(rank_.comm.record());
+    model_.groups().front()->scale_gradient(std::numeric_limits<float>::quiet_NaN());
   }
   reduce_metrics();
   compute_norm();
