@@ -26,11 +26,14 @@ class SimEnvironment;
 class Groups {
  public:
   Groups(const ClusterOptions& options, Workers& workers, RaceDetector* races)
-      : options_(options), workers_(workers), races_(races) {}
+      : options_(options), workers_(workers), races_(races) {
+    if (options.transfer_slots == 0) return;
+    slots_.resize(static_cast<size_t>(options.ranks), DeviceSlots{options.transfer_slots, {}});
+  }
   Group& nth(const std::string& name, const std::vector<int>& members, size_t number) {
     auto& made = groups_[{name, members}];
     while (made.size() <= number) {
-      made.push_back(std::make_unique<Group>(name, members, options_, workers_, races_));
+      made.push_back(std::make_unique<Group>(name, members, options_, workers_, races_, slots_));
     }
     return *made[number];
   }
@@ -46,6 +49,7 @@ class Groups {
   const ClusterOptions& options_;
   Workers& workers_;
   RaceDetector* races_;
+  std::vector<DeviceSlots> slots_;  // by rank; empty when unlimited
   std::map<std::pair<std::string, std::vector<int>>, std::vector<std::unique_ptr<Group>>> groups_;
 };
 
@@ -297,6 +301,7 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
   Scheduler scheduler(options.ranks, workers, options.schedule_seed);
   if (options.schedule_seed != 0 || options.replay != nullptr) scheduler.explore(options);
+  if (options.transfer_slots > 0) scheduler.run_streams_in_turn();
   std::unique_ptr<RaceDetector> races;
   if (options.races == Races::detected) {
     CHECK(options.device == Device::cpu);

@@ -102,6 +102,10 @@ struct ClusterOptions {
   Poison poison = Poison::off;
   ReductionOrder reduction_order = ReductionOrder::rank;
   std::vector<CommFault> faults = {};
+  // Transfers that a rank's device holds at a time, from when they reach their stream's head until
+  // their peers came (0 = any number). One finds collectives of two streams whose order nothing
+  // fixes: on a GPU that has no room for both kernels, ranks that start different ones deadlock.
+  int transfer_slots = 0;
   Races races = Races::ignored;
   LeftOutWait left_out_wait = {};
   int64_t stack_bytes = 1 << 20;  // per rank; only touched pages cost memory

@@ -12,13 +12,14 @@
 namespace cambium::sim {
 
 Group::Group(std::string name, std::vector<int> members, const ClusterOptions& options,
-             Workers& workers, RaceDetector* races)
+             Workers& workers, RaceDetector* races, std::vector<DeviceSlots>& slots)
     : name_(std::move(name)),
       members_(std::move(members)),
       order_(options.reduction_order),
       poison_(options.poison),
       workers_(workers),
       races_(races),
+      slots_(slots),
       joined_(members_.size()),
       posted_(members_.size()) {}
 
@@ -42,6 +43,7 @@ Transfer& Group::new_transfer(int member) {
   transfer.done = false;
   transfer.stage_ = 0;
   transfer.arrived_ = false;
+  transfer.holds_slot_ = false;
   return transfer;
 }
 

@@ -29,6 +29,12 @@ class RaceDetector;
 struct Meeting;
 struct Mail;
 
+// A rank's device: how many more transfers it can hold, and the streams that wait for room.
+struct DeviceSlots {
+  int free = 0;
+  std::vector<Stream*> waiting;
+};
+
 // One rank's posted call: a task of its stream.
 class Transfer final : public GatedTask {
  public:
@@ -48,6 +54,7 @@ class Transfer final : public GatedTask {
 
  private:
   void note_completed();
+  bool take_slot();
   bool advance_collective(Workers& workers);
   bool advance_exchange(Workers& workers);
   void run_stage(int stage, Workers& workers);
@@ -55,6 +62,7 @@ class Transfer final : public GatedTask {
 
   int stage_ = 0;
   bool arrived_ = false;
+  bool holds_slot_ = false;
 
   friend class Group;
 };
@@ -98,7 +106,7 @@ struct Channel {
 class Group {
  public:
   Group(std::string name, std::vector<int> members, const ClusterOptions& options, Workers& workers,
-        RaceDetector* races);
+        RaceDetector* races, std::vector<DeviceSlots>& slots);
   const std::string& name() const { return name_; }
   const std::vector<int>& members() const { return members_; }
   int ranks() const { return static_cast<int>(members_.size()); }
@@ -106,6 +114,11 @@ class Group {
   Poison poison() const { return poison_; }
   Workers& workers() const { return workers_; }
   RaceDetector* races() const { return races_; }
+  // Of a member's device; null when any number of transfers fits.
+  DeviceSlots* slots(int member) const {
+    return slots_.empty() ? nullptr
+                          : &slots_[static_cast<size_t>(members_[static_cast<size_t>(member)])];
+  }
 
   // Makes room for a call; `bind` then gives it its place and checks it against its peers.
   Transfer& new_transfer(int member);
@@ -133,6 +146,7 @@ class Group {
   Poison poison_;
   Workers& workers_;
   RaceDetector* races_;
+  std::vector<DeviceSlots>& slots_;
   std::vector<bool> joined_;
   std::vector<uint64_t> posted_;
   std::deque<std::unique_ptr<Meeting>> meetings_;  // numbers first_ ...

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "kernels/cuda_stream.h"
 #include "sim/race_detector.h"
@@ -226,6 +227,7 @@ void Transfer::poison_receive_side(Workers& workers) {
 
 bool Transfer::advance(Workers& workers) {
   if (group == nullptr) return false;  // reserved by an injected fault and not bound yet
+  if (!started && !take_slot()) return false;
   if (!started && group->races() != nullptr) {
     group->races()->starts(*call.stream);
     arrival_clock = group->races()->arrival(*call.stream);
@@ -235,8 +237,24 @@ bool Transfer::advance(Workers& workers) {
                                                : advance_collective(workers);
 }
 
-// Its peers' arrivals came before.
+bool Transfer::take_slot() {
+  DeviceSlots* slots = group->ranks() == 1 ? nullptr : group->slots(member);
+  if (slots == nullptr) return true;
+  if (slots->free == 0) {
+    slots->waiting.push_back(call.stream);
+    return false;
+  }
+  --slots->free;
+  return holds_slot_ = true;
+}
+
+// Gives its slot back. Its peers' arrivals came before.
 void Transfer::note_completed() {
+  if (holds_slot_) {
+    DeviceSlots& slots = *group->slots(member);
+    ++slots.free;
+    for (Stream* stream : std::exchange(slots.waiting, {})) stream->wake();
+  }
   if (group->races() == nullptr) return;
   const auto learn = [this](const Transfer* peer) {
     if (peer != this) group->races()->learn(*call.stream, peer->arrival_clock);
