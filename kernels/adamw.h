@@ -54,10 +54,10 @@ inline void check_args(const AdamwArgs& a) {
 }
 
 inline Cost cost(const AdamwArgs& a) {
-  const int64_t N = a.table.elements;
+  const int64_t N = a.table.elements, whole = a.param_N.elements();  // with padding
   const int64_t copy = a.compute_N.empty() ? 0 : dtype_bytes(a.compute_N.dtype);
   const int64_t moments = 4 * dtype_bytes(a.m_N.dtype);
-  return {"adamw", {N}, 15 * N, (12 + moments + copy) * N, 0};
+  return {"adamw", {whole}, 15 * N, (12 + moments + copy) * whole, 0};
 }
 
 template <class Visitor>

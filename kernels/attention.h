@@ -13,8 +13,8 @@
 // On the GPU (kernels/attention_*.cuh) blocks are the kernels' tiles of 128 positions, counted from
 // each sequence's start, whatever block_tokens is: the forward pass folds a query's tiles from its
 // own backwards, dQ sums them in position order, dK and dV sum (head of the group, position) over
-// each half of the group's heads. With bf16 storage P and dS are rounded to bf16 as operands of
-// the tensor cores; the reference keeps them in fp32.
+// each half of the group's heads. With bf16 storage P and dS are rounded to bf16, as operands of
+// the tensor cores, in the reference too; the softmax sums unrounded P.
 // Napkin: forward 2 T S H Q FLOPs (causal half of 4), backward 5 T S H Q.
 // Context parallelism: with `share` of several ranks, q holds this rank's part of every sequence
 // (zigzag: chunks `index` and 2 ranks - 1 - index of 2 ranks), k and v hold whole sequences. The

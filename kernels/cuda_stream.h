@@ -73,18 +73,18 @@ void free_pinned(void* data);
 // `bytes` between host and device, in either direction; returns when done.
 void copy_bytes(const void* from, void* to, int64_t bytes);
 
-// Milliseconds on the device by op, between CUDA events around each launch.
+// Milliseconds on the device of every call of an op, between CUDA events around its launch.
 class EventTimer final : public OpTimer {
  public:
   ~EventTimer() override;
-  void before(const char* op, Stream& stream) override;
+  void before(const Cost& cost, Stream& stream) override;
   void after(Stream& stream) override;
-  // Of all ops since the last call; waits for them.
-  std::map<std::string, double> take_totals_ms();
+  // Of all calls since the last take; waits for them.
+  std::vector<std::pair<Cost, double>> take_ms();
 
  private:
   struct Interval {
-    const char* op;
+    Cost cost;
     void* events[2];  // cudaEvent_t
   };
   std::vector<Interval> intervals_;

@@ -62,8 +62,8 @@ inline void check_args(const ClipScaleArgs& a) {
 }
 
 inline Cost cost(const SquareSumArgs& a) {
-  const int64_t N = a.table.elements;
-  return {"square_sum", {N}, 2 * N, 4 * N + 16 * a.table.block_BC[0], 0};
+  const int64_t N = a.table.elements, whole = a.grad_N.elements();  // with padding
+  return {"square_sum", {whole}, 2 * N, 4 * whole + 16 * a.table.block_BC[0], 0};
 }
 
 inline Cost cost(const ClipScaleArgs& a) {

@@ -9,6 +9,7 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 
@@ -23,6 +24,8 @@ namespace {
 constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // what cuBLAS recommends for Hopper
 constexpr int64_t kNominalRows = 8192;                // of the heuristic's question
 constexpr int64_t kRowAlignment = 8;                  // elements: 16 bytes of bf16
+constexpr int kBiasThreads = 256;
+constexpr int64_t kMostBiasRows = 1024;  // blocks along the rows
 
 void check_blas(cublasStatus_t status, const char* what) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
@@ -246,6 +249,34 @@ void plain_product(const PlainProduct& p, Stream& stream) {
   check_cuda(cudaGetLastError(), "plain product");
 }
 
+template <class T>
+__global__ void __launch_bounds__(kBiasThreads)
+    add_bias_kernel(const T* bias, T* y, int64_t rows, int64_t columns, int64_t stride) {
+  const int64_t column = int64_t{blockIdx.x} * kBiasThreads + threadIdx.x;
+  if (column >= columns) return;
+  const float added = to_f32(bias[column]);
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    T& element = y[row * stride + column];
+    const float sum = __fadd_rn(to_f32(element), added);
+    if constexpr (sizeof(T) == 2) {
+      element = __float2bfloat16_rn(sum);
+    } else {
+      element = sum;
+    }
+  }
+}
+
+template <class T>
+void launch_add_bias(const AddBiasArgs& a, Stream& stream) {
+  const int64_t T_count = a.y_TN[0], N = a.y_TN[1];
+  const dim3 grid(static_cast<unsigned>((N + kBiasThreads - 1) / kBiasThreads),
+                  static_cast<unsigned>(std::min<int64_t>(T_count, kMostBiasRows)));
+  add_bias_kernel<T><<<grid, kBiasThreads, 0, native_stream(stream)>>>(
+      static_cast<const T*>(a.bias_N.data), static_cast<T*>(a.y_TN.data), T_count, N,
+      a.y_TN.row_stride);
+  check_cuda(cudaGetLastError(), "add_bias");
+}
+
 // Whether cuBLASLt takes the operands: by extents and types, never by the row count.
 bool suits_blas(const RawView& a, const RawView& b, const RawView& c, const RawView& d) {
   if (a.dtype != DType::bf16 || b.dtype != DType::bf16) return false;
@@ -277,6 +308,12 @@ void linear(const LinearArgs& a, Stream& stream) {
                  .residual = a.residual_TN,
                  .out = a.y_TN},
                 stream);
+}
+
+void add_bias(const AddBiasArgs& a, Stream& stream) {
+  if (a.y_TN.elements() == 0) return;
+  a.y_TN.dtype == DType::bf16 ? launch_add_bias<__nv_bfloat16>(a, stream)
+                              : launch_add_bias<float>(a, stream);
 }
 
 void linear_dgrad(const LinearDgradArgs& a, Stream& stream) {

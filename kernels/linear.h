@@ -1,7 +1,8 @@
-// Linear layer without bias: y = x W^T (+ residual), its input gradient and its weight gradient.
+// Linear layer: y = x W^T (+ residual), its input gradient, its weight gradient, and a bias.
 //
 //   forward  y_TN  = x_TK  w_NK^T (+ residual_TN)
 //   dgrad    d_x_TK = d_y_TN w_NK (+ residual_TK)
+//   bias     y_TN += bias_N for every token; its gradient is a leaf_fold of d_y_TN
 //   wgrad    d_w_NK (+)= d_y_TN^T x_TK, as `target` says (kernels/grad_target.h)
 //
 // Every element of y and d_x is one chain of fused multiply-adds from zero over the contracted
@@ -20,6 +21,11 @@ struct LinearArgs {
   In<Real> w_NK;
   In<Real> residual_TN;  // optional; may be the same memory as y_TN
   Out<Real> y_TN;
+};
+
+struct AddBiasArgs {
+  In<Real> bias_N;
+  InOut<Real> y_TN;
 };
 
 struct LinearDgradArgs {
@@ -45,6 +51,11 @@ inline void check_args(const LinearArgs& a) {
   check_shape("linear", "w_NK", a.w_NK, Shape(N, K));
   check_shape("linear", "y_TN", a.y_TN, Shape(T, N));
   if (!a.residual_TN.empty()) check_shape("linear", "residual_TN", a.residual_TN, Shape(T, N));
+}
+
+inline void check_args(const AddBiasArgs& a) {
+  check_shape("add_bias", "y_TN", a.y_TN, Shape(a.y_TN[0], a.bias_N[0]));
+  CHECK_EQ(static_cast<int>(a.y_TN.dtype), static_cast<int>(a.bias_N.dtype));
 }
 
 inline void check_args(const LinearDgradArgs& a) {
@@ -75,6 +86,11 @@ inline Cost cost(const LinearArgs& a) {
   return {"linear", {T, N, K}, 2 * T * N * K + added, width * (T * K + N * K + T * N + added), 0};
 }
 
+inline Cost cost(const AddBiasArgs& a) {
+  const int64_t T = a.y_TN[0], N = a.y_TN[1];
+  return {"add_bias", {T, N}, T * N, 2 * dtype_bytes(a.y_TN.dtype) * T * N, 0};
+}
+
 inline Cost cost(const LinearDgradArgs& a) {
   const int64_t T = a.d_y_TN[0], N = a.d_y_TN[1], K = a.w_NK[1];
   const int64_t width = dtype_bytes(a.d_y_TN.dtype);
@@ -103,6 +119,12 @@ void visit_views(const LinearArgs& a, Visitor&& visit) {
 }
 
 template <class Visitor>
+void visit_views(const AddBiasArgs& a, Visitor&& visit) {
+  visit("bias_N", a.bias_N);
+  visit("y_TN", a.y_TN);
+}
+
+template <class Visitor>
 void visit_views(const LinearDgradArgs& a, Visitor&& visit) {
   visit("d_y_TN", a.d_y_TN);
   visit("w_NK", a.w_NK);
@@ -121,18 +143,23 @@ void visit_views(const LinearWgradArgs& a, Visitor&& visit) {
 
 namespace reference {
 void linear(const LinearArgs& args, Workers& workers);
+void add_bias(const AddBiasArgs& args, Workers& workers);
 void linear_dgrad(const LinearDgradArgs& args, Workers& workers);
 void linear_wgrad(const LinearWgradArgs& args, Workers& workers);
 }  // namespace reference
 
 namespace cuda {
 void linear(const LinearArgs& args, Stream& stream);
+void add_bias(const AddBiasArgs& args, Stream& stream);
 void linear_dgrad(const LinearDgradArgs& args, Stream& stream);
 void linear_wgrad(const LinearWgradArgs& args, Stream& stream);
 }  // namespace cuda
 
 inline void linear(const LinearArgs& args, OpContext& context) {
   execute(args, context, reference::linear, kHasCuda ? cuda::linear : nullptr);
+}
+inline void add_bias(const AddBiasArgs& args, OpContext& context) {
+  execute(args, context, reference::add_bias, kHasCuda ? cuda::add_bias : nullptr);
 }
 inline void linear_dgrad(const LinearDgradArgs& args, OpContext& context) {
   execute(args, context, reference::linear_dgrad, kHasCuda ? cuda::linear_dgrad : nullptr);

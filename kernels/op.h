@@ -41,12 +41,20 @@ struct OpTotals {
   int64_t bytes = 0;
 };
 
-// Times ops where they are launched at once (kernels/cuda_stream.h); for benchmarks.
+// Times ops: on a GPU where they are launched at once (kernels/cuda_stream.h), on the CPU where
+// they run. For benchmarks and calibration.
 class OpTimer {
  public:
   virtual ~OpTimer() = default;
-  virtual void before(const char* op, Stream& stream) = 0;
+  virtual void before(const Cost& cost, Stream& stream) = 0;
   virtual void after(Stream& stream) = 0;
+};
+
+// Where shape-only execution charges costs.
+class OpCharge {
+ public:
+  virtual ~OpCharge() = default;
+  virtual void charge(const Cost& cost, Stream& stream) = 0;
 };
 
 // What an op needs beside its args. One per rank and stream; passed explicitly.
@@ -55,9 +63,7 @@ struct OpContext {
   Stream* stream = nullptr;
   std::map<std::string, OpTotals>* totals = nullptr;  // null = not counted
   OpTimer* timer = nullptr;                           // null = not timed
-  // Shape-only execution charges costs here.
-  void (*charge)(void* clock, const Cost& cost) = nullptr;
-  void* clock = nullptr;
+  OpCharge* charge = nullptr;                         // shape-only execution
 };
 
 // Stands where an op has no CUDA kernel yet (`CPU_ONLY` in kernels/ops.cmake).
@@ -84,6 +90,20 @@ void declare_accesses(const char* op, const Args& args, Stream& stream) {
 // `cuda` is written `kHasCuda ? cuda::op : nullptr`: the condition is constant, so a CPU build
 // refers to no cuda:: symbol.
 template <class Args>
+struct TimedCall {
+  void (*reference)(const Args&, Workers&);
+  Args args;
+  Cost cost;
+  OpTimer* timer;
+  Stream* stream;
+  static void run(const TimedCall& call, Workers& workers) {
+    call.timer->before(call.cost, *call.stream);
+    call.reference(call.args, workers);
+    call.timer->after(*call.stream);
+  }
+};
+
+template <class Args>
 void execute(const Args& args, OpContext& context, void (*reference)(const Args&, Workers&),
              std::type_identity_t<void (*)(const Args&, Stream&)> cuda) {
   check_args(args);
@@ -97,20 +117,23 @@ void execute(const Args& args, OpContext& context, void (*reference)(const Args&
   switch (context.backend) {
     case Backend::reference:
       if (context.stream->observer() != nullptr) declare_accesses(call.op, args, *context.stream);
-      context.stream->enqueue(call.op, reference, args);
+      if (context.timer == nullptr) return context.stream->enqueue(call.op, reference, args);
+      context.stream->enqueue(
+          call.op, TimedCall<Args>::run,
+          TimedCall<Args>{reference, args, call, context.timer, context.stream});
       return;
     case Backend::cuda:
       if (cuda == nullptr) {
         fail(ExitCode::usage, "op '{}' has no CUDA kernel in this build; set run.device = \"cpu\"",
              call.op);
       }
-      if (context.timer != nullptr) context.timer->before(call.op, *context.stream);
+      if (context.timer != nullptr) context.timer->before(call, *context.stream);
       context.stream->launch(call.op, cuda, args);
       if (context.timer != nullptr) context.timer->after(*context.stream);
       return;
     case Backend::shape_only:
       CHECK(context.charge != nullptr);
-      context.charge(context.clock, call);
+      context.charge->charge(call, *context.stream);
       return;
   }
 }

@@ -12,6 +12,7 @@
 // Napkin: 8 T (H + G) Q bytes forward, 12 backward; memory bound.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels/op.h"
@@ -162,12 +163,35 @@ void visit_views(const QkNormRopeBackwardArgs& a, Visitor&& visit) {
 
 // Host tables for positions 0..positions-1, `positions` rows of head_dim / 2 columns each. The
 // order of fp32 roundings is that of HF: theta^(2i/Q), its reciprocal, times position, cos and sin;
-// each function is computed in double and rounded once.
+// each function is computed in double and rounded once. With `factor` > 1 angles are divided by it,
+// those of YaRN (arXiv 2309.00071) only as far as pairs turn less than beta_fast times over
+// `original_positions`, and wholly below beta_slow turns; cos and sin are then times `attention`.
 struct RopeTableArgs {
   double theta = 10000.0;
   int64_t head_dim = 0;
   int64_t positions = 0;
+  double factor = 1;
+  int64_t original_positions = 0;  // 0 = every angle is divided: linear interpolation
+  double beta_fast = 32, beta_slow = 1;
+  double attention = 1;
 };
+
+// Which part of a pair's angle is kept undivided.
+inline float rope_kept_part(const RopeTableArgs& args, int64_t column) {
+  if (args.original_positions == 0) return 0;
+  constexpr double kTurn = 6.283185307179586;  // 2 pi
+  const auto column_of = [&](double turns) {
+    const double pairs = static_cast<double>(args.original_positions) / (turns * kTurn);
+    return static_cast<double>(args.head_dim) * fmath::log(pairs) / (2 * fmath::log(args.theta));
+  };
+  const double last = static_cast<double>(args.head_dim - 1);
+  const auto low = static_cast<float>(std::max(__builtin_floor(column_of(args.beta_fast)), 0.0));
+  auto high = static_cast<float>(std::min(__builtin_ceil(column_of(args.beta_slow)), last));
+  if (low == high) high += 0.001f;  // as HF: no division by zero
+  const float ramp = (static_cast<float>(column) - low) / (high - low);
+  return 1.0f - std::clamp(ramp, 0.0f, 1.0f);
+}
+
 inline void rope_table(const RopeTableArgs& args, std::vector<float>& cos_SC,
                        std::vector<float>& sin_SC) {
   const int64_t C = args.head_dim / 2;
@@ -175,11 +199,18 @@ inline void rope_table(const RopeTableArgs& args, std::vector<float>& cos_SC,
   sin_SC.resize(static_cast<size_t>(args.positions * C));
   for (int64_t column = 0; column < C; ++column) {
     const float exponent = static_cast<float>(2 * column) / static_cast<float>(args.head_dim);
-    const float inverse = 1.0f / static_cast<float>(fmath::pow(args.theta, exponent));
+    const auto period = static_cast<float>(fmath::pow(args.theta, exponent));
+    float inverse = 1.0f / period;
+    if (args.factor != 1) {
+      const float divided = 1.0f / (static_cast<float>(args.factor) * period);
+      const float kept = rope_kept_part(args, column);
+      inverse = divided * (1.0f - kept) + inverse * kept;
+    }
     for (int64_t position = 0; position < args.positions; ++position) {
       const float angle = inverse * static_cast<float>(position);
-      cos_SC[position * C + column] = static_cast<float>(fmath::cos(angle));
-      sin_SC[position * C + column] = static_cast<float>(fmath::sin(angle));
+      const auto attention = static_cast<float>(args.attention);
+      cos_SC[position * C + column] = static_cast<float>(fmath::cos(angle)) * attention;
+      sin_SC[position * C + column] = static_cast<float>(fmath::sin(angle)) * attention;
     }
   }
 }

@@ -55,10 +55,10 @@ void NativeStream::synchronize() {
   check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(native_)), stream_.name().c_str());
 }
 
-EventTimer::~EventTimer() { take_totals_ms(); }
+EventTimer::~EventTimer() { take_ms(); }
 
-void EventTimer::before(const char* op, Stream& stream) {
-  Interval& interval = intervals_.emplace_back(Interval{op, {nullptr, nullptr}});
+void EventTimer::before(const Cost& cost, Stream& stream) {
+  Interval& interval = intervals_.emplace_back(Interval{cost, {nullptr, nullptr}});
   for (void*& event : interval.events) {
     cudaEvent_t made = nullptr;
     check_cuda(cudaEventCreate(&made), "cudaEventCreate");
@@ -74,21 +74,21 @@ void EventTimer::after(Stream& stream) {
       "cudaEventRecord");
 }
 
-std::map<std::string, double> EventTimer::take_totals_ms() {
-  std::map<std::string, double> totals;
+std::vector<std::pair<Cost, double>> EventTimer::take_ms() {
+  std::vector<std::pair<Cost, double>> calls;
   for (const Interval& interval : intervals_) {
     const auto begin = static_cast<cudaEvent_t>(interval.events[0]);
     const auto end = static_cast<cudaEvent_t>(interval.events[1]);
     float milliseconds = 0;
     cudaEventSynchronize(end);
     if (cudaEventElapsedTime(&milliseconds, begin, end) == cudaSuccess) {
-      totals[interval.op] += milliseconds;
+      calls.emplace_back(interval.cost, milliseconds);
     }
     cudaEventDestroy(begin);
     cudaEventDestroy(end);
   }
   intervals_.clear();
-  return totals;
+  return calls;
 }
 
 void copy_bytes(const void* from, void* to, int64_t bytes) {

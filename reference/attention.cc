@@ -34,7 +34,8 @@ struct AttentionInputs {
         query_length(a.sequence_length / a.share.ranks),
         block_tokens(a.block_tokens),
         scale(a.scale),
-        share(a.share) {}
+        share(a.share),
+        rounds_operands(a.q_THQ.dtype == DType::bf16) {}
   ReadF32 q, k, v;
   const int32_t* document_start;
   int64_t heads;  // query heads per group
@@ -44,7 +45,13 @@ struct AttentionInputs {
   int64_t block_tokens;
   float scale;
   ContextShare share;
+  bool rounds_operands;  // P and dS, as the tensor cores' operands
 
+  // A register or a group of them as the operand of a product.
+  template <class Values>
+  [[gnu::always_inline]] Values operand(const Values& values) const {
+    return rounds_operands ? bf16_lanes(values) : values;
+  }
   int64_t block_rows() const { return std::min(block_tokens, sequence_length); }
   int64_t padded_lanes(int64_t tokens) const {
     return (heads * tokens + kLanes - 1) / kLanes * kLanes;
@@ -260,7 +267,8 @@ int64_t key_count(const AttentionInputs& in, const KeyBlock& keys, int64_t lane)
   return std::min(keys.keys, (lane / in.heads / kStripTokens + 1) * kStripTokens);
 }
 
-// Turns scores into probabilities relative to the new maxima and folds their sums into the state.
+// Turns scores into probabilities relative to the new maxima and folds their sums into the state;
+// the sums are of unrounded probabilities.
 void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
                  const LaneRange& range, const OnlineSoftmax& state, float* scores) {
   for (int64_t lane = 0; lane < query.padded; lane += kLanes) {
@@ -283,12 +291,12 @@ void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBl
     int64_t key = 0;
     for (; key + kGroupParts <= count; key += kGroupParts, at += kGroupParts * query.padded) {
       const LaneFloats probs = exp_lanes(load_group(at, query.padded) - shift);
-      store_group(at, probs, query.padded);
+      store_group(at, in.operand(probs), query.padded);
       for (const Lanes prob : probs.part) block_sum += prob;
     }
     for (; key < count; ++key, at += query.padded) {
       const Lanes prob = exp_lanes(load_lanes(at) - shift);
-      store_lanes(at, prob);
+      store_lanes(at, in.operand(prob));
       block_sum += prob;
     }
     store_lanes(state.largest + lane, largest);
@@ -382,15 +390,17 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
     for (; key + kGroupParts <= count; key += kGroupParts) {
       const int64_t at = key * query.padded + lane;
       const LaneFloats probs = exp_lanes(LaneFloats::of([&](int i) { return score(key + i); }));
-      store_group(p.probs + at, probs, query.padded);
+      store_group(p.probs + at, in.operand(probs), query.padded);
       const LaneFloats d_probs = load_group(p.d_scores + at, query.padded);
-      store_group(p.d_scores + at, probs * (d_probs - delta) * in.scale, query.padded);
+      const LaneFloats d_scores = in.operand(probs * (d_probs - delta)) * in.scale;
+      store_group(p.d_scores + at, d_scores, query.padded);
     }
     for (; key < count; ++key) {
       const int64_t at = key * query.padded + lane;
       const Lanes prob = exp_lanes(score(key));
-      store_lanes(p.probs + at, prob);
-      store_lanes(p.d_scores + at, prob * (load_lanes(p.d_scores + at) - delta) * in.scale);
+      store_lanes(p.probs + at, in.operand(prob));
+      const Lanes d_score = in.operand(prob * (load_lanes(p.d_scores + at) - delta));
+      store_lanes(p.d_scores + at, d_score * in.scale);
     }
   }
 }

@@ -88,6 +88,10 @@ requires EitherIsLaneGroup<Left, Right>
   return LaneInts::of([&](int i) { return a.part[i] << count; });
 }
 
+[[gnu::always_inline]] inline LaneFloats bf16_lanes(const LaneFloats& x) {
+  return LaneFloats::of([&](int i) { return bf16_lanes(x.part[i]); });
+}
+
 // The operations of fmath::detail::exp_steps.
 struct GroupOps {
   template <class A, class B, class C>

@@ -33,6 +33,13 @@ inline void copy_row(const float* from, float* to, int64_t count) {
 }
 inline Lanes broadcast(float value) { return _mm256_set1_ps(value); }
 inline Lanes fma_lanes(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+// To nearest-even bf16, as f32_to_bf16 rounds numbers.
+inline Lanes bf16_lanes(Lanes x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(sum, 16), 16));
+}
 inline Lanes max_lanes(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }
 
 struct LaneOps {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "reference/chunks.h"
 #include "reference/gemm.h"
 #include "reference/rounding.h"
 #include "reference/wgrad.h"
@@ -47,6 +48,17 @@ void linear(const LinearArgs& a, Workers& workers) {
   product.residual = residual.data;
   product.residual_stride = residual.stride;
   gemm_chunks(product, workers);
+}
+
+void add_bias(const AddBiasArgs& a, Workers& workers) {
+  const int64_t N = a.y_TN[1];
+  const ReadF32 bias(a.bias_N);
+  const WriteF32 y(a.y_TN);
+  for_ranges(workers, a.y_TN[0], items_per_chunk(N), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t n = 0; n < N; ++n) y.row(t)[n] += bias.data[n];
+    }
+  });
 }
 
 void linear_dgrad(const LinearDgradArgs& a, Workers& workers) {

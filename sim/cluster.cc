@@ -14,6 +14,7 @@
 #include "sim/race_detector.h"
 #include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
+#include "sim/virtual_time.h"
 #include "src/comm/call_check.h"
 
 namespace cambium::sim {
@@ -56,8 +57,13 @@ class Groups {
 // A rank's host code waits by giving its thread to other fibers.
 class SimHost final : public Host {
  public:
-  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector, RaceDetector* races)
-      : scheduler_(scheduler), rank_(rank), injector_(injector), races_(races) {}
+  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector, RaceDetector* races,
+          VirtualRank* virtual_rank)
+      : scheduler_(scheduler),
+        rank_(rank),
+        injector_(injector),
+        races_(races),
+        virtual_rank_(virtual_rank) {}
   void wait(const Event& event, std::source_location site) override {
     if (injector_ != nullptr) injector_->flush();
     if (races_ != nullptr && !races_->keeps_host_wait(rank_, event, site)) return;
@@ -65,6 +71,7 @@ class SimHost final : public Host {
     if (std::uncaught_exceptions() > 0) return;
     event.synchronize_device();
     if (races_ != nullptr) races_->host_waited(rank_, event, site);
+    if (virtual_rank_ != nullptr) virtual_rank_->host_waited(event);
   }
   void touches(const MemoryAccess& access) override {
     if (races_ != nullptr) races_->host_touches(rank_, access);
@@ -74,6 +81,7 @@ class SimHost final : public Host {
     scheduler_.yield(rank_);
   }
   int64_t now_ns() const override {
+    if (virtual_rank_ != nullptr) return virtual_rank_->host_now_ns();
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
                std::chrono::steady_clock::now().time_since_epoch())
         .count();
@@ -83,7 +91,8 @@ class SimHost final : public Host {
   Scheduler& scheduler_;
   int rank_;
   FaultInjector* injector_;
-  RaceDetector* races_;  // null when races are not looked for
+  RaceDetector* races_;        // null when races are not looked for
+  VirtualRank* virtual_rank_;  // null when values are computed
 };
 
 class SimEnvironment final : public RankEnvironment {
@@ -97,7 +106,10 @@ class SimEnvironment final : public RankEnvironment {
         groups_(groups),
         races_(races),
         injector_(make_injector(rank, options, scheduler)),
-        host_(scheduler, rank, injector_.get(), races) {}
+        virtual_rank_(options.time == nullptr
+                          ? nullptr
+                          : std::make_unique<VirtualRank>(*options.time, rank, place)),
+        host_(scheduler, rank, injector_.get(), races, virtual_rank_.get()) {}
 
   int rank() const override { return rank_; }
   int ranks() const override { return options_.ranks; }
@@ -113,6 +125,7 @@ class SimEnvironment final : public RankEnvironment {
       races_->add_stream(*streams_.back(), rank_);
       streams_.back()->set_observer(races_);
     }
+    if (virtual_rank_ != nullptr) virtual_rank_->add_stream(*streams_.back());
     if constexpr (kHasCuda) {
       if (options_.device == Device::cuda) {
         native_streams_.push_back(std::make_unique<cuda::NativeStream>(
@@ -138,6 +151,7 @@ class SimEnvironment final : public RankEnvironment {
     if (injector_ != nullptr) injector_->set_step(step);
   }
   int64_t step() const override { return step_; }
+  ShapeOnlyRun* shape_only() override { return virtual_rank_.get(); }
 
   // After the rank's main returned: its buffers are gone, so nothing may be queued.
   void check_idle() const {
@@ -192,6 +206,7 @@ class SimEnvironment final : public RankEnvironment {
   Groups& groups_;
   RaceDetector* races_;
   std::unique_ptr<FaultInjector> injector_;
+  std::unique_ptr<VirtualRank> virtual_rank_;
   SimHost host_;
   std::vector<std::unique_ptr<Stream>> streams_;
   std::vector<std::unique_ptr<DeviceStream>> native_streams_;  // of streams_, on a GPU
@@ -229,7 +244,9 @@ Error failure(const Scheduler& scheduler, const Groups& groups, const Environmen
     return environments[static_cast<size_t>(rank)]->annotate(scheduler.task(rank).error);
   }
   std::vector<int64_t> steps;
-  for (const auto& environment : environments) steps.push_back(environment->step());
+  for (const auto& environment : environments) {
+    steps.push_back(environment == nullptr ? 0 : environment->step());
+  }
   for (int rank = 0; rank < scheduler.ranks(); ++rank) {
     const RankTask& stuck = scheduler.task(rank);
     if (stuck.state != RankState::stuck) continue;
@@ -248,7 +265,9 @@ Error failure(const Scheduler& scheduler, const Groups& groups, const Environmen
 
 void check_faults_struck(const Environments& environments) {
   for (const auto& environment : environments) {
-    if (environment->injector() == nullptr || environment->injector()->pending().empty()) continue;
+    if (environment == nullptr || environment->injector() == nullptr ||
+        environment->injector()->pending().empty())
+      continue;
     const CommFault& fault = environment->injector()->pending().front();
     fail(
         ExitCode::usage,
@@ -292,6 +311,11 @@ ScheduleTape parse_tape(const std::string& text) {
       text);
 }
 
+bool is_simulated(const ClusterOptions& options, int rank) {
+  return options.only_ranks.empty() ||
+         std::ranges::find(options.only_ranks, rank) != options.only_ranks.end();
+}
+
 namespace cluster_detail {
 
 ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
@@ -299,7 +323,7 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   std::unique_ptr<Workers> own_workers;
   if (options.workers == nullptr) own_workers = std::make_unique<Workers>(options.worker_threads);
   Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
-  Scheduler scheduler(options.ranks, workers, options.schedule_seed);
+  Scheduler scheduler(options.ranks, workers, options.schedule_seed, options.time);
   if (options.schedule_seed != 0 || options.replay != nullptr) scheduler.explore(options);
   if (options.transfer_slots > 0) scheduler.run_streams_in_turn();
   std::unique_ptr<RaceDetector> races;
@@ -312,6 +336,11 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   Environments environments;
   std::vector<RankProgram> programs(static_cast<size_t>(options.ranks));
   for (int rank = 0; rank < options.ranks; ++rank) {
+    if (!is_simulated(options, rank)) {
+      environments.push_back(nullptr);
+      scheduler.leave_out(rank);
+      continue;
+    }
     environments.push_back(
         std::make_unique<SimEnvironment>(rank, options, workers, scheduler, groups, races.get()));
     RankProgram& program = programs[static_cast<size_t>(rank)];

@@ -26,6 +26,8 @@
 
 namespace cambium::sim {
 
+class VirtualTime;
+
 // Reductions: `rank` adds contributions 0, 1, .. n-1 in fp32 and rounds once; `ring` adds chunk c
 // from rank (c+1) % n on, rounding to the dtype at every hop, as NCCL's ring does.
 // `arrival` adds in the order in which ranks came, as atomics do: a mistake to be found.
@@ -108,8 +110,14 @@ struct ClusterOptions {
   int transfer_slots = 0;
   Races races = Races::ignored;
   LeftOutWait left_out_wait = {};
+  // Shape-only: nothing is computed, ops and transfers take their virtual time (one thread).
+  VirtualTime* time = nullptr;
+  // Folding: the ranks that stand for all; the others' calls are taken for theirs. Empty = all.
+  std::vector<int> only_ranks = {};
   int64_t stack_bytes = 1 << 20;  // per rank; only touched pages cost memory
 };
+
+bool is_simulated(const ClusterOptions& options, int rank);
 
 // What a run did, for tests and benchmarks.
 struct ClusterReport {

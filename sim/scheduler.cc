@@ -1,7 +1,10 @@
 #include "sim/scheduler.h"
 
 #include <algorithm>
+#include <deque>
 #include <thread>
+
+#include "sim/virtual_time.h"
 
 namespace cambium::sim {
 
@@ -20,8 +23,13 @@ uint64_t mix(uint64_t seed, uint64_t counter) {
 
 }  // namespace
 
-Scheduler::Scheduler(int ranks, Workers& workers, uint64_t seed)
-    : tasks_(static_cast<size_t>(ranks)), workers_(workers), seed_(seed) {}
+Scheduler::Scheduler(int ranks, Workers& workers, uint64_t seed, VirtualTime* time)
+    : tasks_(static_cast<size_t>(ranks)), workers_(workers), seed_(seed), time_(time) {}
+
+void Scheduler::leave_out(int rank) {
+  task(rank).state = RankState::finished;
+  ++finished_;
+}
 
 std::vector<Scheduler::StreamRank>::const_iterator Scheduler::find_stream(
     const Stream& stream) const {
@@ -34,8 +42,6 @@ int Scheduler::rank_of(const Stream& stream) const {
 }
 
 uint64_t Scheduler::random(uint64_t bound) { return mix(seed_, draws_++) % bound; }
-
-bool Scheduler::run() { return exploration_ == nullptr ? run_in_rank_order() : run_explored(); }
 
 // Candidates are the ready fibers, then the ready streams, oldest first. An actor is a rank's fiber
 // (rank) or a stream (ranks + its place), the same in every run of a seed.
@@ -92,6 +98,39 @@ int64_t Scheduler::choose_by_priority(const std::vector<int64_t>& actors,
     priorities_[actors[static_cast<size_t>(leader())]] = -static_cast<int64_t>(decisions_);
   }
   return leader();
+}
+
+bool Scheduler::run() {
+  if (time_ != nullptr) return run_in_time_order();
+  return exploration_ == nullptr ? run_in_rank_order() : run_explored();
+}
+
+// A stream gives way after every task: what the task woke may take part in its next one's time.
+bool Scheduler::run_in_time_order() {
+  std::deque<int> ready;
+  for (int rank = 0; rank < ranks(); ++rank) {
+    if (task(rank).state == RankState::ready) ready.push_back(rank);
+  }
+  while (!all_finished()) {
+    if (!ready.empty()) {
+      const int rank = ready.front();
+      ready.pop_front();
+      run_fiber(rank);
+      if (task(rank).state == RankState::yielded) ready.push_back(rank);
+    } else if (Stream* stream = ready_streams_.pop()) {
+      run_stream(*stream, 1);
+      const int rank = static_cast<const VirtualStream*>(stream->clock())->rank().rank();
+      RankTask& waiting = task(rank);
+      if (waiting.state == RankState::waiting && waiting.event.is_complete()) {
+        waiting.state = RankState::ready;
+        ready.push_back(rank);
+      }
+    } else if (!time_->advance()) {
+      return false;
+    }
+    if (failed_rank_ >= 0) return false;
+  }
+  return true;
 }
 
 void Scheduler::run_fiber(int rank) {
@@ -245,6 +284,7 @@ void Scheduler::yield(int rank) {
 void Scheduler::cancel() {
   mode_ = Mode::cancelling;
   for (RankTask& current : tasks_) {
+    if (current.fiber == nullptr) continue;
     while (current.fiber->started() && !current.fiber->finished()) current.fiber->resume();
   }
 }

@@ -38,7 +38,10 @@ class Scheduler {
   // std::exception: a rank's handlers for errors must not take it for one.
   struct Cancelled {};
 
-  Scheduler(int ranks, Workers& workers, uint64_t seed);
+  // With `time`, streams run one after another, and when nothing can go on, time does.
+  Scheduler(int ranks, Workers& workers, uint64_t seed, VirtualTime* time = nullptr);
+  // Rank `rank` is not of this run.
+  void leave_out(int rank);
 
   // Explores: every choice is drawn from the seed, or replayed.
   void explore(const ClusterOptions& options) { exploration_ = &options; }
@@ -73,6 +76,7 @@ class Scheduler {
  private:
   bool run_in_rank_order();
   bool run_explored();
+  bool run_in_time_order();
   void run_fiber(int rank);
   void suspend(RankTask& task);
   // Drains until nothing can run; records the failure of the lowest rank.
@@ -96,6 +100,7 @@ class Scheduler {
   Workers& workers_;
   uint64_t seed_;
   const ClusterOptions* exploration_ = nullptr;
+  VirtualTime* time_;
   uint64_t draws_ = 0;
   uint64_t decisions_ = 0;
   size_t replayed_ = 0;

@@ -7,6 +7,7 @@
 #include "fmt/format.h"
 #include "sim/comm_faults.h"
 #include "sim/race_detector.h"
+#include "sim/virtual_time.h"
 #include "src/comm/call_check.h"
 
 namespace cambium::sim {
@@ -20,8 +21,12 @@ Group::Group(std::string name, std::vector<int> members, const ClusterOptions& o
       workers_(workers),
       races_(races),
       slots_(slots),
+      time_(options.time),
       joined_(members_.size()),
-      posted_(members_.size()) {}
+      posted_(members_.size()) {
+  participants_ = static_cast<int>(
+      std::ranges::count_if(members_, [&](int rank) { return is_simulated(options, rank); }));
+}
 
 std::string Group::describe() const {
   return fmt::format("'{}' {}", name_, describe_ranks(members_));
@@ -41,6 +46,7 @@ Transfer& Group::new_transfer(int member) {
   transfer.recvs.clear();
   transfer.started = false;
   transfer.done = false;
+  transfer.moves_from_ns = 0;
   transfer.stage_ = 0;
   transfer.arrived_ = false;
   transfer.holds_slot_ = false;
@@ -69,7 +75,7 @@ void Group::bind_collective(Transfer& transfer) {
     Meeting& fresh = *meetings_.back();
     fresh.transfers.assign(members_.size(), nullptr);
     fresh.posted = 0;
-    for (auto& missing : fresh.missing) missing.store(ranks());
+    for (auto& missing : fresh.missing) missing.store(participants());
     fresh.arrivals.store(0);
     fresh.left.store(0);
   }
@@ -205,8 +211,10 @@ void Group::bind_exchange(Transfer& transfer) {
 
 // Takes back what every side is done with. Runs between compute phases, so nothing is in flight.
 void Group::retire() {
-  while (!meetings_.empty() && meetings_.front()->left.load() == ranks()) {
-    for (Transfer* transfer : meetings_.front()->transfers) spare_transfers_.push_back(transfer);
+  while (!meetings_.empty() && meetings_.front()->left.load() == participants()) {
+    for (Transfer* transfer : meetings_.front()->transfers) {
+      if (transfer != nullptr) spare_transfers_.push_back(transfer);
+    }
     spare_meetings_.push_back(std::move(meetings_.front()));
     meetings_.pop_front();
     ++first_;
@@ -276,6 +284,13 @@ Ticket SimCommunicator::submit(CollectiveCall call) {
   const char* op_name = collective_name(call.kind);
   Transfer& transfer = group_.new_transfer(rank_);
   group_.bind(transfer, std::move(call));
+  if (group_.time() != nullptr) {
+    VirtualRank& rank = static_cast<VirtualStream*>(stream.clock())->rank();
+    transfer.issue_ns = rank.post();
+    transfer.place = rank.place();
+    stream.enqueue_gated(op_name, transfer, &group_.workers());
+    return stream.record();
+  }
   // A rank alone waits for nobody: on a GPU its call need not hold back what follows.
   stream.enqueue_gated(op_name, transfer, group_.ranks() == 1 ? &group_.workers() : nullptr);
   return stream.record();

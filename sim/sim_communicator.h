@@ -51,6 +51,9 @@ class Transfer final : public GatedTask {
   bool done = false;
   int arrival_number = 0;               // among the members of its meeting
   std::vector<uint64_t> arrival_clock;  // what its stream knew when it started (race detection)
+  // Virtual time: posted, at its stream's head, peers there, done; and the trainer's place then.
+  int64_t issue_ns = 0, ready_ns = 0, moves_from_ns = 0, end_ns = 0;
+  WorkPlace place;
 
  private:
   void note_completed();
@@ -110,6 +113,9 @@ class Group {
   const std::string& name() const { return name_; }
   const std::vector<int>& members() const { return members_; }
   int ranks() const { return static_cast<int>(members_.size()); }
+  // Members that this run simulates: all, but for folded ranks.
+  int participants() const { return participants_; }
+  VirtualTime* time() const { return time_; }
   ReductionOrder order() const { return order_; }
   Poison poison() const { return poison_; }
   Workers& workers() const { return workers_; }
@@ -147,6 +153,8 @@ class Group {
   Workers& workers_;
   RaceDetector* races_;
   std::vector<DeviceSlots>& slots_;
+  VirtualTime* time_;
+  int participants_ = 0;
   std::vector<bool> joined_;
   std::vector<uint64_t> posted_;
   std::deque<std::unique_ptr<Meeting>> meetings_;  // numbers first_ ...

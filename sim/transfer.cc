@@ -8,6 +8,7 @@
 #include "sim/race_detector.h"
 #include "sim/reduce.h"
 #include "sim/sim_communicator.h"
+#include "sim/virtual_time.h"
 
 namespace cambium::sim {
 
@@ -227,6 +228,7 @@ void Transfer::poison_receive_side(Workers& workers) {
 
 bool Transfer::advance(Workers& workers) {
   if (group == nullptr) return false;  // reserved by an injected fault and not bound yet
+  if (group->time() != nullptr) return group->time()->advance_transfer(*this);
   if (!started && !take_slot()) return false;
   if (!started && group->races() != nullptr) {
     group->races()->starts(*call.stream);

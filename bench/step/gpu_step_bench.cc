@@ -1,6 +1,6 @@
 // One GPU, Qwen3-30B-A3B shapes, 4 sequences of 4,096 tokens in bf16: a decoder layer forward and
 // backward, and a whole training step of 4 layers with the vocabulary of 151,936 (3.1 B
-// parameters; loss, clip, AdamW with fp32 master weights and state).
+// parameters; loss, clip, AdamW with fp32 master weights, and moments in fp32 or bf16).
 //
 //   cambium_bench --benchmark_filter=gpu_
 // Beside them: bench/peers. The layer's time is the mean of 10 in one queue, the step's the median;
@@ -21,13 +21,13 @@ namespace {
 constexpr int64_t kSequences = 4, kSequenceLength = 4096;
 constexpr const char* kNoGpu = "skipped: no GPU";
 
-Config gpu_config(int64_t layers, int64_t vocab) {
+Config gpu_config(int64_t layers, int64_t vocab, const char* state_dtype = "fp32") {
   return parse_config(
       fmt::format("[model]\npreset = \"qwen3-30b-a3b\"\nlayers = {}\nvocab = {}\n[train]\n"
                   "global_batch_sequences = {}\nmicro_batch_sequences = {}\nsteps = 1000\n"
                   "sequence_length = {}\n[data]\ndocument_mask = false\n[run]\n"
-                  "device = \"cuda\"\n",
-                  layers, vocab, kSequences, kSequences, kSequenceLength),
+                  "device = \"cuda\"\n[optimizer]\nstate_dtype = \"{}\"\n",
+                  layers, vocab, kSequences, kSequences, kSequenceLength, state_dtype),
       "gpu_step_bench", {});
 }
 
@@ -56,9 +56,11 @@ void print_op_times(Rank& rank, TrainStep& step, const SequenceSource& source, i
     step.accumulate(source, now - 1);
     step.update(now, 1e-4, WithDigests::no);
     rank.ops.timer = nullptr;
+    std::map<std::string, double> totals;
+    for (const auto& [cost, ms] : timer.take_ms()) totals[cost.op] += ms;
     std::vector<std::pair<double, std::string>> rows;
     double sum = 0;
-    for (const auto& [op, ms] : timer.take_totals_ms()) {
+    for (const auto& [op, ms] : totals) {
       rows.emplace_back(ms, op);
       sum += ms;
     }
@@ -114,7 +116,7 @@ void gpu_layer(benchmark::State& state) {
 
 void gpu_step(benchmark::State& state) {
   if (!kHasCuda || !has_gpu(state)) return state.SkipWithError(kNoGpu);
-  const Config config = gpu_config(4, 151936);
+  const Config config = gpu_config(4, 151936, state.range(0) == 0 ? "fp32" : "bf16");
   const Derived derived = derive(config);
   const SyntheticSequences source(config);
   constexpr int64_t kWarmUp = 3, kCounted = 9;
@@ -140,7 +142,13 @@ void gpu_step(benchmark::State& state) {
 }
 
 BENCHMARK(gpu_layer)->UseManualTime()->Unit(benchmark::kMillisecond)->Iterations(1);
-BENCHMARK(gpu_step)->UseManualTime()->Unit(benchmark::kMillisecond)->Iterations(1);
+BENCHMARK(gpu_step)
+    ->ArgName("bf16_state")
+    ->UseManualTime()
+    ->Unit(benchmark::kMillisecond)
+    ->Iterations(1)
+    ->Arg(0)
+    ->Arg(1);
 
 }  // namespace
 

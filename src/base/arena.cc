@@ -55,7 +55,18 @@ class HostAddressSpace final : public AddressSpace {
   int64_t reserved_ = 0, backed_ = 0;
 };
 
+class NoMemory final : public AddressSpace {
+ public:
+  // NOTE: never dereferenced; not null, which would mean an absent view.
+  std::byte* base() const override { return reinterpret_cast<std::byte*>(uintptr_t{1} << 44); }
+  int64_t reserved_bytes() const override { return INT64_MAX / 4; }
+  int64_t back(int64_t bytes) override { return bytes; }
+  void fill(std::byte*, int64_t, uint32_t) override {}
+};
+
 }  // namespace
+
+std::unique_ptr<AddressSpace> shape_only_address_space() { return std::make_unique<NoMemory>(); }
 
 std::unique_ptr<AddressSpace> host_address_space(int64_t sharers) {
   return std::make_unique<HostAddressSpace>(sharers);
@@ -118,6 +129,8 @@ Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what
   if (used_ > peak_) {
     peak_ = used_;
     peak_by_class_ = by_class_;
+    peak_what_ = what;
+    if (place_ != nullptr) peak_place_ = *place_;
   }
   if (poison_ == Poison::on) space_->fill(base_ + offset, need, kPoisonWord);
   Buffer buffer;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "src/base/view.h"
+#include "src/base/work_place.h"
 
 namespace cambium {
 
@@ -39,6 +40,9 @@ class AddressSpace {
 
 // Pages of this process, which come on first touch; `sharers` arenas divide its addresses.
 std::unique_ptr<AddressSpace> host_address_space(int64_t sharers = 1);
+
+// Addresses without memory: for shape-only runs, whose ops touch nothing.
+std::unique_ptr<AddressSpace> shape_only_address_space();
 
 class Arena;
 
@@ -88,6 +92,12 @@ class Arena {
   int64_t peak_bytes() const { return peak_; }
   // Bytes by class at the moment of the peak.
   std::array<int64_t, kMemoryClasses> peak_by_class() const { return peak_by_class_; }
+  // How far the address space was used: what a device must have, holes included.
+  int64_t reserved_bytes() const { return top_; }
+  // Where the program was at the peak, and what it asked for; `place` outlives the arena.
+  void watch(const WorkPlace* place) { place_ = place; }
+  const WorkPlace& peak_place() const { return peak_place_; }
+  const char* peak_what() const { return peak_what_; }
   void reset_peak();
   // An injected fault: of the allocations from now on, number `allocation` (from 0) fails.
   void fail_at(int64_t allocation) { allocations_left_ = allocation; }
@@ -109,6 +119,9 @@ class Arena {
   int64_t peak_ = 0;
   std::array<int64_t, kMemoryClasses> by_class_{};
   std::array<int64_t, kMemoryClasses> peak_by_class_{};
+  const WorkPlace* place_ = nullptr;
+  WorkPlace peak_place_;
+  const char* peak_what_ = "";
 };
 
 }  // namespace cambium

@@ -96,19 +96,26 @@ void Stream::pop_front() {
   spare_ = chunk;
 }
 
-// On the device: after all that `other` has launched, which is at least what an event stands for.
-void Stream::order_after(const Stream& other) {
+// On the device: after all that the other has launched, which is at least what an event stands for.
+void Stream::order_after(const Event& event) {
+  const Stream& other = *event.stream;
   if (device_ != nullptr && other.device_ != nullptr) device_->wait_for(*other.device_);
+  if (clock_ != nullptr) clock_->wait_for(*other.clock_, event.sequence);
+}
+
+void Stream::charge(const TimedOp& op) {
+  if (is_idle() && clock_->run(op)) return count_launched();
+  new (push(TaskKind::timed, op.name, sizeof(TimedOp)).payload()) TimedOp(op);
 }
 
 void Stream::wait(const Event& event, std::source_location site) {
   if (event.stream == this || event.stream == nullptr) return;
+  const bool is_timed = device_ != nullptr || clock_ != nullptr;
   if (observer_ != nullptr) {
     // An event that happens to be complete still orders what follows.
     if (!observer_->keeps_wait(*this, event, site)) return;
-  } else if (event.is_complete() && (device_ == nullptr || launches_at_once())) {
-    order_after(*event.stream);
-    return;
+  } else if (event.is_complete() && (!is_timed || launches_at_once())) {
+    return order_after(event);
   }
   new (push(TaskKind::wait, "wait", sizeof(Event)).payload()) Event(event);
 }
@@ -131,6 +138,8 @@ bool Stream::run_head(Workers& workers) {
       return true;
     case TaskKind::gated:
       return (*static_cast<GatedTask**>(task.payload()))->advance(workers);
+    case TaskKind::timed:
+      return clock_->run(*static_cast<const TimedOp*>(task.payload()));
     case TaskKind::wait: {
       const Event& event = *static_cast<const Event*>(task.payload());
       if (!event.is_complete()) {
@@ -138,7 +147,7 @@ bool Stream::run_head(Workers& workers) {
         head_waits_ = event.stream->add_waiter(event.sequence, *this);
         if (head_waits_) return false;
       }
-      order_after(*event.stream);
+      order_after(event);
       if (observer_ != nullptr) observer_->waited(*this, event);
       return true;
     }
@@ -153,6 +162,7 @@ int64_t Stream::drain(Workers& workers, int64_t most) {
     head_waits_ = false;
     pop_front();
     ++ran;
+    if (clock_ != nullptr) clock_->note_completed();
     // Sequentially consistent with add_waiter: one of the two sides sees the other.
     completed_.store(++done, std::memory_order_seq_cst);
     if (done >= next_waiter_.load(std::memory_order_seq_cst)) wake_waiters(done);

@@ -18,6 +18,7 @@
 
 #include "src/base/check.h"
 #include "src/base/view.h"
+#include "src/base/work_place.h"
 #include "src/base/workers.h"
 
 namespace cambium {
@@ -47,6 +48,36 @@ struct Event {
   bool is_complete() const;
   // Waits until the device has done what was launched on a complete event's stream.
   void synchronize_device() const;
+};
+
+// One op of a shape-only run: what it is, when the host issued it, how long it takes alone.
+struct TimedOp {
+  const char* name = "";
+  int64_t issue_ns = 0;
+  int64_t duration_ns = 0;
+  WorkPlace place;
+  enum class Bound : uint8_t { compute, memory } bound = Bound::compute;
+};
+
+// A stream's virtual time (sim/virtual_time.h): `now_ns` is when all it has completed was done.
+class StreamClock {
+ public:
+  virtual ~StreamClock() = default;
+  // The op at the stream's head. Returns false when its end is not known yet; then it wakes the
+  // stream.
+  virtual bool run(const TimedOp& op) = 0;
+  // The stream waits for task `sequence` of the stream that `other` is of.
+  virtual void wait_for(const StreamClock& other, uint64_t sequence) = 0;
+  int64_t now_ns() const { return now_ns_; }
+  // When task `sequence`, which is complete, was done; tasks count from 1.
+  int64_t ended_ns(uint64_t sequence) const {
+    return sequence == 0 ? 0 : ended_ns_[static_cast<size_t>(sequence - 1)];
+  }
+  void note_completed() { ended_ns_.push_back(now_ns_); }
+
+ protected:
+  int64_t now_ns_ = 0;
+  std::vector<int64_t> ended_ns_;
 };
 
 // A task that may have to wait for other streams: what communicators are built from.
@@ -121,6 +152,10 @@ class Stream {
   // Null unless somebody watches; CPU streams only.
   StreamObserver* observer() const { return observer_; }
   void set_observer(StreamObserver* observer) { observer_ = observer; }
+  // Shape-only runs: ops are charged to `clock`, and waits are waits of virtual time.
+  void set_clock(StreamClock* clock) { clock_ = clock; }
+  StreamClock* clock() const { return clock_; }
+  void charge(const TimedOp& op);
 
   // Runs `run(args, workers)` after everything enqueued before. `op_name` has static lifetime.
   template <class Args>
@@ -187,7 +222,7 @@ class Stream {
  private:
   static constexpr int64_t kTaskAlignment = 16;
   static constexpr int64_t kChunkBytes = 32 << 10;  // about 60 ops
-  enum class TaskKind : uint32_t { op, wait, gated };
+  enum class TaskKind : uint32_t { op, wait, gated, timed };
   enum class State : uint8_t { parked, queued, running, notified };
   template <class Args>
   struct Stored {
@@ -228,11 +263,15 @@ class Stream {
   void pop_front();
   bool run_head(Workers& workers);
   bool launches_at_once() const {
-    return device_ != nullptr && launch_order_ == LaunchOrder::at_once && is_idle();
+    const bool launches = device_ != nullptr && launch_order_ == LaunchOrder::at_once;
+    return (launches || clock_ != nullptr) && is_idle();
   }
   // A task that ran without being queued. NOTE: nobody waits for it, as its number is new.
-  void count_launched() { completed_.store(++enqueued_, std::memory_order_release); }
-  void order_after(const Stream& other);
+  void count_launched() {
+    if (clock_ != nullptr) clock_->note_completed();
+    completed_.store(++enqueued_, std::memory_order_release);
+  }
+  void order_after(const Event& event);
   // Wakes `stream` when `sequence` completes; false when it has.
   bool add_waiter(uint64_t sequence, Stream& stream) const;
   void wake_waiters(uint64_t completed);
@@ -241,6 +280,7 @@ class Stream {
   ReadyStreams* ready_ = nullptr;
   DeviceStream* device_ = nullptr;
   StreamObserver* observer_ = nullptr;
+  StreamClock* clock_ = nullptr;
   LaunchOrder launch_order_ = LaunchOrder::at_once;
   Chunk* head_ = nullptr;  // oldest chunk
   Chunk* tail_ = nullptr;

@@ -2,10 +2,12 @@
 
 #include <cmath>
 #include <optional>
+#include <set>
 
 #include "nlohmann/json.hpp"
 #include "src/base/check.h"
 #include "src/checkpoint/strict_json.h"
+#include "src/config/derive.h"
 #include "src/model/hf_family.h"
 
 namespace cambium {
@@ -106,32 +108,60 @@ int64_t read_experts(const ConfigKeys& keys, const HfFamily& family) {
   return *experts;
 }
 
-// A rope object must be the plain rotary embedding.
-void require_plain_rope(const ConfigKeys& keys, const char* key) {
+RopeKind read_rope_kind(const ConfigKeys& keys, const char* key, const json& rope) {
+  for (const char* type_key : {"rope_type", "type"}) {
+    if (!rope.contains(type_key)) continue;
+    for (const RopeKind kind : {RopeKind::plain, RopeKind::linear, RopeKind::yarn}) {
+      if (rope.at(type_key) == choice_name(kind)) return kind;
+    }
+    keys.refuse(key, "{} {} is not implemented; \"default\", \"linear\" and \"yarn\" are", type_key,
+                rope.at(type_key).dump());
+  }
+  return RopeKind::plain;
+}
+
+// rope_parameters, or the older rope_scaling: plain, linear or YaRN, with every key understood.
+void read_rope(const ConfigKeys& keys, const char* key, ModelConfig& model) {
   const json& rope = keys.value(key);
   if (!rope.is_object()) keys.refuse(key, "it is not an object");
-  for (const char* type_key : {"rope_type", "type"}) {
-    if (rope.contains(type_key) && rope.at(type_key) != "default") {
-      keys.refuse(key,
-                  "{} {} asks for scaled rotary embedding, which is not implemented; only "
-                  "\"default\" is",
-                  type_key, rope.at(type_key).dump());
-    }
-  }
+  model.rope_kind = read_rope_kind(keys, key, rope);
+  const bool scaled = model.rope_kind != RopeKind::plain;
+  const bool yarn = model.rope_kind == RopeKind::yarn;
+  const auto number = [&](const char* name, double* value) {
+    if (!rope.contains(name) || rope.at(name).is_null()) return false;
+    *value = keys.positive(rope, name);
+    return true;
+  };
   for (const auto& [name, value] : rope.items()) {
-    const bool plain = name == "rope_type" || name == "type" || name == "rope_theta" ||
-                       (name == "partial_rotary_factor" && value == 1);
-    if (!plain && !value.is_null()) {
+    const bool known =
+        name == "rope_type" || name == "type" || name == "rope_theta" ||
+        (name == "partial_rotary_factor" && value == 1) || (name == "truncate" && value == true) ||
+        (scaled && name == "factor") ||
+        (yarn && (name == "original_max_position_embeddings" || name == "beta_fast" ||
+                  name == "beta_slow" || name == "attention_factor"));
+    if (!known && !value.is_null()) {
       keys.refuse(key, "{} = {} is not implemented", name, value.dump());
     }
   }
+  if (!scaled) return;
+  if (!number("factor", &model.rope_factor)) keys.refuse(key, "the factor is missing");
+  if (model.rope_factor < 1) keys.refuse(key, "factor = {} is below 1", model.rope_factor);
+  if (!yarn) return;
+  double original = 0;
+  if (!number("original_max_position_embeddings", &original)) {
+    keys.refuse(key, "original_max_position_embeddings is missing");
+  }
+  model.rope_original_positions = static_cast<int64_t>(original);
+  number("beta_fast", &model.rope_beta_fast);
+  number("beta_slow", &model.rope_beta_slow);
+  number("attention_factor", &model.rope_attention_factor);
 }
 
-double read_rope_theta(const ConfigKeys& keys) {
+double read_rope_theta(const ConfigKeys& keys, ModelConfig& model) {
   std::optional<double> theta;
-  if (keys.has("rope_scaling")) require_plain_rope(keys, "rope_scaling");
+  if (keys.has("rope_scaling")) read_rope(keys, "rope_scaling", model);
   if (keys.has("rope_parameters")) {
-    require_plain_rope(keys, "rope_parameters");
+    read_rope(keys, "rope_parameters", model);
     const json& rope = keys.value("rope_parameters");
     if (rope.contains("rope_theta")) theta = keys.positive(rope, "rope_theta");
   }
@@ -146,18 +176,35 @@ double read_rope_theta(const ConfigKeys& keys) {
   return *theta;
 }
 
-void check_window(const ConfigKeys& keys, const HfFamily& family, int64_t max_positions) {
+// Which layers have a dense MLP: mlp_only_layers, and all but every decoder_sparse_step-th.
+void read_dense_layers(const ConfigKeys& keys, ModelConfig& model) {
+  const int64_t step =
+      keys.has("decoder_sparse_step") ? keys.integer("decoder_sparse_step", kMostLayers) : 1;
+  std::set<int64_t> listed;
+  if (keys.has("mlp_only_layers")) {
+    const json& list = keys.value("mlp_only_layers");
+    if (!list.is_array()) keys.refuse("mlp_only_layers", "{} is not a list", list.dump());
+    for (const json& layer : list) {
+      if (!layer.is_number_integer() || layer < 0) {
+        keys.refuse("mlp_only_layers", "{} is not the number of a layer", layer.dump());
+      }
+      listed.insert(layer.get<int64_t>());
+    }
+  }
+  for (int64_t layer = 0; layer < model.layers; ++layer) {
+    if (listed.contains(layer) || (layer + 1) % step != 0) model.dense_layers.push_back(layer);
+  }
+  if (!model.dense_layers.empty()) model.dense_hidden = keys.integer("intermediate_size");
+}
+
+// Tokens that attention reaches back; 0 where a window is off or covers every position.
+int64_t read_window(const ConfigKeys& keys, const HfFamily& family, int64_t max_positions) {
   const bool used =
       family.window_rule == HfWindowRule::sliding_window ||
       (family.window_rule == HfWindowRule::use_sliding_window && keys.flag("use_sliding_window"));
-  if (!used || !keys.has("sliding_window")) return;
+  if (!used || !keys.has("sliding_window")) return 0;
   const int64_t window = keys.integer("sliding_window");
-  if (window < max_positions) {
-    keys.refuse("sliding_window",
-                "{} is smaller than max_position_embeddings {}: attention within a window is not "
-                "implemented; lower max_position_embeddings to {} for shorter texts",
-                window, max_positions, window);
-  }
+  return window < max_positions ? window : 0;
 }
 
 void check_dimensions(const ConfigKeys& keys, const ModelConfig& model) {
@@ -206,15 +253,17 @@ ModelConfig parse_hf_config(const std::string& text, const std::string& where) {
   model.experts = read_experts(keys, family);
   model.top_k = keys.integer("num_experts_per_tok");
   model.expert_hidden = keys.integer(family.expert_hidden_key);
+  if (family.dense_layers) read_dense_layers(keys, model);
+  model.attention_bias = family.attention_bias && keys.flag("attention_bias");
   model.vocab = keys.integer("vocab_size");
   model.max_positions = keys.integer("max_position_embeddings");
-  model.rope_theta = read_rope_theta(keys);
+  model.rope_theta = read_rope_theta(keys, model);
   model.norm_epsilon = keys.positive("rms_norm_eps");
   if (keys.has("initializer_range")) model.init_std = keys.positive("initializer_range");
   model.normalize_top_k =
       family.top_k_rule == HfTopKRule::always_normalized || keys.flag("norm_topk_prob");
   model.tie_embeddings = keys.flag("tie_word_embeddings");
-  check_window(keys, family, model.max_positions);
+  model.sliding_window = read_window(keys, family, model.max_positions);
   check_dimensions(keys, model);
   return model;
 }
@@ -236,9 +285,31 @@ ModelConfig load_hf_config(const std::string& directory) {
   return load_hf_config(files, directory);
 }
 
+namespace {
+
+json rope_json(const ModelConfig& model) {
+  json rope = {{"rope_theta", model.rope_theta}, {"rope_type", choice_name(model.rope_kind)}};
+  if (model.rope_kind == RopeKind::plain) return rope;
+  rope["factor"] = model.rope_factor;
+  if (model.rope_kind == RopeKind::linear) return rope;
+  rope["original_max_position_embeddings"] = rope_original_positions(model);
+  rope["beta_fast"] = model.rope_beta_fast;
+  rope["beta_slow"] = model.rope_beta_slow;
+  if (model.rope_attention_factor > 0) rope["attention_factor"] = model.rope_attention_factor;
+  return rope;
+}
+
+}  // namespace
+
 std::string hf_config_json(const ModelConfig& model, HfStorage storage) {
   const HfFamily& family = hf_family(model.family);
   CHECK(model.qk_norm == family.qk_norm);
+  const auto refuse = [&](const char* what) {
+    fail(ExitCode::usage, "{} cannot be written as {}; next: model.family = \"qwen3_moe\"", what,
+         family.model_type);
+  };
+  if (!family.dense_layers && !model.dense_layers.empty()) refuse("model.dense_layers");
+  if (!family.attention_bias && model.attention_bias) refuse("model.attention_bias");
   json root = {
       {"architectures", {family.architecture}},
       {"model_type", family.model_type},
@@ -254,7 +325,7 @@ std::string hf_config_json(const ModelConfig& model, HfStorage storage) {
       {"vocab_size", model.vocab},
       {"max_position_embeddings", model.max_positions},
       {"rope_theta", model.rope_theta},
-      {"rope_parameters", {{"rope_theta", model.rope_theta}, {"rope_type", "default"}}},
+      {"rope_parameters", rope_json(model)},
       {"rms_norm_eps", model.norm_epsilon},
       {"initializer_range", model.init_std},
       {"tie_word_embeddings", model.tie_embeddings},
@@ -266,8 +337,13 @@ std::string hf_config_json(const ModelConfig& model, HfStorage storage) {
     root[requirement.key] = json::parse(requirement.value);
   }
   if (family.expert_hidden_key != std::string("intermediate_size")) {
-    root["intermediate_size"] = model.expert_hidden;  // width of dense layers; there are none
+    root["intermediate_size"] = model.dense_hidden > 0 ? model.dense_hidden : model.expert_hidden;
   }
+  if (family.dense_layers) {
+    root["decoder_sparse_step"] = 1;
+    root["mlp_only_layers"] = model.dense_layers;
+  }
+  if (family.attention_bias) root["attention_bias"] = model.attention_bias;
   root[family.expert_hidden_key] = model.expert_hidden;
   if (family.top_k_rule == HfTopKRule::norm_topk_prob) {
     root["norm_topk_prob"] = model.normalize_top_k;
@@ -277,7 +353,15 @@ std::string hf_config_json(const ModelConfig& model, HfStorage storage) {
          "renormalises always; choose model.family = \"olmoe\" or \"qwen3_moe\"",
          family.model_type);
   }
-  if (family.window_rule != HfWindowRule::none) root["sliding_window"] = nullptr;
+  if (family.window_rule == HfWindowRule::none && model.sliding_window > 0) {
+    refuse("model.sliding_window");
+  }
+  if (family.window_rule != HfWindowRule::none) {
+    root["sliding_window"] = model.sliding_window > 0 ? json(model.sliding_window) : json(nullptr);
+  }
+  if (family.window_rule == HfWindowRule::use_sliding_window) {
+    root["use_sliding_window"] = model.sliding_window > 0;
+  }
   return root.dump(2) + "\n";
 }
 

@@ -73,11 +73,34 @@ void add_expert(const ModelConfig& model, const CanonicalTensor& tensor, HfSpell
   }
 }
 
+// q, k and v of a fused weight or bias: `shape` of one is its rows and, of a weight, the width.
+void add_qkv(const ModelConfig& model, const CanonicalTensor& tensor, const char* suffix,
+             SliceList& slices) {
+  const char* const names[] = {"q_proj", "k_proj", "v_proj"};
+  for (int part = 0; part < 3; ++part) {
+    std::vector<int64_t> shape{(part == 0 ? model.heads : model.kv_heads) * model.head_dim};
+    if (tensor.shape.rank == 2) shape.push_back(model.hidden);
+    slices.add(tensor,
+               fmt::format("model.layers.{}.self_attn.{}.{}", tensor.layer, names[part], suffix),
+               shape);
+  }
+}
+
+void add_mlp(const ModelConfig& model, const CanonicalTensor& tensor, SliceList& slices) {
+  const HfFamily& family = hf_family(model.family);
+  const std::string prefix = fmt::format("model.layers.{}.mlp.", tensor.layer);
+  const int64_t width = model.hidden, inner = model.dense_hidden;
+  if (tensor.role == TensorRole::mlp_down) {
+    return slices.add(tensor, fmt::format("{}{}.weight", prefix, family.down), {width, inner});
+  }
+  slices.add(tensor, fmt::format("{}{}.weight", prefix, family.gate), {inner, width});
+  slices.add(tensor, fmt::format("{}{}.weight", prefix, family.up), {inner, width});
+}
+
 void add_slices(const ModelConfig& model, const CanonicalTensor& tensor, HfSpelling spelling,
                 SliceList& slices) {
   const std::string prefix = fmt::format("model.layers.{}.", tensor.layer);
   const std::string attention = prefix + "self_attn.";
-  const int64_t kv_width = model.kv_heads * model.head_dim;
   std::vector<int64_t> shape;
   for (int i = 0; i < tensor.shape.rank; ++i) shape.push_back(tensor.shape[i]);
   switch (tensor.role) {
@@ -86,9 +109,11 @@ void add_slices(const ModelConfig& model, const CanonicalTensor& tensor, HfSpell
     case TensorRole::attn_norm:
       return slices.add(tensor, prefix + "input_layernorm.weight", shape);
     case TensorRole::qkv:
-      slices.add(tensor, attention + "q_proj.weight", {model.heads * model.head_dim, model.hidden});
-      slices.add(tensor, attention + "k_proj.weight", {kv_width, model.hidden});
-      return slices.add(tensor, attention + "v_proj.weight", {kv_width, model.hidden});
+      return add_qkv(model, tensor, "weight", slices);
+    case TensorRole::qkv_bias:
+      return add_qkv(model, tensor, "bias", slices);
+    case TensorRole::attn_out_bias:
+      return slices.add(tensor, attention + "o_proj.bias", shape);
     case TensorRole::q_norm:
       return slices.add(tensor, attention + "q_norm.weight", shape);
     case TensorRole::k_norm:
@@ -104,6 +129,9 @@ void add_slices(const ModelConfig& model, const CanonicalTensor& tensor, HfSpell
     case TensorRole::expert_gate_up:
     case TensorRole::expert_down:
       return add_expert(model, tensor, spelling, slices);
+    case TensorRole::mlp_gate_up:
+    case TensorRole::mlp_down:
+      return add_mlp(model, tensor, slices);
     case TensorRole::final_norm:
       return slices.add(tensor, "model.norm.weight", shape);
     case TensorRole::lm_head:
@@ -139,7 +167,11 @@ HfWeights::HfWeights(SafetensorsReader reader, const ModelConfig& model, const s
 }
 
 void HfWeights::index(const ModelConfig& model, const std::string& prefix) {
-  const bool fused = reader_.contains(prefix + "model.layers.0.mlp.experts.gate_up_proj");
+  bool fused = false;
+  for (int64_t layer = 0; layer < model.layers; ++layer) {
+    fused |=
+        reader_.contains(fmt::format("{}model.layers.{}.mlp.experts.gate_up_proj", prefix, layer));
+  }
   for (HfTensor& slice : hf_tensors(model, fused ? HfSpelling::fused : HfSpelling::per_expert)) {
     slice.hf_name = prefix + slice.hf_name;
     const StoredTensor& stored = reader_.at(slice.hf_name);

@@ -144,6 +144,11 @@ int run_plan(const Invocation& invocation) {
   app.add_option("--machine", options.machine, "machine name or file; default plan.machine");
   add_number(app, "--ranks", options.ranks, "scale parallel.dp to so many ranks; 0 = as given")
       ->check(not_negative());
+  app.add_flag_callback(
+      "--fold", [&] { options.folding = Folding::on; },
+      "let one rank of a pipeline stage stand for all of them; refused where they differ");
+  app.add_option("--trace", options.trace, "write the timeline, for ui.perfetto.dev")
+      ->type_name("FILE");
   add_json(app, options.format);
   app.footer(example("cambium plan configs/quickstart.toml --machine laptop"));
   parse(app, invocation);

@@ -156,6 +156,15 @@ std::string first_difference(const Trace& one, const Trace& other) {
   return "";
 }
 
+// Of a model with dense layers: its first layers' kinds, and at least one of each.
+void keep_layer_pattern(const ModelConfig& given, ModelConfig& twin) {
+  if (given.dense_layers.empty()) return;
+  std::erase_if(twin.dense_layers, [&](int64_t layer) { return layer >= twin.layers; });
+  if (twin.dense_layers.empty()) twin.dense_layers = {0};
+  if (twin.expert_layers() == 0 && given.expert_layers() > 0) twin.dense_layers.pop_back();
+  twin.dense_hidden = 56;
+}
+
 // The rule-made small twin: a configuration whose step one core does in well under a second.
 Config small_twin(const Config& config) {
   Config twin = config;
@@ -164,6 +173,7 @@ Config small_twin(const Config& config) {
   const int64_t stages =
       parallel.pp * schedule_chunks(parallel.schedule, parallel.pp, parallel.virtual_stages);
   model.layers = std::min(model.layers, std::max<int64_t>(2, stages));
+  keep_layer_pattern(config.model, model);
   const int64_t groups = model.heads / model.kv_heads;
   model.kv_heads = std::min<int64_t>(model.kv_heads, 2);
   model.heads = model.kv_heads * std::min<int64_t>(groups, 2);

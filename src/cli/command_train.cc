@@ -1,7 +1,6 @@
 // cambium train: run directory, data, ranks, and what a finished run leaves behind.
 #include <fcntl.h>
 #include <unistd.h>
-#include <cerrno>
 
 #include <cmath>
 #include <csignal>
@@ -223,33 +222,6 @@ struct TrainPlan {
 };
 
 // Runs this process's ranks, and returns what rank 0, or this one, ended with.
-// The faults `disk_full` and `torn_write`: write #k below checkpoints/ fails, after half of its
-// bytes where it is torn. NOTE: ranks share one of these, and their writes one count.
-class FaultyFiles final : public FileSystem {
- public:
-  explicit FaultyFiles(const std::vector<FaultConfig>& faults) : faults_(faults) {}
-
- protected:
-  int before(FileCall& call) override {
-    const bool counts = call.op == FileOp::write &&
-                        std::string_view(call.path).find("/checkpoints/") != std::string_view::npos;
-    if (!counts) return 0;
-    const int64_t write = writes_++;
-    for (const FaultConfig& fault : faults_) {
-      const int64_t at = fault_place(fault).number;
-      if (fault.kind == "disk_full" && write == at) return ENOSPC;
-      if (fault.kind != "torn_write") continue;
-      if (write == at) call.bytes = (call.bytes + 1) / 2;
-      if (write == at + 1) return EIO;
-    }
-    return 0;
-  }
-
- private:
-  const std::vector<FaultConfig>& faults_;
-  int64_t writes_ = 0;
-};
-
 TrainOutcome run_ranks(const TrainPlan& plan, const LoadedData& data, TrainRun run) {
   install_signal_handlers();
   run.config = &plan.config;
@@ -307,7 +279,7 @@ int train_first_rank(const TrainPlan& plan) {
              plan.derived.ranks, layout_text(config), device_name(config.run.device), directory);
   std::fflush(stdout);
   const LoadedData data = load_data(config);
-  FaultyFiles files(config.faults);
+  FileSystem files;
   RunDirectory run_files(files, directory, options.resume);
   CheckpointReader* const reader = run_files.reader.get();
   if (reader != nullptr) check_resume(*reader, config);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "src/cli/environment.h"
+#include "src/train/plan_report.h"
 
 namespace cambium {
 
@@ -42,11 +43,13 @@ struct CheckOptions {
 };
 int command_check(const CheckOptions& options);
 
-// cambium plan CONFIG.toml --machine NAME|FILE [--ranks N] [--set a.b=c]... [--json]
+// cambium plan CONFIG.toml --machine NAME|FILE [--ranks N] [--fold] [--trace FILE] [--set a.b=c]...
 struct PlanOptions {
   ConfigSource config;
   std::string machine;
   int64_t ranks = 0;  // 0 = the configuration's
+  Folding folding = Folding::off;
+  std::string trace;  // file for the timeline; empty = none
   OutputFormat format = OutputFormat::text;
 };
 int command_plan(const PlanOptions& options);

@@ -7,6 +7,7 @@
 #include "fmt/format.h"
 #include "kernels/nccl_comm.h"
 #include "sim/cluster.h"
+#include "sim/planner.h"
 #include "src/base/digest.h"
 #include "src/comm/nccl_environment.h"
 
@@ -140,6 +141,8 @@ std::string device_name(DeviceKind device) {
   }
   return "cpu";
 }
+
+PlanReport plan_layout(const PlanRun& run) { return sim::plan_step(run); }
 
 int64_t worker_threads(int64_t configured) {
   if (configured > 0) return configured;

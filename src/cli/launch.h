@@ -12,6 +12,7 @@
 #include "src/comm/race_report.h"
 #include "src/comm/rank_environment.h"
 #include "src/config/config.h"
+#include "src/train/plan_report.h"
 
 namespace cambium {
 
@@ -32,6 +33,9 @@ namespace launch_detail {
 void launch(const LaunchOptions& options, void (*main)(void* body, RankEnvironment& environment),
             void* body);
 }
+
+// One step, shapes alone, on a machine that need not be there (sim/planner.h).
+PlanReport plan_layout(const PlanRun& run);
 
 // Runs body(environment) for each rank that lives in this process.
 template <class Body>

@@ -12,19 +12,8 @@ namespace {
   fail(ExitCode::internal, "cambium {}: not built yet", command);
 }
 
-// A wrong configuration is answered as ever, before it is said that the command does not exist.
-void validate(const ConfigSource& source, const Environment& environment) {
-  const Config config = load_config(source.path, source.sets);
-  const Derived derived = derive(config);
-  resolve_transport(environment, config, static_cast<int>(derived.ranks));
-}
-
 }  // namespace
 
-int command_plan(const PlanOptions& options) {
-  validate(options.config, Environment{});
-  not_built("plan");
-}
 int command_calibrate(const CalibrateOptions&) { not_built("calibrate"); }
 
 }  // namespace cambium

@@ -10,12 +10,23 @@
 #include <string>
 #include <vector>
 
+#include "kernels/op.h"
 #include "src/base/arena.h"
 #include "src/base/stream.h"
 #include "src/base/workers.h"
 #include "src/comm/comm.h"
 
 namespace cambium {
+
+// What a shape-only run gives a rank in place of values: ops charge their cost to virtual time, and
+// the host counts of stage 1 come from a routing model, the same at both ends.
+struct DispatchCounts {
+  std::vector<int64_t> send_tokens, send_rows, recv_tokens, recv_rows;  // by rank of the group
+};
+class ShapeOnlyRun : public OpCharge {
+ public:
+  virtual DispatchCounts dispatch_counts(const WorkPlace& place) = 0;
+};
 
 class RankEnvironment {
  public:
@@ -42,6 +53,11 @@ class RankEnvironment {
   // Declares the training step that follows: for error messages and injected faults.
   virtual void set_step(int64_t step) = 0;
   virtual int64_t step() const = 0;
+
+  // Not null when this run computes nothing (`cambium plan`).
+  virtual ShapeOnlyRun* shape_only() { return nullptr; }
+  // Where the trainer is; it says so, stage by stage.
+  WorkPlace place;
 };
 
 }  // namespace cambium

@@ -5,6 +5,7 @@
 // `derive()` (derive.h) computes every dependent number and checks every rule between keys.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -24,6 +25,7 @@ enum class RecomputeMode { none, swiglu, full_layer };
 enum class DecayRule { matrices, all };
 enum class ModelFamily { qwen3_moe, mixtral, olmoe };
 enum class QkNorm { none, per_head, full_width };
+enum class RopeKind { plain, linear, yarn };
 enum class TokenizerKind { bytes, sentencepiece };
 
 // Dimensions and options of a decoder-only MoE transformer. Lengths in elements.
@@ -42,11 +44,26 @@ struct ModelConfig {
   int64_t vocab = 0;          // V
   int64_t max_positions = 0;
   double rope_theta = 10000.0;
+  RopeKind rope_kind = RopeKind::plain;
+  double rope_factor = 1.0;             // of linear and yarn
+  int64_t rope_original_positions = 0;  // yarn: before the extension; 0 = max_positions / factor
+  double rope_beta_fast = 32.0;         // yarn: turns over the original positions above which a
+  double rope_beta_slow = 1.0;          //   pair keeps its angle, and below which it is divided
+  double rope_attention_factor = 0.0;   // yarn: of cos and sin; 0 = 0.1 ln(factor) + 1
+  int64_t sliding_window = 0;  // tokens that attention reaches back, itself included; 0 = all
   double norm_epsilon = 1e-6;
   double init_std = 0.02;
   bool normalize_top_k = true;  // router weights renormalised over the selected experts
   bool tie_embeddings = false;
+  std::vector<int64_t> dense_layers;  // with an MLP of dense_hidden in place of experts; ascending
+  int64_t dense_hidden = 0;           // 0 = no dense layers
+  bool attention_bias = false;        // of the q, k, v and output projections
   QkNorm qk_norm = QkNorm::per_head;
+
+  bool is_dense(int64_t layer) const {
+    return std::binary_search(dense_layers.begin(), dense_layers.end(), layer);
+  }
+  int64_t expert_layers() const { return layers - std::ssize(dense_layers); }
 };
 
 struct DataConfig {
@@ -137,6 +154,8 @@ struct RunConfig {
 
 struct PlanConfig {
   std::string machine;
+  std::string routing = "uniform";  // or "zipf", or the metrics.jsonl of a run
+  double zipf = 0.7;                // exponent of routing = "zipf"
 };
 
 // One injected fault (design.md section 4, `check`): the kind, and where it strikes.
@@ -186,6 +205,7 @@ const char* choice_name(RecomputeMode value);
 const char* choice_name(DecayRule value);
 const char* choice_name(ModelFamily value);
 const char* choice_name(QkNorm value);
+const char* choice_name(RopeKind value);
 const char* choice_name(TokenizerKind value);
 
 // Reads a TOML file, then `--set` texts ("train.steps=20"; a later one wins), and checks every

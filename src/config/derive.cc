@@ -67,7 +67,10 @@ double parameter_estimate(const ModelConfig& model) {
                            static_cast<double>(model.heads + model.kv_heads);
   const double experts = static_cast<double>(model.experts) * width *
                          (3.0 * static_cast<double>(model.expert_hidden) + 1.0);
-  return static_cast<double>(model.layers) * (attention + experts) +
+  const double dense = 3.0 * width * static_cast<double>(model.dense_hidden);
+  return static_cast<double>(model.layers) * attention +
+         static_cast<double>(model.expert_layers()) * experts +
+         static_cast<double>(std::ssize(model.dense_layers)) * dense +
          2.0 * static_cast<double>(model.vocab) * width;
 }
 
@@ -82,6 +85,19 @@ void check_model(const Config& config) {
   if (model.top_k > model.experts) {
     fail(ExitCode::usage, "model.top_k = {} is above model.experts = {}", model.top_k,
          model.experts);
+  }
+  if (!model.dense_layers.empty() && model.dense_layers.back() >= model.layers) {
+    fail(ExitCode::usage, "model.dense_layers names layer {}, but model.layers = {}: 0 .. {}",
+         model.dense_layers.back(), model.layers, model.layers - 1);
+  }
+  if (!model.dense_layers.empty() && model.dense_hidden == 0) {
+    fail(ExitCode::usage,
+         "model.dense_layers needs a width: model.dense_hidden, such as {} (model.top_k experts)",
+         model.top_k * model.expert_hidden);
+  }
+  if (model.rope_kind == RopeKind::yarn && model.rope_beta_fast < model.rope_beta_slow) {
+    fail(ExitCode::usage, "model.rope_beta_fast = {} is below model.rope_beta_slow = {}",
+         model.rope_beta_fast, model.rope_beta_slow);
   }
   const QkNorm of_family = model.family == ModelFamily::qwen3_moe ? QkNorm::per_head
                            : model.family == ModelFamily::olmoe   ? QkNorm::full_width
@@ -105,6 +121,7 @@ void check_model(const Config& config) {
 
 void check_data(const Config& config) {
   const DataConfig& data = config.data;
+  if (data.train.empty()) return;  // no text is read: parity
   if (data.tokenizer == TokenizerKind::bytes && config.model.vocab < kByteTokens + 1) {
     fail(ExitCode::usage, "model.vocab = {} is too small for data.tokenizer = bytes: at least {}",
          config.model.vocab, kByteTokens + 1);
@@ -234,7 +251,7 @@ void check_balance(const Config& config) {
 }
 
 // What other parts of this build cannot do yet: refused, never downgraded.
-void check_supported(const Config& config) {
+void check_supported(const Config& config, ConfigUse use) {
   const ParallelConfig& parallel = config.parallel;
   const auto refuse = [](const std::string& what, const std::string& nearest) {
     fail(ExitCode::usage, "{} is not supported yet; nearest supported: {}", what, nearest);
@@ -243,14 +260,7 @@ void check_supported(const Config& config) {
     refuse(fmt::format("parallel.cp = {} with run.device = cuda", parallel.cp),
            fmt::format("parallel.cp = 1, parallel.dp = {}", parallel.dp * parallel.cp));
   }
-  const bool shards_more =
-      parallel.sharding == Sharding::zero2 || parallel.sharding == Sharding::full;
-  if (config.run.device == DeviceKind::cuda && shards_more && parallel.dp * parallel.cp > 1) {
-    refuse(fmt::format("parallel.sharding = {} with run.device = cuda",
-                       choice_name(parallel.sharding)),
-           "parallel.sharding = zero1");
-  }
-  check_device(config);
+  check_device(config, use);
   if (config.run.transport == Transport::nccl && config.run.device == DeviceKind::cpu) {
     refuse("run.transport = nccl with run.device = cpu", "run.device = cuda, or transport = sim");
   }
@@ -267,14 +277,17 @@ void count_model(const Config& config, Derived* derived) {
   const int64_t router = model.hidden * model.experts;
   const int64_t expert = 3 * model.hidden * model.expert_hidden;
   const int64_t embedding = model.vocab * model.hidden;
+  const int64_t biases = model.attention_bias ? query_width + 2 * kv_width + model.hidden : 0;
+  const int64_t dense = std::ssize(model.dense_layers) * 3 * model.hidden * model.dense_hidden;
 
-  const int64_t layer = attention + router + norms + model.experts * expert;
+  const int64_t unrouted = model.layers * attention + model.expert_layers() * router + dense;
+  const int64_t vectors = model.layers * (norms + biases) + model.hidden;
   const int64_t active_matrices =
-      model.layers * (attention + router + model.top_k * expert) + embedding;
+      unrouted + model.expert_layers() * model.top_k * expert + embedding;
   derived->expert_parameters = expert;
-  derived->parameters =
-      model.layers * layer + model.hidden + (model.tie_embeddings ? 1 : 2) * embedding;
-  derived->active_parameters = active_matrices + model.layers * norms + model.hidden;
+  derived->parameters = unrouted + model.expert_layers() * model.experts * expert + vectors +
+                        (model.tie_embeddings ? 1 : 2) * embedding;
+  derived->active_parameters = active_matrices + vectors;
 
   const double keys = (static_cast<double>(config.train.sequence_length) + 1.0) / 2.0;
   const double scores = 4.0 * static_cast<double>(query_width) * keys;
@@ -286,7 +299,8 @@ void count_model(const Config& config, Derived* derived) {
 // fp32 weights and gradients and the compute copy on every rank that holds a parameter, AdamW's
 // moments once, or on every rank without sharding.
 void count_state(const Config& config, Derived* derived) {
-  const int64_t experts = config.model.layers * config.model.experts * derived->expert_parameters;
+  const int64_t experts =
+      config.model.expert_layers() * config.model.experts * derived->expert_parameters;
   const int64_t dense = derived->parameters - experts;
   const int64_t held = derived->data_ranks * dense + derived->edp * experts;
   const int64_t optimized = config.parallel.sharding == Sharding::none ? held : derived->parameters;
@@ -323,28 +337,34 @@ FaultPlace fault_place(const FaultConfig& fault) {
   return place;
 }
 
-void check_device(const Config& config) {
+void check_device(const Config& config, ConfigUse use) {
   if (config.run.device == DeviceKind::cpu) return;
   if (config.numerics.compute == ComputeType::fp32) {
     fail(ExitCode::usage,
          "run.device = cuda computes in bf16 with fp32 sums: numerics.compute = fp32 is not "
          "supported there; nearest supported: numerics.compute = bf16, or run.device = cpu");
   }
-  if (!kHasCuda) {
+  if (!kHasCuda && use == ConfigUse::trained) {
     fail(ExitCode::usage,
          "run.device = cuda, but this build has no CUDA kernels; next: run.device = cpu, or a "
          "build by `cmake --preset cuda`");
   }
 }
 
-Derived derive(const Config& config) {
+int64_t rope_original_positions(const ModelConfig& model) {
+  if (model.rope_original_positions > 0) return model.rope_original_positions;
+  return std::max<int64_t>(
+      1, static_cast<int64_t>(static_cast<double>(model.max_positions) / model.rope_factor));
+}
+
+Derived derive(const Config& config, ConfigUse use) {
   check_model(config);
   check_layout(config);
   check_pipeline(config);
   check_balance(config);
   check_faults(config);
   check_data(config);
-  check_supported(config);
+  check_supported(config, use);
 
   Derived derived;
   derived.data_ranks = config.parallel.dp * config.parallel.cp;

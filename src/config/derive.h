@@ -43,9 +43,14 @@ struct Derived {
   double training_flops_per_token = 0;  // forward and both halves of backward
 };
 
-Derived derive(const Config& config);
+// Positions of the texts that YaRN's angles were trained on.
+int64_t rope_original_positions(const ModelConfig& model);
+
+// `planned`: shapes alone are run, so that a GPU need not be there, nor kernels for it.
+enum class ConfigUse { trained, planned };
+Derived derive(const Config& config, ConfigUse use = ConfigUse::trained);
 
 // Refuses what a GPU does not compute, and a GPU in a build without kernels (exit 2). Of derive().
-void check_device(const Config& config);
+void check_device(const Config& config, ConfigUse use = ConfigUse::trained);
 
 }  // namespace cambium

@@ -166,6 +166,22 @@ class ValueReader {
     *field = std::move(texts);
     return "";
   }
+  // Kept ascending, each once.
+  std::string operator()(std::vector<int64_t>* field) const {
+    const auto* list = given_.node->as_array();
+    if (list == nullptr) return wrong_type("a list of integers");
+    std::vector<int64_t> values;
+    for (const toml::node& element : *list) {
+      if (!element.is_integer()) return wrong_type("a list of integers");
+      values.push_back(element.as_integer()->get());
+      const std::string problem = range_problem(spec_, static_cast<double>(values.back()));
+      if (!problem.empty()) return problem;
+    }
+    std::sort(values.begin(), values.end());
+    values.erase(std::unique(values.begin(), values.end()), values.end());
+    *field = std::move(values);
+    return "";
+  }
   std::string operator()(const ChoiceField& field) const {
     std::string text;
     if (!read_text(*given_.node, &text)) return wrong_type("a text");
@@ -432,7 +448,8 @@ void Loader::complete_model(ModelConfig* model) {
     if (std::string_view(spec.section) != "model") continue;
     const KeyField field = spec.field(probe, 0);
     const auto* dimension = std::get_if<int64_t*>(&field);
-    if (dimension != nullptr && **dimension == 0) missing.push_back(spec.key());
+    const bool needed = dimension != nullptr && spec.range.minimum > 0;
+    if (needed && **dimension == 0) missing.push_back(spec.key());
   }
   if (missing.empty()) return;
   problems_.push_back(

@@ -29,6 +29,7 @@ constexpr const char* kScheduleKindNames[] = {"constant", "cosine", "wsd"};
 constexpr const char* kRecomputeNames[] = {"none", "swiglu", "full_layer"};
 constexpr const char* kDecayNames[] = {"matrices", "all"};
 constexpr const char* kFamilyNames[] = {"qwen3_moe", "mixtral", "olmoe"};
+constexpr const char* kRopeNames[] = {"default", "linear", "yarn"};
 constexpr const char* kQkNormNames[] = {"none", "per_head", "full_width"};
 constexpr const char* kTokenizerNames[] = {"bytes", "sentencepiece"};
 constexpr const char* kOptimizerNames[] = {"adamw"};
@@ -37,7 +38,7 @@ constexpr const char* kFaultNames[] = {
     "rng_rank",    "routing_order",       "swapped_send",       "missing_micro_batch",
     "zigzag_half", "gradient_axis",       "missing_wait",       "rank_crash",
     "stuck_rank",  "slow_rank",           "out_of_memory",      "nan_gradient",
-    "bit_flip",    "arrival_order_sum",   "torn_write",         "disk_full"};
+    "bit_flip",    "arrival_order_sum"};
 
 template <class Value>
 KeyField field_of(Value& value) {
@@ -71,6 +72,11 @@ constexpr KeyRange kCount{1, 1e9};          // of things that must exist
 constexpr KeyRange kOptionalCount{0, 1e9};  // where 0 has a meaning of its own
 constexpr KeyRange kRanks{1, 65536};
 constexpr KeyRange kDimension{1, 16777216};
+constexpr KeyRange kDimensionOrZero{0, 16777216};
+constexpr KeyRange kLayerNumber{0, 65535};
+constexpr KeyRange kStretch{1, 1e6};
+constexpr KeyRange kTurns{1e-3, 1e6};
+constexpr KeyRange kFewfold{0, 100};
 constexpr KeyRange kFraction{0, 1, RangeEnds::open_above};
 constexpr KeyRange kRatio{0, 1};
 constexpr KeyRange kWeight{0, 1000};
@@ -200,6 +206,25 @@ const KeySpec kKeys[] = {
      kSame,
      "of the preset or path, else 10000.0",
      "base of the rotary position angles"},
+    {"model", "rope_kind", in_section<kModel, &Model::rope_kind>, kNoRange, kRopeNames, kSame,
+     "of the path, else default", "rotary angles as they are, or scaled for longer texts"},
+    {"model", "rope_factor", in_section<kModel, &Model::rope_factor>, kStretch, kNoChoices, kSame,
+     "of the path, else 1.0",
+     "linear, yarn: how much longer than the original positions texts are"},
+    {"model", "rope_original_positions", in_section<kModel, &Model::rope_original_positions>,
+     kDimensionOrZero, kNoChoices, kSame, "of the path, else 0",
+     "yarn: positions before the extension; 0 = model.max_positions / model.rope_factor"},
+    {"model", "rope_beta_fast", in_section<kModel, &Model::rope_beta_fast>, kTurns, kNoChoices,
+     kSame, "of the path, else 32.0", "yarn: turns above which an angle is kept"},
+    {"model", "rope_beta_slow", in_section<kModel, &Model::rope_beta_slow>, kTurns, kNoChoices,
+     kSame, "of the path, else 1.0",
+     "yarn: turns below which an angle is divided by model.rope_factor"},
+    {"model", "rope_attention_factor", in_section<kModel, &Model::rope_attention_factor>, kFewfold,
+     kNoChoices, kSame, "of the path, else 0.0",
+     "yarn: of cos and sin; 0 = 0.1 ln(model.rope_factor) + 1"},
+    {"model", "sliding_window", in_section<kModel, &Model::sliding_window>, kDimensionOrZero,
+     kNoChoices, kSame, "of the path, else 0",
+     "tokens that attention reaches back, the token itself included; 0 = the whole text"},
     {"model",
      "norm_epsilon",
      in_section<kModel, &Model::norm_epsilon>,
@@ -220,6 +245,13 @@ const KeySpec kKeys[] = {
      kSame, kFromFamily, "divide the selected experts' weights by their sum"},
     {"model", "tie_embeddings", in_section<kModel, &Model::tie_embeddings>, kNoRange, kNoChoices,
      kSame, "of the path, else false", "the output head shares the embedding's weights"},
+    {"model", "attention_bias", in_section<kModel, &Model::attention_bias>, kNoRange, kNoChoices,
+     kSame, "of the path, else false", "biases of the q, k, v and output projections"},
+    {"model", "dense_layers", in_section<kModel, &Model::dense_layers>, kLayerNumber, kNoChoices,
+     kSame, "of the path, else []", "layers, from 0, with a dense MLP in place of experts"},
+    {"model", "dense_hidden", in_section<kModel, &Model::dense_hidden>, kDimensionOrZero,
+     kNoChoices, kSame, "of the path, else 0",
+     "hidden width of a dense layer's MLP; needed with model.dense_layers"},
     {"model", "qk_norm", in_section<kModel, &Model::qk_norm>, kNoRange, kQkNormNames, kSame,
      kFromFamily, "RMSNorm of queries and keys; fixed by the family"},
 
@@ -267,14 +299,8 @@ const KeySpec kKeys[] = {
      kNoChoices, kSame, nullptr, "tokens of a sequence; a multiple of numerics.block_tokens"},
     {"train", "eval_every_steps", in_section<kTrain, &Train::eval_every_steps>, kOptionalCount,
      kNoChoices, kSame, nullptr, "steps between evaluations; 0 = only after the last step"},
-    {"train",
-     "eval_sequences",
-     in_section<kTrain, &Train::eval_sequences>,
-     {1, 1e6},
-     kNoChoices,
-     kSame,
-     nullptr,
-     "sequences of an evaluation"},
+    {"train", "eval_sequences", in_section<kTrain, &Train::eval_sequences>, kStretch, kNoChoices,
+     kSame, nullptr, "sequences of an evaluation"},
     {"train",
      "sample_tokens",
      in_section<kTrain, &Train::sample_tokens>,
@@ -286,14 +312,8 @@ const KeySpec kKeys[] = {
 
     {"optimizer", "name", in_section<kOptimizer, &Optimizer::name>, kNoRange, kOptimizerNames,
      kSame, nullptr, "optimizer"},
-    {"optimizer",
-     "lr",
-     in_section<kOptimizer, &Optimizer::lr>,
-     {0, 100},
-     kNoChoices,
-     kSame,
-     nullptr,
-     "highest learning rate"},
+    {"optimizer", "lr", in_section<kOptimizer, &Optimizer::lr>, kFewfold, kNoChoices, kSame,
+     nullptr, "highest learning rate"},
     {"optimizer", "beta1", in_section<kOptimizer, &Optimizer::beta1>, kFraction, kNoChoices, kSame,
      nullptr, "decay of the first moment"},
     {"optimizer", "beta2", in_section<kOptimizer, &Optimizer::beta2>, kFraction, kNoChoices, kSame,
@@ -306,14 +326,8 @@ const KeySpec kKeys[] = {
      kSame,
      nullptr,
      "added to the root of the second moment"},
-    {"optimizer",
-     "weight_decay",
-     in_section<kOptimizer, &Optimizer::weight_decay>,
-     {0, 100},
-     kNoChoices,
-     kSame,
-     nullptr,
-     "decoupled weight decay, times the learning rate"},
+    {"optimizer", "weight_decay", in_section<kOptimizer, &Optimizer::weight_decay>, kFewfold,
+     kNoChoices, kSame, nullptr, "decoupled weight decay, times the learning rate"},
     {"optimizer", "decay", in_section<kOptimizer, &Optimizer::decay>, kNoRange, kDecayNames, kSame,
      nullptr, "what decays: weight matrices, or every parameter"},
     {"optimizer",
@@ -434,6 +448,18 @@ const KeySpec kKeys[] = {
 
     {"plan", "machine", in_section<kPlan, &PlanConfig::machine>, kNoRange, kNoChoices, kSame,
      nullptr, "machine name or file"},
+    {"plan", "routing", in_section<kPlan, &PlanConfig::routing>, kNoRange, kNoChoices, kSame,
+     nullptr,
+     "how tokens choose experts: uniform, zipf, or the metrics.jsonl of a run, whose last loads "
+     "count"},
+    {"plan",
+     "zipf",
+     in_section<kPlan, &PlanConfig::zipf>,
+     {0, 10},
+     kNoChoices,
+     kSame,
+     nullptr,
+     "exponent of plan.routing = zipf: expert i is chosen with a weight of (i + 1)^-zipf"},
 
     {"faults", "kind", in_fault<&FaultConfig::kind>, kNoRange, kFaultNames, kSame, "required",
      "which mistake"},
@@ -489,6 +515,13 @@ struct TomlText {
     for (const std::string& element : *value) text += (text == "[" ? "" : ", ") + quoted(element);
     return text + "]";
   }
+  std::string operator()(const std::vector<int64_t>* value) const {
+    std::string text = "[";
+    for (const int64_t element : *value) {
+      text += fmt::format("{}{}", text == "[" ? "" : ", ", element);
+    }
+    return text + "]";
+  }
   std::string operator()(const ChoiceField& field) const {
     const auto index = static_cast<size_t>(field.get(field.target));
     CHECK_LT(index, spec.choices.size());
@@ -522,8 +555,8 @@ const char* type_name(const KeySpec& spec) {
   config.faults.emplace_back();
   const KeyField field = spec.field(config, 0);
   if (!spec.choices.empty()) return "choice";
-  const char* const names[] = {"integer", "integer",       "number", "boolean",
-                               "text",    "list of texts", "choice"};
+  const char* const names[] = {"integer", "integer",       "number",           "boolean",
+                               "text",    "list of texts", "list of integers", "choice"};
   CHECK_LT(field.index(), std::size(names));
   return names[field.index()];
 }
@@ -563,6 +596,7 @@ const char* choice_name(RecomputeMode value) { return name_at(kRecomputeNames, v
 const char* choice_name(DecayRule value) { return name_at(kDecayNames, value); }
 const char* choice_name(ModelFamily value) { return name_at(kFamilyNames, value); }
 const char* choice_name(QkNorm value) { return name_at(kQkNormNames, value); }
+const char* choice_name(RopeKind value) { return name_at(kRopeNames, value); }
 const char* choice_name(TokenizerKind value) { return name_at(kTokenizerNames, value); }
 
 }  // namespace cambium

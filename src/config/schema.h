@@ -20,7 +20,7 @@ struct ChoiceField {
 
 // Where a key's value lives in a Config. The alternative fixes the key's type.
 using KeyField = std::variant<int64_t*, uint64_t*, double*, bool*, std::string*,
-                              std::vector<std::string>*, ChoiceField>;
+                              std::vector<std::string>*, std::vector<int64_t>*, ChoiceField>;
 
 enum class RangeEnds { closed, open_above };
 
@@ -58,7 +58,7 @@ struct SectionSpec {
 };
 std::span<const SectionSpec> section_specs();
 
-// "integer", "number", "boolean", "text", "list of texts" or "choice".
+// "integer", "number", "boolean", "text", "list of texts", "list of integers" or "choice".
 const char* type_name(const KeySpec& spec);
 // "1 .. 1000", "[0, 1)", "a | b"; empty where anything goes.
 std::string range_text(const KeySpec& spec);

@@ -44,6 +44,8 @@ struct HfFamily {
   const char* gate;
   const char* up;
   const char* down;
+  bool dense_layers;    // keys mlp_only_layers, decoder_sparse_step, intermediate_size
+  bool attention_bias;  // key attention_bias
   std::span<const HfRequirement> requirements;
 };
 

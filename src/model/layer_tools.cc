@@ -2,6 +2,7 @@
 #include "src/model/layer_tools.h"
 
 #include "kernels/combine.h"
+#include "kernels/copy.h"
 #include "kernels/leaf_fold.h"
 #include "kernels/linear.h"
 
@@ -19,6 +20,11 @@ int64_t metric_column(const Config& config, MetricColumn column, int64_t layer) 
 
 DType LayerContext::dtype() const {
   return rank.config.numerics.compute == ComputeType::bf16 ? DType::bf16 : DType::f32;
+}
+
+void LayerContext::enter(WorkStage stage, WorkPass pass, int64_t micro_batch) const {
+  rank.environment.place = {stage, pass, static_cast<int16_t>(layer),
+                            static_cast<int32_t>(micro_batch)};
 }
 
 Buffer LayerContext::real(Shape shape, const char* what) const {
@@ -53,17 +59,29 @@ void dense_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& te
                c.rank.ops);
 }
 
-void gain_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor, Buffer leaf,
-                int64_t rows) {
+void gain_wgrad(const LayerContext& c, LayerGradients& g, GainWgrad wgrad) {
   if (g.weights == WeightGradients::later) {
-    g.gain_wgrads.push_back({&tensor, std::move(leaf), rows});
+    g.gain_wgrads.push_back(std::move(wgrad));
     return;
   }
-  leaf_fold({.leaf_BN = in_f32(leaf, Shape(rows, tensor.elements)),
+  const ParamTensor& tensor = *wgrad.tensor;
+  leaf_fold({.leaf_BN = in_f32(wgrad.leaf, Shape(wgrad.rows, tensor.elements)),
              .d_w_SN = c.dense.grad_slots(tensor, Shape(tensor.elements)),
              .present_S = c.dense.grad_present(tensor, 0),
-             .target = c.dense.grad_target(tensor)},
+             .target = c.dense.grad_target(tensor),
+             .rows_per_block = wgrad.rows_per_block},
             c.rank.ops);
+}
+
+void bias_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor,
+                In<Real> d_y_TN) {
+  const int64_t T = d_y_TN[0], N = d_y_TN[1];
+  CHECK(d_y_TN.is_contiguous());
+  Buffer leaf = floats(c, T * N, "d bias rows");
+  cast_real(
+      {.from_N = {d_y_TN.data, d_y_TN.dtype, Shape(T * N)}, .to_N = out_f32(leaf, Shape(T * N))},
+      c.rank.ops);
+  gain_wgrad(c, g, {&tensor, std::move(leaf), T, c.rank.config.numerics.block_tokens});
 }
 
 void sum_rows(const LayerContext& c, int64_t tokens, LayerState& s, const Buffer& rows,

@@ -50,8 +50,11 @@ void dense_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& te
                  In<Real> d_y_TN, In<Real> x_TK);
 
 // A norm gain's gradient from its per-block leaves; now, or noted in `g` for later.
-void gain_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor, Buffer leaf,
-                int64_t rows);
+void gain_wgrad(const LayerContext& c, LayerGradients& g, GainWgrad wgrad);
+
+// A bias's gradient: d_y summed over the tokens; now, or noted in `g` for later.
+void bias_wgrad(const LayerContext& c, LayerGradients& g, const ParamTensor& tensor,
+                In<Real> d_y_TN);
 
 // A buffer that waiting weight gradients read.
 inline void keep_for_weights(LayerGradients& g, Buffer& buffer) {
@@ -63,7 +66,14 @@ inline void keep_for_weights(LayerGradients& g, Buffer& buffer) {
 void sum_rows(const LayerContext& c, int64_t tokens, LayerState& s, const Buffer& rows,
               In<Real> residual_TD, Out<Real> out_TD);
 
-// The routers' part of stage 1 (src/model/qwen3_router.cc): norm, logits, top-k, balance losses.
+// The norm before router and experts, or before the dense MLP.
+void mlp_norm_forward(const LayerContext& c, int64_t tokens, LayerState& s);
+
+// A dense layer: gradient of the second norm's output, and the MLP's weight gradients.
+Buffer mlp_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
+                    LayerGradients& g);
+
+// The routers' part of stage 1 (src/model/qwen3_router.cc): logits, top-k, balance losses.
 void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 // What goes to which rank; the counts are exchanged. With ep = 1 nothing.
 void plan_dispatch(const LayerContext& c, const MicroBatch& batch, LayerState& s);

@@ -26,6 +26,8 @@ const HfFamily kMixtralFamily = {
     .gate = "w1",
     .up = "w3",
     .down = "w2",
+    .dense_layers = false,
+    .attention_bias = false,
     .requirements = kMixtralRequirements,
 };
 

@@ -4,15 +4,12 @@
 #include <map>
 #include <numeric>
 
-#include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
-#include "kernels/leaf_fold.h"
-#include "kernels/linear.h"
-#include "kernels/metric_sum.h"
 #include "kernels/qk_norm_rope.h"
-#include "kernels/rms_norm.h"
 #include "src/base/digest.h"
+#include "src/base/fmath.h"
 #include "src/base/philox.h"
+#include "src/config/derive.h"
 #include "src/model/context.h"
 #include "src/parallel/batch_layout.h"
 
@@ -20,15 +17,7 @@ namespace cambium {
 
 namespace {
 
-// Rows of logits that exist at a time in fast mode: a few MB at small vocabularies, bounded at
-// large. A GPU takes more, so that products fill it and weight gradients are revisited less.
-constexpr int64_t kHeadChunkRows = 1024;
-constexpr int64_t kHeadChunkRowsCuda = 4096;
 constexpr int64_t kInitChunk = int64_t{1} << 22;  // elements drawn and uploaded at a time
-
-int64_t head_chunk_rows(const Rank& rank) {
-  return rank.config.run.device == DeviceKind::cuda ? kHeadChunkRowsCuda : kHeadChunkRows;
-}
 
 // The ranks that dense gradients are summed over. The fault `gradient_axis`: those of an expert.
 bool has_wrong_axis(const Rank& rank) {
@@ -48,7 +37,7 @@ ParamGroup::ReplicaRanges dense_ranges(const Rank& rank, const BatchLayout& layo
   return ranges;
 }
 
-LayerTensors layer_tensors(const ParamGroup& dense, const ParamGroup& expert, int64_t layer) {
+LayerTensors layer_tensors(const ParamGroup& dense, const ParamGroup* expert, int64_t layer) {
   LayerTensors t;
   t.attn_norm = dense.find(TensorRole::attn_norm, layer);
   t.qkv = dense.find(TensorRole::qkv, layer);
@@ -57,9 +46,27 @@ LayerTensors layer_tensors(const ParamGroup& dense, const ParamGroup& expert, in
   t.attn_out = dense.find(TensorRole::attn_out, layer);
   t.mlp_norm = dense.find(TensorRole::mlp_norm, layer);
   t.router = dense.find(TensorRole::router, layer);
-  t.gate_up = expert.find(TensorRole::expert_gate_up, layer);
-  t.down = expert.find(TensorRole::expert_down, layer);
+  t.qkv_bias = dense.find(TensorRole::qkv_bias, layer);
+  t.attn_out_bias = dense.find(TensorRole::attn_out_bias, layer);
+  t.mlp_gate_up = dense.find(TensorRole::mlp_gate_up, layer);
+  t.mlp_down = dense.find(TensorRole::mlp_down, layer);
+  if (expert == nullptr) return t;
+  t.gate_up = expert->find(TensorRole::expert_gate_up, layer);
+  t.down = expert->find(TensorRole::expert_down, layer);
   return t;
+}
+
+RopeTableArgs rope_args(const ModelConfig& model, int64_t positions) {
+  RopeTableArgs args{.theta = model.rope_theta, .head_dim = model.head_dim, .positions = positions};
+  if (model.rope_kind == RopeKind::plain) return args;
+  args.factor = model.rope_factor;
+  if (model.rope_kind == RopeKind::linear) return args;
+  args.beta_fast = model.rope_beta_fast;
+  args.beta_slow = model.rope_beta_slow;
+  args.original_positions = rope_original_positions(model);
+  args.attention = model.rope_attention_factor;
+  if (args.attention == 0) args.attention = 0.1 * fmath::log(model.rope_factor) + 1.0;
+  return args;
 }
 
 }  // namespace
@@ -90,13 +97,19 @@ Model::Model(Rank& rank, const ModelConfig& config)
       LayerPlace& place = layers_[layer];
       place.dense = group_with(TensorRole::qkv, layer);
       place.expert = group_with(TensorRole::expert_gate_up, layer);
-      place.tensors = layer_tensors(*place.dense, *place.expert, layer);
+      place.groups.push_back(place.dense);
+      if (place.expert != nullptr) place.groups.push_back(place.expert);
+      place.tensors = layer_tensors(*place.dense, place.expert, layer);
     }
   }
   positions_ = rank.config.train.sequence_length;
   std::vector<float> cos_SC, sin_SC;
-  rope_table({.theta = config_.rope_theta, .head_dim = config_.head_dim, .positions = positions_},
-             cos_SC, sin_SC);
+  if (rank.is_shape_only()) {
+    cos_SC.resize(static_cast<size_t>(positions_ * config_.head_dim / 2));
+    sin_SC.resize(cos_SC.size());
+  } else {
+    rope_table(rope_args(config_, positions_), cos_SC, sin_SC);
+  }
   cos_SC_ = rank.upload(cos_SC, "rope cos");
   sin_SC_ = rank.upload(sin_SC, "rope sin");
   const int64_t loads = config_.layers * config_.experts;
@@ -215,18 +228,15 @@ ParamGroup* Model::group_with(TensorRole role, int64_t layer) const {
 
 void Model::prefetch_layer(int64_t layer) {
   if (layer < 0 || layer >= config_.layers || layers_[layer].dense == nullptr) return;
-  layers_[layer].dense->prefetch_weights();
-  layers_[layer].expert->prefetch_weights();
+  for (ParamGroup* group : layers_[layer].groups) group->prefetch_weights();
 }
 
 void Model::hold_layer(int64_t layer) {
-  layers_[layer].dense->hold_weights();
-  layers_[layer].expert->hold_weights();
+  for (ParamGroup* group : layers_[layer].groups) group->hold_weights();
 }
 
 void Model::drop_layer(int64_t layer) {
-  layers_[layer].dense->drop_weights();
-  layers_[layer].expert->drop_weights();
+  for (ParamGroup* group : layers_[layer].groups) group->drop_weights();
 }
 
 void Model::initialize(uint64_t seed) {
@@ -239,7 +249,8 @@ void Model::initialize(uint64_t seed) {
       for (int64_t done = 0; done < piece.elements; done += kInitChunk) {
         const ParamPiece part{piece.tensor, piece.first_element + done,
                               std::min(kInitChunk, piece.elements - done)};
-        std::vector<float> values(static_cast<size_t>(part.elements), 1.0f);
+        std::vector<float> values(static_cast<size_t>(part.elements),
+                                  canonical.is_bias() ? 0.0f : 1.0f);
         if (canonical.shape.rank > 1) {
           draw_normal(values, part.first_element,
                       {wrong_seed ? seed + 1 : seed, tensor_id(canonical.name)});
@@ -305,7 +316,7 @@ LayerContext Model::layer_context(int64_t layer, Keep keep) {
   return {.rank = rank_,
           .model = config_,
           .dense = *layers_[layer].dense,
-          .expert = *layers_[layer].expert,
+          .expert = layers_[layer].expert,
           .router = router_,
           .cos_SC = {cos_SC_.f32(), table},
           .sin_SC = {sin_SC_.f32(), table},
@@ -322,8 +333,13 @@ Buffer Model::real(Shape shape, const char* what) const {
   return rank_.arena.tensor(shape, dtype(), MemoryClass::activations, what);
 }
 
+void Model::enter(WorkStage stage, WorkPass pass, const MicroBatch& batch) {
+  rank_.environment.place = {stage, pass, -1, static_cast<int32_t>(batch.index)};
+}
+
 Buffer Model::embed(const MicroBatch& batch) {
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
+  enter(WorkStage::embed, WorkPass::forward, batch);
   Buffer x_TD = real(Shape(T, D), "embedding");
   embed_->hold_weights();
   embedding({.w_VD = embed_->weight(*embed_->find(TensorRole::embed, -1), Shape(V, D)),
@@ -337,6 +353,7 @@ Buffer Model::embed(const MicroBatch& batch) {
 void Model::embed_backward(const MicroBatch& batch, const Buffer& d_x_TD) {
   const ParamTensor& tensor = *embed_->find(TensorRole::embed, -1);
   const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
+  enter(WorkStage::embed, WorkPass::backward, batch);
   embed_->begin_micro_batch(batch.index);
   embedding_wgrad({.d_x_TD = {d_x_TD.data(), dtype(), Shape(T, D)},
                    .token_T = {batch.token_T.as<int32_t>(), Shape(T)},
@@ -352,6 +369,7 @@ Buffer Model::layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD,
                             Keep keep) {
   const LayerContext c = layer_context(layer, keep);
   attend_forward(c, batch, std::move(x_TD), state);
+  if (c.is_dense()) return mlp_forward(c, batch, state);
   dispatch_forward(c, batch, state);
   expert_forward(c, batch, state);
   if (keep == Keep::recomputing) return {};
@@ -362,6 +380,7 @@ Buffer Model::layer_forward(const MicroBatch& batch, int64_t layer, Buffer x_TD,
 Buffer Model::layer_backward(const MicroBatch& batch, int64_t layer, LayerState& state,
                              LayerGradients& gradients) {
   const LayerContext c = layer_context(layer);
+  if (c.is_dense()) return attend_backward(c, batch, state, gradients);
   aggregate_backward(c, batch, state, gradients);
   expert_backward_input(c, state, gradients);
   dispatch_backward(c, state, gradients);
@@ -398,6 +417,7 @@ Buffer Model::forward(const MicroBatch& batch, int64_t chunk, Buffer x_TD, Chunk
     drop_layer(layer);
   }
   if (!here.ends) return x_TD;
+  enter(WorkStage::head, WorkPass::forward, batch);
   head_->hold_weights();
   head_weights_.group->hold_weights();
   if (state == nullptr) {
@@ -464,114 +484,11 @@ void Model::backward_weight(const MicroBatch& batch, int64_t chunk, ChunkState& 
 }
 
 void Model::begin_layer(int64_t layer, const MicroBatch& batch) {
-  layers_[layer].dense->begin_micro_batch(batch.index);
-  layers_[layer].expert->begin_micro_batch(batch.index);
+  for (ParamGroup* group : layers_[layer].groups) group->begin_micro_batch(batch.index);
 }
 
 void Model::end_layer(int64_t layer) {
-  layers_[layer].dense->end_micro_batch();
-  layers_[layer].expert->end_micro_batch();
-}
-
-// In fast mode the logits exist chunk by chunk; in exact mode the weight gradient is one call, so
-// that its blocks meet in one tree, and the gradients of all logits are kept.
-Buffer Model::head_forward_backward(const MicroBatch& batch, const Buffer& x_TD) {
-  OpContext& ops = rank_.ops;
-  const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
-  const int64_t block = rank_.config.numerics.block_tokens;
-  const ParamTensor& norm = *head_->find(TensorRole::final_norm, -1);
-  const HeadWeights& head = head_gradient_;
-  const In<Real> w_VD = head_weights_.group->weight(*head_weights_.tensor, Shape(V, D));
-  const In<Real> gain_D = head_->weight(norm, Shape(D));
-  const Buffer normed = real(Shape(T, D), "final normed");
-  const Buffer rstd = rank_.activation(4 * T, "final norm rstd");
-  rms_norm({.x_TD = {x_TD.data(), dtype(), Shape(T, D)},
-            .gain_D = gain_D,
-            .y_TD = {normed.data(), dtype(), Shape(T, D)},
-            .rstd_T = {rstd.f32(), Shape(T)},
-            .epsilon = static_cast<float>(config_.norm_epsilon)},
-           ops);
-  const bool exact = rank_.config.numerics.reduction == ReductionMode::exact;
-  const int64_t chunk = exact ? T : std::min(T, head_chunk_rows(rank_));
-  const Buffer logits = real(Shape(chunk, V), "logits");
-  const Buffer loss = rank_.activation(4 * T, "token losses");
-  const Buffer d_normed = real(Shape(T, D), "d final normed");
-  const int64_t row_bytes = D * dtype_bytes(dtype());
-  for (int64_t first = 0; first < T; first += chunk) {
-    const int64_t rows = std::min(chunk, T - first);
-    const In<Real> x(normed.as<std::byte>() + first * row_bytes, dtype(), Shape(rows, D));
-    linear({.x_TK = x, .w_NK = w_VD, .y_TN = {logits.data(), dtype(), Shape(rows, V)}}, ops);
-    cross_entropy({.logits_TV = {logits.data(), dtype(), Shape(rows, V)},
-                   .target_T = {batch.target_T.as<int32_t>() + first, Shape(rows)},
-                   .loss_T = {loss.f32() + first, Shape(rows)},
-                   .d_logits_TV = {logits.data(), dtype(), Shape(rows, V)}},
-                  ops);
-    linear_dgrad(
-        {.d_y_TN = {logits.data(), dtype(), Shape(rows, V)},
-         .w_NK = w_VD,
-         .d_x_TK = {d_normed.as<std::byte>() + first * row_bytes, dtype(), Shape(rows, D)}},
-        ops);
-    linear_wgrad({.d_y_TN = {logits.data(), dtype(), Shape(rows, V)},
-                  .x_TK = x,
-                  .d_w_SNK = head.group->grad_slots(*head.tensor, Shape(V, D)),
-                  .present_S = head.group->grad_present(*head.tensor, 0),
-                  .target = head.group->grad_target(*head.tensor),
-                  .block_tokens = block},
-                 ops);
-  }
-  metric_sum(
-      {.value_N = {loss.f32(), Shape(T)}, .leaf_BM = batch.metric_leaf_BM, .column = kMetricLoss},
-      ops);
-  const Buffer leaf = rank_.activation(4 * (T / block) * D, "d gain leaves");
-  Buffer d_x_TD = real(Shape(T, D), "d last layer output");
-  rms_norm_backward({.d_y_TD = {d_normed.data(), dtype(), Shape(T, D)},
-                     .x_TD = {x_TD.data(), dtype(), Shape(T, D)},
-                     .gain_D = gain_D,
-                     .rstd_T = {rstd.f32(), Shape(T)},
-                     .d_x_TD = {d_x_TD.data(), dtype(), Shape(T, D)},
-                     .d_gain_leaf_BD = {leaf.f32(), Shape(T / block, D)},
-                     .block_tokens = block},
-                    ops);
-  leaf_fold({.leaf_BN = {leaf.f32(), Shape(T / block, D)},
-             .d_w_SN = head_->grad_slots(norm, Shape(D)),
-             .present_S = head_->grad_present(norm, 0),
-             .target = head_->grad_target(norm)},
-            ops);
-  return d_x_TD;
-}
-
-void Model::head_evaluate(const MicroBatch& batch, const Buffer& x_TD, float* logits_TV) {
-  OpContext& ops = rank_.ops;
-  const int64_t T = batch.tokens, D = config_.hidden, V = config_.vocab;
-  const In<Real> w_VD = head_weights_.group->weight(*head_weights_.tensor, Shape(V, D));
-  const Buffer normed = real(Shape(T, D), "final normed");
-  const Buffer rstd = rank_.activation(4 * T, "final norm rstd");
-  rms_norm({.x_TD = {x_TD.data(), dtype(), Shape(T, D)},
-            .gain_D = head_->weight(*head_->find(TensorRole::final_norm, -1), Shape(D)),
-            .y_TD = {normed.data(), dtype(), Shape(T, D)},
-            .rstd_T = {rstd.f32(), Shape(T)},
-            .epsilon = static_cast<float>(config_.norm_epsilon)},
-           ops);
-  const Buffer loss = rank_.activation(4 * T, "token losses");
-  const int64_t chunk = logits_TV != nullptr ? T : std::min(T, head_chunk_rows(rank_));
-  const Buffer logits = rank_.activation(4 * chunk * V, "logits");
-  for (int64_t first = 0; first < T; first += chunk) {
-    const int64_t rows = std::min(chunk, T - first);
-    const Out<float> chunk_logits(logits_TV != nullptr ? logits_TV : logits.f32(), Shape(rows, V));
-    linear({.x_TK = {normed.as<std::byte>() + first * D * dtype_bytes(dtype()), dtype(),
-                     Shape(rows, D)},
-            .w_NK = w_VD,
-            .y_TN = chunk_logits},
-           ops);
-    cross_entropy({.logits_TV = {chunk_logits.pointer(), DType::f32, Shape(rows, V)},
-                   .target_T = {batch.target_T.as<int32_t>() + first, Shape(rows)},
-                   .loss_T = {loss.f32() + first, Shape(rows)}},
-                  ops);
-  }
-  if (batch.metric_leaf_BM.empty()) return;
-  metric_sum(
-      {.value_N = {loss.f32(), Shape(T)}, .leaf_BM = batch.metric_leaf_BM, .column = kMetricLoss},
-      ops);
+  for (ParamGroup* group : layers_[layer].groups) group->end_micro_batch();
 }
 
 }  // namespace cambium

@@ -48,7 +48,8 @@ class Model {
   const std::vector<CanonicalTensor>& tensors() const { return tensors_; }
   const std::vector<int32_t>& first_norm_block() const { return first_norm_block_; }
 
-  // Draws the initial weights: normal(0, init_std) for matrices, ones for norm gains. A value
+  // Draws the initial weights: normal(0, init_std) for matrices, ones for norm gains, zeros
+  // for biases. A value
   // depends on (seed, tensor, element) alone, so every layout starts with the same bits.
   void initialize(uint64_t seed);
 
@@ -86,8 +87,9 @@ class Model {
   // One layer's tensors and where they lie; null groups when another rank has the layer.
   struct LayerPlace {
     ParamGroup* dense = nullptr;
-    ParamGroup* expert = nullptr;
+    ParamGroup* expert = nullptr;  // null in a dense layer as well
     LayerTensors tensors;
+    std::vector<ParamGroup*> groups;  // those of the two that are here
   };
   struct Chunk {
     LayerRange layers;
@@ -110,6 +112,7 @@ class Model {
   void upload_context(const HostTokens& tokens, MicroBatch& batch);
   LayerContext layer_context(int64_t layer, Keep keep = Keep::for_backward);
   DType dtype() const;
+  void enter(WorkStage stage, WorkPass pass, const MicroBatch& batch);
   bool recomputes() const;  // layers, in backward, from their inputs
   void embed_backward(const MicroBatch& batch, const Buffer& d_x_TD);
   // Final norm, vocabulary head and loss; returns the gradient of the last layer's output, its

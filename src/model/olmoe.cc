@@ -7,7 +7,6 @@ namespace cambium {
 namespace {
 
 constexpr HfRequirement kOlmoeRequirements[] = {
-    {"attention_bias", "false", "biases in attention"},
     {"clip_qkv", "null", "clipped q, k and v"},
 };
 
@@ -26,6 +25,8 @@ const HfFamily kOlmoeFamily = {
     .gate = "gate_proj",
     .up = "up_proj",
     .down = "down_proj",
+    .dense_layers = false,
+    .attention_bias = true,
     .requirements = kOlmoeRequirements,
 };
 

@@ -48,6 +48,11 @@ AttentionKeys attention_keys(const LayerContext& c, const Extents& x, const Laye
           qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G)};
 }
 
+void bias_forward(const LayerContext& c, const ParamTensor* bias, const Buffer& y_TN, Shape shape) {
+  if (bias == nullptr) return;
+  add_bias({.bias_N = gain(c, bias), .y_TN = {y_TN.data(), c.dtype(), shape}}, c.rank.ops);
+}
+
 void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
   OpContext& ops = c.rank.ops;
@@ -64,6 +69,7 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
           .w_NK = c.dense.weight(*c.tensors.qkv, Shape(x.C, x.D)),
           .y_TN = c.out(s.qkv_TC, Shape(x.T, x.C))},
          ops);
+  bias_forward(c, c.tensors.qkv_bias, s.qkv_TC, Shape(x.T, x.C));
   s.q_THQ = c.real(Shape(x.T, x.H, x.Q), "q");
   s.k_TGQ = c.real(Shape(x.T, x.G, x.Q), "k");
   const bool normed = c.model.qk_norm != QkNorm::none;
@@ -112,13 +118,18 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
           .residual_TN = c.in(s.x_TD, Shape(x.T, x.D)),
           .y_TN = c.out(s.sum_TD, Shape(x.T, x.D))},
          ops);
+  bias_forward(c, c.tensors.attn_out_bias, s.sum_TD, Shape(x.T, x.D));
 }
 
 }  // namespace
 
 void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s) {
+  c.enter(WorkStage::attend, WorkPass::forward, batch.index);
+  s.micro_batch = batch.index;
   s.x_TD = std::move(x_TD);
   attention_forward(c, batch, s);
+  mlp_norm_forward(c, batch.tokens, s);
+  if (c.is_dense()) return;
   router_forward(c, batch, s);
   plan_dispatch(c, batch, s);
 }
@@ -142,7 +153,7 @@ Buffer norm_backward(const LayerContext& c, const MicroBatch& batch, LayerGradie
                      .d_gain_leaf_BD = out_f32(leaf, Shape(blocks, x.D)),
                      .block_tokens = block},
                     c.rank.ops);
-  gain_wgrad(c, g, tensor, std::move(leaf), blocks);
+  gain_wgrad(c, g, {&tensor, std::move(leaf), blocks});
   return d_x_TD;
 }
 
@@ -202,6 +213,9 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
                ops);
   dense_wgrad(c, g, *c.tensors.attn_out, c.in(d_sum_TD, Shape(x.T, x.D)),
               c.in(s.o_TC, Shape(x.T, x.H * x.Q)));
+  if (c.tensors.attn_out_bias != nullptr) {
+    bias_wgrad(c, g, *c.tensors.attn_out_bias, c.in(d_sum_TD, Shape(x.T, x.D)));
+  }
   const Buffer d_q = c.real(Shape(x.T, x.H, x.Q), "d q");
   const Buffer d_k = c.real(Shape(x.T, x.G, x.Q), "d k");
   Buffer d_qkv = c.real(Shape(x.T, x.C), "d qkv");
@@ -237,8 +251,8 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
   }
   qk_norm_rope_backward(args, ops);
   if (c.tensors.q_norm != nullptr) {
-    gain_wgrad(c, g, *c.tensors.q_norm, std::move(q_leaf), blocks);
-    gain_wgrad(c, g, *c.tensors.k_norm, std::move(k_leaf), blocks);
+    gain_wgrad(c, g, {c.tensors.q_norm, std::move(q_leaf), blocks});
+    gain_wgrad(c, g, {c.tensors.k_norm, std::move(k_leaf), blocks});
   }
   return d_qkv;
 }
@@ -248,7 +262,9 @@ Buffer attention_backward_qkv(const LayerContext& c, const MicroBatch& batch, La
 Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                        LayerGradients& g) {
   const Extents x(c, batch.tokens);
-  const Buffer d_mlp_normed = router_backward(c, batch, s, g);
+  c.enter(WorkStage::attend, WorkPass::backward, batch.index);
+  const Buffer d_mlp_normed =
+      c.is_dense() ? mlp_backward(c, batch, s, g) : router_backward(c, batch, s, g);
   Buffer d_sum_TD = norm_backward(c, batch, g, *c.tensors.mlp_norm, d_mlp_normed, s.sum_TD,
                                   s.mlp_rstd_T, g.d_out_TD);
   Buffer d_qkv = attention_backward_qkv(c, batch, s, g, d_sum_TD);
@@ -259,6 +275,9 @@ Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
                c.rank.ops);
   dense_wgrad(c, g, *c.tensors.qkv, c.in(d_qkv, Shape(x.T, x.C)),
               c.in(s.normed_TD, Shape(x.T, x.D)));
+  if (c.tensors.qkv_bias != nullptr) {
+    bias_wgrad(c, g, *c.tensors.qkv_bias, c.in(d_qkv, Shape(x.T, x.C)));
+  }
   Buffer d_x_TD =
       norm_backward(c, batch, g, *c.tensors.attn_norm, d_normed, s.x_TD, s.attn_rstd_T, d_sum_TD);
   keep_for_weights(g, d_sum_TD);

@@ -39,12 +39,20 @@ void read_counts(const LayerContext& c, DispatchState& d) {
   const auto* sent = c.rank.download<int32_t>(d.send_count_P2);
   const auto* received = c.rank.download<int32_t>(d.recv_count_P2);
   c.rank.host.wait(c.rank.compute.record());
-  for (const auto* counts : {sent, received}) c.rank.landed(counts, 2 * P);
-  for (int64_t p = 0; p < P; ++p) {
-    d.send_tokens.push_back(sent[2 * p]);
-    d.send_rows.push_back(sent[2 * p + 1]);
-    d.recv_tokens.push_back(received[2 * p]);
-    d.recv_rows.push_back(received[2 * p + 1]);
+  if (ShapeOnlyRun* shapes = c.rank.environment.shape_only()) {
+    DispatchCounts counts = shapes->dispatch_counts(c.rank.environment.place);
+    d.send_tokens = std::move(counts.send_tokens);
+    d.send_rows = std::move(counts.send_rows);
+    d.recv_tokens = std::move(counts.recv_tokens);
+    d.recv_rows = std::move(counts.recv_rows);
+  } else {
+    for (const auto* counts : {sent, received}) c.rank.landed(counts, 2 * P);
+    for (int64_t p = 0; p < P; ++p) {
+      d.send_tokens.push_back(sent[2 * p]);
+      d.send_rows.push_back(sent[2 * p + 1]);
+      d.recv_tokens.push_back(received[2 * p]);
+      d.recv_rows.push_back(received[2 * p + 1]);
+    }
   }
   auto total = [](const std::vector<int64_t>& counts) {
     return std::accumulate(counts.begin(), counts.end(), int64_t{0});
@@ -58,6 +66,7 @@ void read_counts(const LayerContext& c, DispatchState& d) {
 
 void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
+  c.enter(WorkStage::dispatch, WorkPass::forward, batch.index);
   DispatchState& d = s.dispatch;
   if (x.P == 1) {
     d.sent = d.received = x.T;
@@ -110,6 +119,7 @@ In<Real> expert_tokens(const LayerContext& c, const LayerState& s) {
 
 void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
+  c.enter(WorkStage::expert, WorkPass::forward, batch.index);
   OpContext& ops = c.rank.ops;
   const DispatchState& d = s.dispatch;
   ExpertState& m = s.expert;
@@ -148,7 +158,7 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   const Buffer h_RF = c.real(Shape(R, x.F), "h");
   const In<int32_t> offset = in_i32(m.expert_offset_e1, Shape(x.e + 1));
   grouped_up({.x_RD = expert_tokens(c, s),
-              .w_up_eND = c.expert.expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
+              .w_up_eND = c.expert->expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
               .expert_offset_e1 = offset,
               .gate_up_RN = c.out(m.gate_up_RN, Shape(R, x.N)),
               .h_RF = c.out(h_RF, Shape(R, x.F)),
@@ -157,7 +167,7 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   if (c.keep == Keep::recomputing) return;
   m.y_RD = c.real(Shape(R, x.D), "expert output rows");
   grouped_down({.h_RF = c.in(h_RF, Shape(R, x.F)),
-                .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
+                .w_down_eDF = c.expert->expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
                 .expert_offset_e1 = offset,
                 .weight_R = in_f32(m.weight_R, Shape(R)),
                 .y_RD = c.out(m.y_RD, Shape(R, x.D))},
@@ -196,7 +206,8 @@ Buffer send_home(const LayerContext& c, LayerState& s, const Buffer& rows_RD) {
 
 }  // namespace
 
-void combine_forward(const LayerContext& c, const MicroBatch&, LayerState& s) {
+void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
+  c.enter(WorkStage::combine, WorkPass::forward, batch.index);
   if (c.rank.mesh.ep == 1) return;
   s.returned = send_home(c, s, s.expert.y_RD);
   s.expert.y_RD.reset();
@@ -204,6 +215,7 @@ void combine_forward(const LayerContext& c, const MicroBatch&, LayerState& s) {
 
 Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
+  c.enter(WorkStage::aggregate, WorkPass::forward, batch.index);
   Buffer out_TD = c.real(Shape(x.T, x.D), "layer output");
   sum_rows(c, x.T, s, x.P == 1 ? s.expert.y_RD : s.returned, c.in(s.sum_TD, Shape(x.T, x.D)),
            c.out(out_TD, Shape(x.T, x.D)));
@@ -214,6 +226,7 @@ Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerSt
 
 void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                         LayerGradients& g) {
+  c.enter(WorkStage::combine, WorkPass::backward, batch.index);
   if (c.rank.mesh.ep == 1) return;
   const Extents x(c, batch.tokens);
   const DispatchState& d = s.dispatch;
@@ -240,6 +253,7 @@ In<Real> expert_token_gradients(const LayerContext& c, const LayerState& s,
 }  // namespace
 
 void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients& g) {
+  c.enter(WorkStage::expert, WorkPass::backward, s.micro_batch);
   const Extents x(c);
   const ExpertState& m = s.expert;
   const int64_t R = s.dispatch.rows;
@@ -248,7 +262,7 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
   g.d_weight_R = floats(c, R, "d row weight");
   g.weighted_h_RF = c.real(Shape(R, x.F), "weighted h");
   grouped_down_dgrad({.d_y_RD = expert_token_gradients(c, s, g),
-                      .w_down_eDF = c.expert.expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
+                      .w_down_eDF = c.expert->expert_weight(*c.tensors.down, Shape(x.e, x.D, x.F)),
                       .gate_up_RN = c.in(m.gate_up_RN, Shape(R, x.N)),
                       .expert_offset_e1 = offset,
                       .weight_R = in_f32(m.weight_R, Shape(R)),
@@ -259,13 +273,14 @@ void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients&
                      c.rank.ops);
   g.d_x_RD = c.real(Shape(R, x.D), "d expert input rows");
   grouped_up_dgrad({.d_gate_up_RN = c.in(g.d_gate_up_RN, Shape(R, x.N)),
-                    .w_up_eND = c.expert.expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
+                    .w_up_eND = c.expert->expert_weight(*c.tensors.gate_up, Shape(x.e, x.N, x.D)),
                     .expert_offset_e1 = offset,
                     .d_x_RD = c.out(g.d_x_RD, Shape(R, x.D))},
                    c.rank.ops);
 }
 
 void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g) {
+  c.enter(WorkStage::expert, WorkPass::weights, s.micro_batch);
   const Extents x(c);
   const ExpertState& m = s.expert;
   const int64_t R = s.dispatch.rows;
@@ -274,10 +289,10 @@ void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients
     return GroupedWgradArgs{
         .expert_offset_e1 = in_i32(m.expert_offset_e1, Shape(x.e + 1)),
         .row_block_R = m.row_block_R.empty() ? In<int32_t>() : in_i32(m.row_block_R, Shape(R)),
-        .d_w_SeNK = c.expert.grad_slots(tensor, Shape(x.e, matrix[0], matrix[1])),
-        .present_Se = c.expert.grad_present(tensor, x.e),
-        .target = c.expert.grad_target(tensor, x.e),
-        .expert_stride = c.expert.expert_stride(tensor)};
+        .d_w_SeNK = c.expert->grad_slots(tensor, Shape(x.e, matrix[0], matrix[1])),
+        .present_Se = c.expert->grad_present(tensor, x.e),
+        .target = c.expert->grad_target(tensor, x.e),
+        .expert_stride = c.expert->expert_stride(tensor)};
   };
   GroupedWgradArgs down = wgrad_into(*c.tensors.down, Shape(x.D, x.F));
   down.d_y_RN = expert_token_gradients(c, s, g);
@@ -297,6 +312,7 @@ void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients
 }
 
 void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) {
+  c.enter(WorkStage::dispatch, WorkPass::backward, s.micro_batch);
   if (c.rank.mesh.ep == 1) return;
   const Extents x(c);
   const DispatchState& d = s.dispatch;
@@ -318,6 +334,7 @@ void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) 
 
 void release_for_weights(LayerState& s, LayerGradients& g) {
   LayerState kept;
+  kept.micro_batch = s.micro_batch;
   kept.normed_TD = std::move(s.normed_TD);
   kept.o_TC = std::move(s.o_TC);
   kept.mlp_normed_TD = std::move(s.mlp_normed_TD);
@@ -338,12 +355,13 @@ void release_for_weights(LayerState& s, LayerGradients& g) {
 void layer_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g) {
   CHECK(g.weights == WeightGradients::later);
   g.weights = WeightGradients::now;
-  expert_backward_weight(c, s, g);
+  if (!c.is_dense()) expert_backward_weight(c, s, g);
+  c.enter(WorkStage::attend, WorkPass::weights, s.micro_batch);
   for (const DenseWgrad& wait : g.dense_wgrads) {
     dense_wgrad(c, g, *wait.tensor, wait.d_y_TN, wait.x_TK);
   }
   for (GainWgrad& wait : g.gain_wgrads) {
-    gain_wgrad(c, g, *wait.tensor, std::move(wait.leaf), wait.rows);
+    gain_wgrad(c, g, std::move(wait));
   }
 }
 

@@ -51,6 +51,10 @@ struct LayerTensors {
   const ParamTensor* router = nullptr;
   const ParamTensor* gate_up = nullptr;  // first local expert; the others follow
   const ParamTensor* down = nullptr;
+  const ParamTensor* qkv_bias = nullptr;  // null without attention biases
+  const ParamTensor* attn_out_bias = nullptr;
+  const ParamTensor* mlp_gate_up = nullptr;  // of a dense layer, which has no router and experts
+  const ParamTensor* mlp_down = nullptr;
 };
 
 // State of the routers that no gradient trains, and the loads of the running step.
@@ -70,14 +74,16 @@ struct LayerContext {
   Rank& rank;
   const ModelConfig& model;
   ParamGroup& dense;
-  ParamGroup& expert;
+  ParamGroup* expert;  // null in a dense layer
   RouterState& router;
   In<float> cos_SC, sin_SC;  // C = Q / 2
   LayerTensors tensors;
   int64_t layer = 0;
   Keep keep = Keep::for_backward;
 
+  bool is_dense() const { return tensors.mlp_down != nullptr; }
   DType dtype() const;  // of activations
+  void enter(WorkStage stage, WorkPass pass, int64_t micro_batch) const;
   Buffer real(Shape shape, const char* what) const;
   In<Real> in(const Buffer& buffer, Shape shape, int64_t stride = -1) const;
   Out<Real> out(const Buffer& buffer, Shape shape, int64_t stride = -1) const;
@@ -101,21 +107,26 @@ struct ExpertState {
 
 // Saved by forward, consumed by backward. Freed piece by piece in program order.
 struct LayerState {
+  int64_t micro_batch = 0;
   Buffer x_TD, attn_rstd_T, normed_TD, qkv_TC, q_THQ, k_TGQ, q_rstd, k_rstd, o_TC, lse_TH;
   Buffer k_SC, v_SC;  // with cp > 1: of whole sequences
   Buffer sum_TD, mlp_rstd_T, mlp_normed_TD;
   Buffer probs_TE, expert_index_TK, weight_TK, d_probs_TE, d_logits_TE;
   DispatchState dispatch;
   ExpertState expert;
-  Buffer returned;  // stage 4's rows or parts on the token side
+  Buffer returned;        // stage 4's rows or parts on the token side
+  Buffer mlp_gate_up_TN;  // of a dense layer
 };
 
-// Forward stages. `attend_forward` takes the layer's input, `aggregate_forward` returns its output.
+// Forward stages; a dense layer has `attend_forward` and `mlp_forward` alone. `attend_forward`
+// takes the layer's input, `aggregate_forward` returns its output.
 void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s);
 void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
+// The MLP of a dense layer and its residual (src/model/qwen3_dense.cc); returns the layer's output.
+Buffer mlp_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 
 // When weight gradients are computed: with the input gradients, or by a later call.
 enum class WeightGradients { now, later };
@@ -128,7 +139,7 @@ struct DenseWgrad {
 struct GainWgrad {
   const ParamTensor* tensor = nullptr;
   Buffer leaf;
-  int64_t rows = 0;
+  int64_t rows = 0, rows_per_block = 1;
 };
 
 // Gradients between backward stages.

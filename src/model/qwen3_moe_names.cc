@@ -1,18 +1,9 @@
-// Qwen3-MoE in Hugging Face files. Attention normalises each head of q and k before RoPE; the
-// router takes the softmax over all experts, keeps the top k and, with norm_topk_prob,
-// renormalises. Qwen3 technical report, arXiv:2505.09388.
+// Qwen3-MoE in Hugging Face files. Layers may be dense, attention may have biases. Attention
+// normalises each head of q and k before RoPE; the router takes the softmax over all experts, keeps
+// the top k and, with norm_topk_prob, renormalises. Qwen3 technical report, arXiv:2505.09388.
 #include "src/model/hf_family.h"
 
 namespace cambium {
-namespace {
-
-constexpr HfRequirement kQwen3MoeRequirements[] = {
-    {"attention_bias", "false", "biases in attention"},
-    {"decoder_sparse_step", "1", "dense layers between the expert layers"},
-    {"mlp_only_layers", "[]", "dense layers between the expert layers"},
-};
-
-}  // namespace
 
 const HfFamily kQwen3MoeFamily = {
     .family = ModelFamily::qwen3_moe,
@@ -27,7 +18,9 @@ const HfFamily kQwen3MoeFamily = {
     .gate = "gate_proj",
     .up = "up_proj",
     .down = "down_proj",
-    .requirements = kQwen3MoeRequirements,
+    .dense_layers = true,
+    .attention_bias = true,
+    .requirements = {},
 };
 
 }  // namespace cambium

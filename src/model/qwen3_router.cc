@@ -111,9 +111,8 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
 
 }  // namespace
 
-void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
-  const Extents x(c, batch.tokens);
-  OpContext& ops = c.rank.ops;
+void mlp_norm_forward(const LayerContext& c, int64_t tokens, LayerState& s) {
+  const Extents x(c, tokens);
   s.mlp_rstd_T = floats(c, x.T, "mlp norm rstd");
   s.mlp_normed_TD = c.real(Shape(x.T, x.D), "mlp normed");
   rms_norm({.x_TD = c.in(s.sum_TD, Shape(x.T, x.D)),
@@ -121,7 +120,12 @@ void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
             .y_TD = c.out(s.mlp_normed_TD, Shape(x.T, x.D)),
             .rstd_T = out_f32(s.mlp_rstd_T, Shape(x.T)),
             .epsilon = static_cast<float>(c.model.norm_epsilon)},
-           ops);
+           c.rank.ops);
+}
+
+void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
+  const Extents x(c, batch.tokens);
+  OpContext& ops = c.rank.ops;
   const Buffer logits_TE = floats(c, x.T * x.E, "router logits");
   linear({.x_TK = c.in(s.mlp_normed_TD, Shape(x.T, x.D)),
           .w_NK = c.dense.weight(*c.tensors.router, Shape(x.E, x.D)),

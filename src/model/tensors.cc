@@ -39,7 +39,17 @@ void add_layer(const ModelConfig& model, int64_t layer, TensorList& list) {
              layer);
   }
   list.add(prefix + "attn_out", Shape(model.hidden, q_width), TensorRole::attn_out, layer);
+  if (model.attention_bias) {
+    list.add(prefix + "qkv_bias", Shape(q_width + 2 * kv_width), TensorRole::qkv_bias, layer);
+    list.add(prefix + "attn_out_bias", Shape(model.hidden), TensorRole::attn_out_bias, layer);
+  }
   list.add(prefix + "mlp_norm", Shape(model.hidden), TensorRole::mlp_norm, layer);
+  if (model.is_dense(layer)) {
+    list.add(prefix + "gate_up", Shape(2 * model.dense_hidden, model.hidden),
+             TensorRole::mlp_gate_up, layer);
+    list.add(prefix + "down", Shape(model.hidden, model.dense_hidden), TensorRole::mlp_down, layer);
+    return;
+  }
   list.add(prefix + "router", Shape(model.experts, model.hidden), TensorRole::router, layer);
   for (int64_t expert = 0; expert < model.experts; ++expert) {
     const std::string expert_prefix = fmt::format("{}experts.{}.", prefix, expert);

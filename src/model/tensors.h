@@ -25,15 +25,19 @@ enum class TensorRole {
   q_norm,          // [Q] per head, [HQ] full width
   k_norm,          // [Q] per head, [GQ] full width
   attn_out,        // [D,HQ]
+  qkv_bias,        // [(H+2G)Q]; with attention_bias
+  attn_out_bias,   // [D]
   mlp_norm,        // [D]
   router,          // [E,D]
   expert_gate_up,  // [2F,D]: gate rows, up rows
   expert_down,     // [D,F]
+  mlp_gate_up,     // [2F,D] of a dense layer, F its width: gate rows, up rows
+  mlp_down,        // [D,F] of a dense layer
   final_norm,      // [D]
   lm_head,         // [V,D]; absent when the embedding is tied
 };
 
-// Which tensors DecayRule::matrices decays: everything but norm weights.
+// Which tensors DecayRule::matrices decays: everything but norm weights and biases.
 enum class DecayKind { matrix, vector };
 
 struct CanonicalTensor {
@@ -45,6 +49,7 @@ struct CanonicalTensor {
   int64_t expert = -1;  // global expert index; -1: not an expert's
 
   bool is_expert() const { return expert >= 0; }
+  bool is_bias() const { return role == TensorRole::qkv_bias || role == TensorRole::attn_out_bias; }
   int64_t elements() const { return shape.elements(); }
   DecayKind decay_kind() const { return shape.rank == 1 ? DecayKind::vector : DecayKind::matrix; }
 };

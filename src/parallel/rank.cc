@@ -12,13 +12,16 @@ namespace {
 
 constexpr int64_t kStagingBlockBytes = int64_t{1} << 20;  // a step's uploads of a small model
 constexpr int64_t kStagingAlignment = 256;
+constexpr uintptr_t kShapeOnlyStaging = uintptr_t{1} << 43;  // an address that nothing reads
 
-std::unique_ptr<AddressSpace> address_space(DeviceKind device, int64_t ranks) {
+std::unique_ptr<AddressSpace> address_space(const Config& config, RankEnvironment& environment) {
+  if (environment.shape_only() != nullptr) return shape_only_address_space();
+  const DeviceKind device = config.run.device;
   if constexpr (kHasCuda) {
     if (device == DeviceKind::cuda) return cuda::device_address_space();
   }
   CHECK(device == DeviceKind::cpu);
-  return host_address_space(ranks);
+  return host_address_space(environment.ranks());
 }
 
 }  // namespace
@@ -56,8 +59,7 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
       host(rank_environment.host()),
       mesh(make_mesh(run_config.parallel)),
       at(mesh_coordinates(mesh, rank_environment.rank())),
-      arena(INT64_MAX / 2, rank_environment.poison(),
-            address_space(run_config.run.device, rank_environment.ranks())),
+      arena(INT64_MAX / 2, rank_environment.poison(), address_space(run_config, rank_environment)),
       compute(rank_environment.make_stream("compute")),
       comm(rank_environment.make_stream("comm")),
       pipe(rank_environment.make_stream("pipe")) {
@@ -69,8 +71,11 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
   expert = environment.make_communicator("expert", expert_group(mesh, at));
   expert_data = environment.make_communicator("expert_data", expert_data_group(mesh, at));
   ops.backend = run_config.run.device == DeviceKind::cuda ? Backend::cuda : Backend::reference;
+  ops.charge = environment.shape_only();
+  if (ops.charge != nullptr) ops.backend = Backend::shape_only;
   ops.stream = &compute;
   ops.totals = &totals;
+  arena.watch(&environment.place);
 }
 
 bool Rank::has_fault(const char* kind) const { return fault_number(kind, -1) >= 0; }
@@ -91,6 +96,7 @@ bool Rank::has_init_fault(const char* kind) const {
 }
 
 std::byte* Rank::stage(int64_t bytes) {
+  if (is_shape_only()) return reinterpret_cast<std::byte*>(kShapeOnlyStaging);
   const auto fits = [&] { return staging_used_ + bytes <= staging_[staging_block_].size_bytes(); };
   while (staging_block_ < staging_.size() && !fits()) {
     ++staging_block_;
@@ -107,7 +113,7 @@ std::byte* Rank::stage(int64_t bytes) {
 Buffer Rank::upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what) {
   std::byte* staged = stage(bytes);
   host.touches({staged, bytes, Access::write, "staging"});
-  std::memcpy(staged, source, static_cast<size_t>(bytes));
+  if (!is_shape_only()) std::memcpy(staged, source, static_cast<size_t>(bytes));
   Buffer buffer = arena.allocate(bytes, memory_class, what);
   copy_bytes({.from_N = {reinterpret_cast<const uint8_t*>(staged), Shape(bytes)},
               .to_N = {buffer.as<uint8_t>(), Shape(bytes)}},

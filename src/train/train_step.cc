@@ -85,7 +85,13 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
   if (rank_.has_fault("missing_micro_batch") && micro_batch + 1 == layout_.micro_batches) {
     std::ranges::fill(batch.target_T, kIgnoredTarget);
   }
-  const bool masks = config.data.document_mask;
+  // A window is a mask whose first token moves along.
+  const int64_t window = config.model.sliding_window;
+  const bool masks = config.data.document_mask || window > 0;
+  for (int64_t t = window; window > 0 && t < std::ssize(batch.document_start_T); ++t) {
+    int32_t& start = batch.document_start_T[static_cast<size_t>(t)];
+    start = std::max(start, static_cast<int32_t>(t - window + 1));
+  }
   const std::vector<int32_t> document_start_S = batch.document_start_T;
   const ContextShare share = context_share(rank_);
   if (share.ranks > 1) {
@@ -122,6 +128,7 @@ void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
   if (rank_.has_fault("bit_flip")) model_.groups().front()->flip_weight();
   for (const auto& group : model_.groups()) group->begin_step();
   PipelinePass(*this, source, batch_index).train(training_);
+  rank_.environment.place = {.stage = WorkStage::reduce};
   for (const auto& group : model_.groups()) {
     group->reduce_gradients();
     // The fault `expert_gradient_scale`: this rank's expert gradients times the size of its group.
@@ -233,6 +240,7 @@ void TrainStep::update_router_state() {
   const int64_t layers = model_.config().layers, experts = model_.config().experts;
   RouterState& router = model_.router();
   for (int64_t layer = 0; layer < layers; ++layer) {
+    if (model_.config().is_dense(layer)) continue;
     const In<int32_t> count(global_count_LE_.as<int32_t>() + layer * experts, Shape(experts));
     if (!router.select_bias_LE.empty()) {
       router_bias_update({.count_E = count,
@@ -334,11 +342,13 @@ StepResult TrainStep::read_result() const {
 }
 
 StepResult TrainStep::update(int64_t step, double learning_rate, WithDigests with_digests) {
+  rank_.environment.place = {.stage = WorkStage::update};
   apply_adamw(step, learning_rate);
   update_router_state();
   if (with_digests == WithDigests::yes) enqueue_digests();
   download_results();
   rank_.finish_step();
+  if (rank_.is_shape_only()) return {.learning_rate = learning_rate, .tokens = targets_};
   check_finite(step);
   StepResult result = read_result();
   result.learning_rate = learning_rate;

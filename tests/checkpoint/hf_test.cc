@@ -71,13 +71,17 @@ TEST(HfConfig, RefusesWhatIsNotImplemented) {
     json value;
   };
   const Row rows[] = {
-      {ModelFamily::qwen3_moe, "attention_bias", true},
-      {ModelFamily::qwen3_moe, "decoder_sparse_step", 2},
-      {ModelFamily::qwen3_moe, "mlp_only_layers", {0}},
+      {ModelFamily::qwen3_moe, "attention_bias", 1},
+      {ModelFamily::qwen3_moe, "decoder_sparse_step", 0},
+      {ModelFamily::qwen3_moe, "mlp_only_layers", {-1}},
+      {ModelFamily::qwen3_moe, "mlp_only_layers", {0.5}},
+      {ModelFamily::mixtral, "attention_bias", true},
       {ModelFamily::qwen3_moe, "hidden_act", "gelu"},
       {ModelFamily::qwen3_moe, "attention_dropout", 0.1},
       {ModelFamily::qwen3_moe, "model_type", "llama"},
       {ModelFamily::qwen3_moe, "rope_scaling", {{"type", "yarn"}, {"factor", 4.0}}},
+      {ModelFamily::qwen3_moe, "rope_scaling", {{"type", "linear"}, {"factor", 0.5}}},
+      {ModelFamily::qwen3_moe, "rope_scaling", {{"type", "linear"}, {"beta_fast", 32}}},
       {ModelFamily::qwen3_moe, "rope_parameters", {{"rope_type", "llama3"}, {"rope_theta", 1e4}}},
       {ModelFamily::qwen3_moe, "rope_parameters", {{"rope_theta", 5.0}}},
       {ModelFamily::qwen3_moe, "quantization_config", {{"bits", 4}}},
@@ -91,7 +95,7 @@ TEST(HfConfig, RefusesWhatIsNotImplemented) {
       {ModelFamily::qwen3_moe, "vocab_size", int64_t{1} << 60},
       {ModelFamily::qwen3_moe, "num_hidden_layers", 1000000},
       {ModelFamily::qwen3_moe, "rms_norm_eps", 0},
-      {ModelFamily::mixtral, "sliding_window", 63},
+      {ModelFamily::mixtral, "sliding_window", 0},
       {ModelFamily::mixtral, "router_jitter_noise", 0.01},
       {ModelFamily::olmoe, "clip_qkv", 8.0},
       {ModelFamily::olmoe, "norm_topk_prob", "yes"},
@@ -120,15 +124,48 @@ TEST(HfConfig, RefusesWhatIsNotImplemented) {
   }
 }
 
-TEST(HfConfig, AWindowNobodySwitchedOnIsFine) {
+TEST(HfConfig, AWindowCountsWhereItIsSwitchedOnAndHidesPositions) {
+  const auto window = [](const json& config) {
+    return parse_hf_config(config.dump(), "config.json").sliding_window;
+  };
   json config = qwen3_config();
   config["sliding_window"] = 8;
   config["use_sliding_window"] = false;
-  EXPECT_EQ(parse(config).code, 0);
+  EXPECT_EQ(window(config), 0);
   config["use_sliding_window"] = true;
-  EXPECT_EQ(parse(config).code, 2);
+  EXPECT_EQ(window(config), 8);
   config["sliding_window"] = 64;  // covers all positions
-  EXPECT_EQ(parse(config).code, 0);
+  EXPECT_EQ(window(config), 0);
+}
+
+TEST(HfConfig, OptionsOfQwen3MoeAreReadAndWrittenBack) {
+  json config = qwen3_config();
+  config["num_hidden_layers"] = 6;
+  config["decoder_sparse_step"] = 2;
+  config["mlp_only_layers"] = {3};
+  config["attention_bias"] = true;
+  EXPECT_EQ(parse(config).code, 2);  // the dense layers' width is missing
+  config["intermediate_size"] = 20;
+  config["use_sliding_window"] = true;
+  config["sliding_window"] = 9;
+  config["rope_scaling"] = {
+      {"type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 16}};
+  const ModelConfig read = parse_hf_config(config.dump(), "config.json");
+  const ModelConfig again =
+      parse_hf_config(hf_config_json(read, HfStorage::f32), "written config.json");
+  for (const ModelConfig& model : {read, again}) {
+    EXPECT_EQ(model.dense_layers, (std::vector<int64_t>{0, 2, 3, 4}));
+    EXPECT_EQ(model.dense_hidden, 20);
+    EXPECT_TRUE(model.attention_bias);
+    EXPECT_EQ(model.sliding_window, 9);
+    EXPECT_EQ(model.rope_kind, RopeKind::yarn);
+    EXPECT_EQ(model.rope_factor, 4.0);
+    EXPECT_EQ(model.rope_original_positions, 16);
+  }
+  ModelConfig mixtral = read;
+  mixtral.family = ModelFamily::mixtral;
+  mixtral.qk_norm = QkNorm::none;
+  EXPECT_EQ(outcome_of([&] { hf_config_json(mixtral, HfStorage::f32); }).code, 2);
 }
 
 TEST(HfConfig, BrokenFilesExit30) {

@@ -1,6 +1,7 @@
 // Mistakes of distributed trainers as mutants of this one: `check` finds each within four seeds,
-// names it, and prints a command that finds it again. Number 13 is a save that is cut short. Those
-// that need another program are in tests/sim/corpus_test.cc (1, 4, 5, 10).
+// names it, and prints a command that finds it again. Those that
+// need another program are in tests/sim/corpus_test.cc (1, 4, 5, 10); number 13, a torn checkpoint,
+// is tests/checkpoint/checkpoint_faults_test.cc.
 #include <gtest/gtest.h>
 
 #include "fmt/format.h"
@@ -63,35 +64,6 @@ TEST(Corpus, CheckFindsEveryMutantOfTheTrainerAndItsReproFindsItAgain) {
     EXPECT_NE(run.output.find(mutant.cause), std::string::npos) << mutant.number << run.output;
     const BinaryRun again = run_repro(run.output);
     EXPECT_EQ(again.exit_code, mutant.exit_code) << mutant.number << ": " << again.output;
-  }
-}
-
-// 13: a save that is cut short, and a full disk; the run goes on from the checkpoint before.
-TEST(Corpus, TornSaveFallsBackToTheCheckpointBefore) {
-  const ScratchDirectory scratch;
-  const std::string whole = scratch.path() + "/whole";
-  std::string text;
-  for (int line = 0; line < 3000; ++line) text += fmt::format("line {} of the corpus\n", line);
-  const std::string data = fmt::format("data.train=[\"{}\"]", scratch.write("text.txt", text));
-  const std::vector<std::string> base = {
-      "train", "configs/tiny.toml",        "--set", "train.steps=6",
-      "--set", "checkpoint.every_steps=2", "--set", data};
-  const auto train = [&](const std::string& out, std::vector<std::string> added) {
-    std::vector<std::string> arguments = base;
-    arguments.insert(arguments.end(), {"--out", out});
-    arguments.insert(arguments.end(), added.begin(), added.end());
-    return run_binary(arguments);
-  };
-  ASSERT_EQ(train(whole, {}).exit_code, 0);
-  for (const char* kind : {"torn_write", "disk_full"}) {
-    const std::string out = scratch.path() + "/" + kind;
-    const BinaryRun failed =
-        train(out, {"--set", "run.allow_faults=true", "--set",
-                    fmt::format("faults=[{{kind=\"{}\", site=\"#9\"}}]", kind)});
-    EXPECT_EQ(failed.exit_code, 31) << failed.output;
-    const BinaryRun resumed = train(out, {"--resume"});
-    EXPECT_EQ(resumed.exit_code, 0) << resumed.output;
-    EXPECT_EQ(run_binary({"compare", whole, out}).exit_code, 0) << kind;
   }
 }
 

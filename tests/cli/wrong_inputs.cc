@@ -3,6 +3,7 @@
 // To add a row: arguments (separated by blanks; $Q is the quickstart configuration, $S the
 // tiny one on a small corpus of its own, $T the scratch directory that make_files() fills), the
 // exit code of design.md section 4, and a pattern that the message must match, whatever the case.
+#include <fstream>
 #include <regex>
 #include <set>
 #include <sstream>
@@ -57,6 +58,15 @@ void make_files(const ScratchDirectory& scratch) {
   scratch.write("hf/config.json", "{\"model_type\": \"bert\"}");
   scratch.write("broken_hf/config.json", "{\"model_type\": ");
   make_data_files(scratch);
+  const std::string device =
+      "name = \"m\"\n[device]\nkind = \"cpu\"\ncompute = \"fp32\"\nmemory = ";
+  scratch.write("no_source.toml", device + "{ value = \"4 GB\" }\n");
+  scratch.write("wrong_unit.toml", device + "{ value = \"4 GB/s\", source = \"x\" }\n");
+  scratch.write("no_unit.toml", device + "4\n");
+  std::stringstream machine_text;
+  machine_text << std::ifstream("sim/machines/laptop.toml").rdbuf();
+  const std::string machine = machine_text.str();
+  scratch.write("no_op.toml", machine.substr(0, machine.find("[[op]]")));
 }
 
 const WrongInput kWrongInputs[] = {
@@ -152,6 +162,12 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set parallel.dp=3", 2, "parallel\\."},
     {"train $Q --set train.micro_batch_sequences=3", 2, "train\\.micro_batch_sequences = 3"},
     {"train $Q --set train.sequence_length=100", 2, "train\\.sequence_length = 100.*96 or 128"},
+    {"train $Q --set model.dense_layers=[9]", 2, "model\\.dense_layers.*9.*model\\.layers = 4"},
+    {"train $Q --set model.dense_layers=[0]", 2, "model\\.dense_hidden"},
+    {"train $Q --set model.dense_layers=0", 2, "model\\.dense_layers.*list of integers"},
+    {"train $Q --set model.rope_kind=dynamic", 2, "model\\.rope_kind.*default | linear | yarn"},
+    {"train $Q --set model.rope_kind=yarn --set model.rope_beta_fast=0.5", 2,
+     "model\\.rope_beta_fast = 0\\.5.*model\\.rope_beta_slow = 1"},
     {"train $Q --set model.top_k=9", 2, "model\\.top_k = 9.*model\\.experts = 8"},
     {"train $Q --set model.head_dim=33", 2, "model\\.head_dim = 33"},
     {"train $Q --set model.kv_heads=3", 2, "model\\.kv_heads = 3.*2 or 4"},
@@ -177,6 +193,19 @@ const WrongInput kWrongInputs[] = {
     {"data build $T/nosuch.txt --out $T/o.h5", 32, "nosuch\\.txt"},
     {"data build $T/empty.txt --out $T/o.h5", 32, "empty\\.txt"},
     {"data build $T/novel.txt --out $T/o.h5 --tokenizer $T/nosuch.model", 31, "nosuch\\.model"},
+    {"plan $Q", 2, "--machine"},
+    {"plan $Q --machine nosuch", 2, "nosuch.*laptop"},
+    {"plan $Q --machine dgx-h200", 2, "dgx-h200.*run\\.device"},
+    {"plan $Q --machine laptop --set numerics.compute=bf16", 2, "fp32.*calibrate"},
+    {"plan $Q --machine laptop --ranks 3 --set parallel.pp=2", 2, "--ranks = 3"},
+    {"plan $Q --machine laptop --fold", 2, "folded.*exact"},
+    {"plan $Q --machine laptop --set plan.routing=$T/nosuch.jsonl", 2, "nosuch.*metrics"},
+    {"plan $Q --machine laptop --set plan.routing=$T/bad.jsonl", 2, "no expert_load"},
+    {"plan $Q --machine $T/bad.toml", 2, "bad\\.toml"},
+    {"plan $Q --machine $T/no_source.toml", 2, "device\\.memory: has no source"},
+    {"plan $Q --machine $T/wrong_unit.toml", 2, "device\\.memory.*4 GB/s.*is not a size"},
+    {"plan $Q --machine $T/no_unit.toml", 2, "device\\.memory"},
+    {"plan $Q --machine $T/no_op.toml", 2, "no op was measured"},
     {"data inspect $T/garbage.h5", 30, "garbage\\.h5"},
     {"data inspect $T/nosuch.h5", 31, "nosuch\\.h5"},
     {"data inspect $T", 34, "not a regular file"},

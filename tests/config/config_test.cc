@@ -261,6 +261,7 @@ std::string random_value(const KeySpec& spec, std::mt19937_64& generator) {
   if (type == "choice") return fmt::format("\"{}\"", spec.choices[pick(spec.choices.size())]);
   if (type == "boolean") return pick(2) == 0 ? "true" : "false";
   if (type == "text") return pick(2) == 0 ? "\"a \\\"b\\\" \\\\ \\u00e9\\n\\t\"" : "'x'";
+  if (type == "list of integers") return pick(2) == 0 ? "[]" : "[3, 1]";
   if (type == "list of texts") return pick(2) == 0 ? "[]" : "[\"a.txt\", 'b \"c\"']";
   const double fraction = static_cast<double>(generator() >> 11) * 0x1p-53;
   const double span = std::min(spec.range.maximum, 9e15) - spec.range.minimum;

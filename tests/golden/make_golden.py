@@ -20,6 +20,17 @@ MODELS = {
         num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=24, intermediate_size=48, max_position_embeddings=64,
         norm_topk_prob=True, tie_word_embeddings=True, use_cache=False),
+    # What the family's config.json can ask for beside the usual: layers 0 and 2 (every second layer
+    # has experts) and 3 (listed) are dense, attention has biases and a window, RoPE is YaRN's.
+    "qwen3_moe_options": dict(
+        vocab_size=160, hidden_size=24, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, intermediate_size=40, max_position_embeddings=64,
+        decoder_sparse_step=2, mlp_only_layers=[3], attention_bias=True,
+        use_sliding_window=True, sliding_window=20,
+        rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0,
+                             original_max_position_embeddings=16),
+        norm_topk_prob=True, tie_word_embeddings=False, use_cache=False),
 }
 ADAMW = dict(lr=1e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, clip=1.0, decay_all_params=True)
 SEQUENCES, LENGTH, STEPS = 2, 32, 5
@@ -35,7 +46,8 @@ def main():
     with torch.no_grad():  # norms that are not all one, matrices large enough to route
         for key, parameter in model.named_parameters():
             std = 0.1 if parameter.dim() == 1 else 0.2
-            parameter.copy_((1.0 if parameter.dim() == 1 else 0.0) + std * torch.randn_like(parameter))
+            mean = 1.0 if key.endswith("norm.weight") else 0.0
+            parameter.copy_(mean + std * torch.randn_like(parameter))
     os.makedirs(out, exist_ok=True)
     model.save_pretrained(out)
     ids = torch.randint(config.vocab_size, (SEQUENCES, LENGTH + 1))

@@ -300,6 +300,46 @@ const std::vector<LinearCase> kCudaLinearCases = {
     {128, 384, 128}, {200, 64, 1032}, {1000, 128, 2048}, {257, 4096, 512},
 };
 
+struct BiasTensors {
+  BiasTensors(int64_t T, int64_t N, DType dtype, TestRandom& random)
+      : bias_N(make_tensor(Shape(N), random, InputFamily::normals, dtype)),
+        y_TN(Shape(T, N), dtype, N + 3) {
+    y_TN.fill_normal(random);
+    want = y_TN.values();
+    for (int64_t i = 0; i < T * N; ++i) want[i] += bias_N.at(i % N);
+  }
+  AddBiasArgs args() { return {bias_N.in<Real>(), y_TN.inout<Real>()}; }
+  TestTensor bias_N, y_TN;
+  std::vector<double> want;
+};
+
+TEST(Linear, BiasIsAddedToEveryRow) {
+  TestRandom random(31);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const auto& [T, N] : {std::pair<int64_t, int64_t>{0, 8}, {1, 1}, {7, 33}, {300, 96}}) {
+      BiasTensors t(T, N, dtype, random);
+      run_op(add_bias, t.args(), 2);
+      EXPECT_TRUE(
+          within(t.y_TN, t.want, dtype == DType::f32 ? tolerance(1, 1) : bf16_tolerance(1, 1)));
+      if (T > 1) {
+        t.want[static_cast<size_t>(N)] += 1;
+        EXPECT_FALSE(within(t.y_TN, t.want, bf16_tolerance(1, 1)));  // must fail
+      }
+    }
+  }
+}
+
+TEST(Linear, CudaBiasHasTheReferencesBits) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  TestRandom random(32);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const auto& [T, N] : {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {3000, 96}}) {
+      BiasTensors t(T, N, dtype, random);
+      expect_cuda_agrees(add_bias, t.args(), 0.0);
+    }
+  }
+}
+
 TEST(Linear, CudaAgreesWithOracle) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
   for (const LinearCase& c : kCudaLinearCases) {

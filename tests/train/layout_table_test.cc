@@ -140,7 +140,7 @@ TEST(LayoutTable, DISABLED_AllOfManyLayoutsHaveTheBitsOfOneRank) {
 }
 
 TEST(LayoutTable, OtherPartsOfTheModelToo) {
-  std::vector<Config> configs(5, deep_config());
+  std::vector<Config> configs(6, deep_config());
   configs[0].numerics.compute = ComputeType::bf16;
   configs[1].model.tie_embeddings = true;
   configs[2].model.family = ModelFamily::olmoe;
@@ -149,6 +149,11 @@ TEST(LayoutTable, OtherPartsOfTheModelToo) {
   configs[3].balance.loss = BalanceLoss::global_batch_lagged;
   configs[3].data.document_mask = false;
   configs[4].optimizer.state_dtype = ComputeType::bf16;
+  configs[5].model.dense_layers = {0, 1, 3};  // a stage without experts among them
+  configs[5].model.dense_hidden = 40;
+  configs[5].model.attention_bias = true;
+  configs[5].model.sliding_window = 20;
+  configs[5].balance.loss = BalanceLoss::global_batch_lagged;
   for (const Config& config : configs) {
     const RunTrace one = run_trace(with_layout(config, {}), kTableSteps);
     for (const TestLayout& layout :

@@ -1,0 +1,68 @@
+// cambium plan as a user runs it: text, JSON, the timeline, and a layout that does not fit.
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <sstream>
+
+#include "gtest/gtest.h"
+#include "tests/cli/run_binary.h"
+
+namespace cambium {
+namespace {
+
+TEST(PlanCommand, JsonHasItsKeysAndTheTraceTheFiveStages) {
+  ScratchDirectory scratch;
+  const std::string trace = scratch.path() + "/trace.json";
+  const BinaryRun run = run_binary({"plan", "configs/quickstart.toml", "--machine", "laptop",
+                                    "--json", "--trace", trace, "--set", "parallel.pp=2", "--set",
+                                    "parallel.dp=4", "--set", "parallel.ep=2"});
+  ASSERT_EQ(run.exit_code, 0) << run.output;
+  const nlohmann::json plan = nlohmann::json::parse(run.output);
+  for (const char* key : {"machine", "ranks", "simulated_ranks", "step_ms", "tokens_per_s_per_rank",
+                          "mfu", "exposed_communication", "pipeline_bubble", "extrapolated",
+                          "links_extrapolated", "peak_bytes", "device_bytes", "fits", "by_rank"}) {
+    EXPECT_TRUE(plan.contains(key)) << key;
+  }
+  EXPECT_EQ(plan["ranks"], 8);
+  EXPECT_GT(plan["pipeline_bubble"].get<double>(), 0);
+  ASSERT_EQ(plan["by_rank"].size(), 8u);
+  for (const auto& rank : plan["by_rank"]) {
+    int64_t sum = 0;
+    for (const auto& [name, bytes] : rank["peak_by_class"].items()) sum += bytes.get<int64_t>();
+    EXPECT_EQ(sum, rank["peak_bytes"].get<int64_t>());
+    EXPECT_EQ(rank["peak_by_class"].size(), 6u);
+  }
+  std::ifstream file(trace);
+  const nlohmann::json events = nlohmann::json::parse(file)["traceEvents"];
+  std::set<std::pair<int, std::string>> seen;
+  for (const auto& event : events) seen.emplace(event["pid"].get<int>(), event["name"]);
+  for (int rank = 0; rank < 8; ++rank) {
+    for (const char* stage : {"attend", "dispatch", "expert", "combine", "aggregate"}) {
+      EXPECT_EQ(seen.count({rank, stage}), 1u) << rank << " " << stage;
+    }
+  }
+}
+
+TEST(PlanCommand, WhatDoesNotFitExits40) {
+  const BinaryRun run =
+      run_binary({"plan", "configs/quickstart.toml", "--machine", "dgx-h100", "--set",
+                  "run.device=\"cuda\"", "--set", "numerics.compute=\"bf16\"", "--set",
+                  "model=\"qwen3-30b-a3b\"", "--set", "train.sequence_length=4096"});
+  EXPECT_EQ(run.exit_code, 40) << run.output;
+  EXPECT_NE(run.output.find("DOES NOT FIT"), std::string::npos) << run.output;
+}
+
+TEST(PlanCommand, RanksScaleTheBatchAndARecordedRunIsARouting) {
+  ScratchDirectory scratch;
+  const std::string loads = scratch.write(
+      "metrics.jsonl",
+      "{\"step\":1,\"expert_load\":[[9,1,1,1],[1,1,9,1]]}\n{\"event\":\"exit\",\"code\":0}\n");
+  const BinaryRun run =
+      run_binary({"plan", "configs/tiny.toml", "--machine", "laptop", "--ranks", "4", "--json",
+                  "--set", "parallel.ep=1", "--set", "plan.routing=" + loads});
+  ASSERT_EQ(run.exit_code, 0) << run.output;
+  EXPECT_EQ(nlohmann::json::parse(run.output)["ranks"], 4);
+}
+
+}  // namespace
+}  // namespace cambium

@@ -1,0 +1,298 @@
+// Shape-only runs: virtual time by hand, the same work as a run that computes, folding.
+#include <algorithm>
+#include <fstream>
+
+#include "gtest/gtest.h"
+#include "sim/cluster.h"
+#include "sim/planner.h"
+#include "sim/virtual_time.h"
+#include "src/cli/launch.h"
+#include "src/train/synthetic.h"
+
+namespace cambium::sim {
+namespace {
+
+// 1 FLOP and 1 byte a nanosecond; a transfer takes a quarter of the device and 100 ns of latency.
+std::string plain_machine(const std::string& node_ranks) {
+  return "name = \"plain\"\n[device]\nkind = \"cpu\"\ncompute = \"fp32\"\n"
+         "memory = { value = \"1 GB\", source = \"t\" }\n"
+         "reserved = { value = \"0 B\", source = \"t\" }\n"
+         "peak = { value = \"1 GFLOP/s\", source = \"t\" }\n"
+         "memory_bandwidth = { value = \"1 GB/s\", source = \"t\" }\n"
+         "launch = { value = \"0 ns\", source = \"t\" }\n"
+         "shortest_op = { value = \"0 ns\", source = \"t\" }\n"
+         "host_wait = { value = \"0 ns\", source = \"t\" }\n"
+         "copy_bandwidth = { value = \"1 GB/s\", source = \"t\" }\n"
+         "multiprocessors = { value = 100, source = \"t\" }\n"
+         "[overlap]\nmultiprocessors = { value = 25, source = \"t\" }\n"
+         "memory_percent = { value = 0, source = \"t\" }\n"
+         "[node]\ndevices = { value = " +
+         node_ranks + ", source = \"t\" }\nnics = { value = " + node_ranks +
+         ", source = \"t\" }\n"
+         "[near]\nlatency = { value = \"100 ns\", source = \"t\" }\n"
+         "rank_latency = { value = \"0 ns\", source = \"t\" }\n"
+         "bandwidth = { value = \"1 GB/s\", source = \"t\" }\n"
+         "efficiency = { points = [[\"1 B\", 1.0], [\"1 GB\", 1.0]], source = \"t\" }\n"
+         "[far]\nlatency = { value = \"0 ns\", source = \"t\" }\n"
+         "rank_latency = { value = \"0 ns\", source = \"t\" }\n"
+         "bandwidth = { value = \"500 MB/s\", source = \"t\" }\n"
+         "efficiency = { points = [[\"1 B\", 1.0], [\"1 GB\", 1.0]], source = \"t\" }\n"
+         "[[op]]\nname = \"linear\"\nbound = \"compute\"\nsource = \"t\"\n"
+         "points = [{ shape = [64, 64, 64], flops = 1000, bytes = 1, us = 1 }]\n";
+}
+
+Config plan_config(const std::string& layout) {
+  const std::vector<std::string> sets{"numerics.block_tokens=16"};
+  return parse_config(
+      "[model]\npreset = \"tiny\"\nlayers = 4\n[train]\nglobal_batch_sequences = 8\n"
+      "micro_batch_sequences = 1\nsequence_length = 64\n[balance]\n"
+      "loss = \"sequence\"\n[logging]\ndigest_every_steps = 2\n" +
+          layout,
+      "plan_test", sets);
+}
+
+Cost work(int64_t flops) { return {"linear", {64, 64, 64}, flops, 1, 0}; }
+
+TEST(VirtualTime, IsTheTimelineByHand) {
+  const Machine machine = parse_machine(plain_machine("8"), "plain");
+  const Config config = plan_config("[parallel]\ndp = 2\n");
+  Trace trace;
+  VirtualTime time(machine, config, &trace);
+  run_cluster({.ranks = 2, .time = &time}, [&](RankEnvironment& environment) {
+    Stream& compute = environment.make_stream("compute");
+    Stream& comm = environment.make_stream("comm");
+    const auto both = environment.make_communicator("both", {0, 1});
+    OpCharge& clock = *environment.shape_only();
+    std::byte* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 44);
+    clock.charge(work(environment.rank() == 0 ? 1000 : 3000), compute);
+    comm.wait(compute.record());
+    const Ticket ticket = all_gather({.communicator = *both,
+                                      .stream = comm,
+                                      .send = data,
+                                      .recv = data + 4096,
+                                      .count = 500,
+                                      .dtype = DType::u8});
+    clock.charge(work(2000), compute);
+    compute.wait(ticket);
+    clock.charge(work(500), compute);
+    environment.host().wait(compute.record());
+    // Rank 0 works at 3/4 from 1000 to 3600, rank 1 from 3000 to 3600.
+    EXPECT_EQ(environment.host().now_ns(), environment.rank() == 0 ? 4150 : 5650);
+  });
+  const auto span = [&](int rank, const std::string& name, int64_t start, int64_t end) {
+    const auto is_it = [&](const TraceSpan& s) {
+      return s.rank == rank && s.name == name && s.start_ns == start && s.end_ns == end;
+    };
+    EXPECT_TRUE(std::ranges::any_of(trace.spans(), is_it)) << rank << name << start << ".." << end;
+  };
+  span(0, "linear", 0, 1000);
+  span(0, "linear", 1000, 3650);
+  span(0, "linear", 3650, 4150);
+  span(0, "waits for peers", 1000, 3000);
+  span(0, "all_gather", 3000, 3600);
+  span(1, "linear", 0, 3000);
+  span(1, "linear", 3000, 5150);
+  span(1, "all_gather", 3000, 3600);
+  EXPECT_EQ(trace.spans().size(), 9u);
+}
+
+TEST(VirtualTime, MessagesThatMeetOnALinkShareIt) {
+  const Machine machine = parse_machine(plain_machine("1"), "plain");
+  const Config config = plan_config("[parallel]\ndp = 2\n");
+  VirtualTime time(machine, config, nullptr);
+  run_cluster({.ranks = 2, .time = &time}, [&](RankEnvironment& environment) {
+    std::byte* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 44);
+    std::unique_ptr<Communicator> communicators[2];
+    Ticket tickets[2];
+    for (int i = 0; i < 2; ++i) {
+      const std::string name = i == 0 ? "long" : "short";
+      communicators[i] = environment.make_communicator(name, {0, 1});
+      const Message message{1 - environment.rank(), data, i == 0 ? 1000 : 500};
+      const std::span<const Message> one(&message, 1), none;
+      const bool sends = environment.rank() == 0;
+      tickets[i] = exchange({.communicator = *communicators[i],
+                             .stream = environment.make_stream(name),
+                             .sends = sends ? one : none,
+                             .recvs = sends ? none : one,
+                             .dtype = DType::u8});
+    }
+    // Alone 2000 and 1000 ns at half a byte a nanosecond; together the short one takes 2000.
+    environment.host().wait(tickets[1]);
+    EXPECT_EQ(environment.host().now_ns(), 2000);
+    environment.host().wait(tickets[0]);
+    EXPECT_EQ(environment.host().now_ns(), 3000);
+  });
+}
+
+TEST(VirtualTime, AMissingCallIsADeadlockAndAWrongOneAMismatch) {
+  const Machine machine = parse_machine(plain_machine("8"), "plain");
+  const Config config = plan_config("[parallel]\ndp = 2\n");
+  const auto run = [&](int64_t count_of_rank_1) {
+    VirtualTime time(machine, config, nullptr);
+    try {
+      run_cluster({.ranks = 2, .time = &time}, [&](RankEnvironment& environment) {
+        Stream& comm = environment.make_stream("comm");
+        const auto both = environment.make_communicator("both", {0, 1});
+        std::byte* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 44);
+        const int64_t count = environment.rank() == 0 ? 8 : count_of_rank_1;
+        if (count == 0) return;
+        environment.host().wait(all_reduce(
+            {.communicator = *both, .stream = comm, .send = data, .recv = data, .count = count}));
+      });
+    } catch (const Error& error) {
+      return error.exit_code();
+    }
+    return ExitCode::done;
+  };
+  EXPECT_EQ(run(8), ExitCode::done);
+  EXPECT_EQ(run(0), ExitCode::deadlock);
+  EXPECT_EQ(run(9), ExitCode::collective_mismatch);
+}
+
+// What a run that computes leaves in its counters.
+std::vector<RankPlan> numeric_run(const Config& config) {
+  const Derived derived = derive(config);
+  const SyntheticSequences source(config);
+  std::vector<RankPlan> plans(static_cast<size_t>(derived.ranks));
+  launch_ranks({.ranks = derived.ranks, .workers = 1}, [&](RankEnvironment& environment) {
+    Rank rank(config, environment);
+    TrainStep step(rank, config.model);
+    rank.finish_step();
+    rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
+    rank.totals.clear();
+    rank.arena.reset_peak();
+    rank.step = 1;
+    step.accumulate(source, 0);
+    step.update(1, 1e-3, WithDigests::no);
+    count_calls(rank, plans[static_cast<size_t>(environment.rank())]);
+  });
+  return plans;
+}
+
+void expect_same_work(const Config& config, bool routes) {
+  const std::vector<RankPlan> numeric = numeric_run(config);
+  const PlanReport plan = plan_step({.config = config, .machine = "laptop"});
+  ASSERT_EQ(plan.by_rank.size(), numeric.size());
+  for (size_t r = 0; r < numeric.size(); ++r) {
+    SCOPED_TRACE(fmt::format("rank {}", r));
+    const RankPlan &want = numeric[r], &got = plan.by_rank[r];
+    ASSERT_EQ(got.ops.size(), want.ops.size());
+    for (const auto& [op, totals] : want.ops) {
+      EXPECT_EQ(got.ops.at(op).calls, totals.calls) << op;
+      if (routes) continue;
+      EXPECT_EQ(got.ops.at(op).flops, totals.flops) << op;
+      EXPECT_EQ(got.ops.at(op).bytes, totals.bytes) << op;
+    }
+    ASSERT_EQ(got.calls.size(), want.calls.size());
+    for (const auto& [call, totals] : want.calls) {
+      EXPECT_EQ(got.calls.at(call).calls, totals.calls) << call;
+      if (routes && call == "expert all_to_all_v") continue;
+      EXPECT_EQ(got.calls.at(call).sent_bytes, totals.sent_bytes) << call;
+      EXPECT_EQ(got.calls.at(call).received_bytes, totals.received_bytes) << call;
+    }
+    if (routes) continue;
+    EXPECT_EQ(got.peak_bytes, want.peak_bytes);
+    EXPECT_EQ(got.reserved_bytes, want.reserved_bytes);
+    EXPECT_EQ(got.peak_by_class, want.peak_by_class);
+    EXPECT_STREQ(got.peak_what.c_str(), want.peak_what.c_str());
+  }
+}
+
+TEST(Plan, DoesTheOpsCallsAndAllocationsOfARunThatComputes) {
+  for (const std::string layout :
+       {"dp = 1", "dp = 4\nsharding = \"none\"", "dp = 4\nsharding = \"zero1\"",
+        "dp = 2\nsharding = \"zero2\"", "dp = 2\nsharding = \"full\"", "dp = 2\ncp = 2",
+        "pp = 2\ndp = 2", "pp = 2\nschedule = \"zb_h1\"", "pp = 2\nschedule = \"dualpipev\""}) {
+    SCOPED_TRACE(layout);
+    expect_same_work(plan_config("[parallel]\n" + layout + "\n"), false);
+    Config fast = plan_config("[parallel]\n" + layout + "\n");
+    fast.numerics.reduction = ReductionMode::fast;
+    expect_same_work(fast, false);
+  }
+}
+
+TEST(Plan, MakesTheSameCallsWhereTokensTravel) {
+  for (const std::string layout :
+       {"dp = 4\nep = 4", "dp = 4\nep = 2\nsharding = \"full\"", "pp = 2\ndp = 2\nep = 2"}) {
+    SCOPED_TRACE(layout);
+    expect_same_work(plan_config("[parallel]\n" + layout + "\n"), true);
+  }
+}
+
+TEST(Plan, RowsOfAllRanksAreThoseThatTokensChose) {
+  for (const std::string routing : {"uniform", "zipf"}) {
+    const Config config =
+        plan_config("[parallel]\ndp = 4\nep = 4\n[plan]\nrouting = \"" + routing + "\"\n");
+    const PlanReport plan = plan_step({.config = config, .machine = "laptop"});
+    int64_t flops = 0;
+    for (const RankPlan& rank : plan.by_rank) flops += rank.ops.at("grouped_up_dgrad").flops;
+    const ModelConfig& model = config.model;
+    EXPECT_EQ(flops, 8 * 64 * model.top_k * model.layers * 4 * model.hidden * model.expert_hidden);
+  }
+}
+
+TEST(Plan, FoldedRanksAgreeExactlyWithAllOfThem) {
+  const std::string path = testing::TempDir() + "/plain_machine.toml";
+  std::ofstream(path) << plain_machine("4");
+  for (const std::string layout :
+       {"dp = 4\nep = 2\nsharding = \"none\"", "pp = 2\ndp = 4\nep = 4",
+        "dp = 4\ncp = 2\nsharding = \"zero2\"", "pp = 2\ndp = 4\nep = 2\nsharding = \"full\""}) {
+    SCOPED_TRACE(layout);
+    PlanRun run{
+        .config = plan_config("[parallel]\n" + layout + "\n[numerics]\nreduction = \"fast\"\n"),
+        .machine = path};
+    const PlanReport all = plan_step(run);
+    run.folding = Folding::on;
+    const PlanReport folded = plan_step(run);
+    EXPECT_EQ(folded.step_ns, all.step_ns);
+    ASSERT_LT(folded.by_rank.size(), all.by_rank.size());
+    const size_t each = all.by_rank.size() / folded.by_rank.size();
+    for (size_t r = 0; r < all.by_rank.size(); ++r) {
+      const RankPlan &one = folded.by_rank[r / each], &other = all.by_rank[r];
+      EXPECT_EQ(one.step_ns, other.step_ns);
+      EXPECT_EQ(one.busy_ns, other.busy_ns);
+      EXPECT_EQ(one.exposed_ns, other.exposed_ns);
+      EXPECT_EQ(one.pipeline_ns, other.pipeline_ns);
+      EXPECT_EQ(one.peak_bytes, other.peak_bytes);
+    }
+    run.config.plan.routing = "zipf";
+    EXPECT_THROW(plan_step(run), Error);
+    run.config.plan.routing = "uniform";
+    run.config.numerics.reduction = ReductionMode::exact;
+    EXPECT_THROW(plan_step(run), Error);
+  }
+}
+
+TEST(Plan, RepeatsItselfToTheNanosecond) {
+  const std::string path = testing::TempDir() + "/repeated_machine.toml";
+  std::ofstream(path) << plain_machine("2");
+  const PlanRun run{.config = plan_config("[parallel]\npp = 2\ndp = 4\nep = 4\nsharding = "
+                                          "\"full\"\n[plan]\nrouting = \"zipf\"\n"),
+                    .machine = path};
+  const PlanReport one = plan_step(run), again = plan_step(run);
+  EXPECT_EQ(one.step_ns, again.step_ns);
+  for (size_t r = 0; r < one.by_rank.size(); ++r) {
+    EXPECT_EQ(one.by_rank[r].busy_ns, again.by_rank[r].busy_ns);
+  }
+}
+
+TEST(Machines, AMeasuredShapeTakesItsMeasuredTimeAndTilesCount) {
+  const Machine machine = load_machine("dgx-h200");
+  const Cost cost{"attention", {16384, 32, 128, 4, 4096}, 0, 0, 0};
+  Cost whole = cost;
+  whole.flops = 16384LL * 4097 / 2 * 32 * (4 * 128 + 5);
+  whole.bytes = 2LL * 16384 * 2 * 36 * 128 + 4LL * 16384 * 32;
+  EXPECT_NEAR(static_cast<double>(op_time(machine, whole, {}).ns), 892e3, 892e3 * 0.001);
+  EXPECT_FALSE(op_time(machine, whole, {}).is_extrapolated);
+  // The same rows on one expert, or a row more than a tile on each: whole tiles are multiplied.
+  Cost rows{"grouped_up_dgrad", {4096, 32, 1536, 2048}, 2LL * 4096 * 1536 * 2048, 1, 0};
+  const std::vector<int64_t> full(32, 128);
+  std::vector<int64_t> ragged(32, 129);
+  ragged[0] = 128 - 31;
+  const double want = static_cast<double>(op_time(machine, rows, full).ns);
+  EXPECT_NEAR(static_cast<double>(op_time(machine, rows, ragged).ns), want * 63 / 32, want * 0.01);
+  EXPECT_TRUE(op_time(load_machine("dgx-b200"), whole, {}).is_extrapolated);
+}
+
+}  // namespace
+}  // namespace cambium::sim
