@@ -68,6 +68,7 @@ KeyField in_name(Config& config, size_t) { return &config.name; }
 
 using Choices = std::span<const char* const>;
 constexpr KeyRange kNoRange{};
+constexpr KeyRange kRankRange{0, 65535};
 constexpr KeyRange kCount{1, 1e9};          // of things that must exist
 constexpr KeyRange kOptionalCount{0, 1e9};  // where 0 has a meaning of its own
 constexpr KeyRange kRanks{1, 65536};
@@ -463,13 +464,7 @@ const KeySpec kKeys[] = {
 
     {"faults", "kind", in_fault<&FaultConfig::kind>, kNoRange, kFaultNames, kSame, "required",
      "which mistake"},
-    {"faults",
-     "rank",
-     in_fault<&FaultConfig::rank>,
-     {0, 65535},
-     kNoChoices,
-     kSame,
-     nullptr,
+    {"faults", "rank", in_fault<&FaultConfig::rank>, kRankRange, kNoChoices, kSame, nullptr,
      "on which rank"},
     {"faults", "step", in_fault<&FaultConfig::step>, kCount, kNoChoices, kSame, nullptr,
      "at which step"},
