@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "src/base/stream.h"
 #include "src/base/view.h"
@@ -69,6 +70,24 @@ struct OpContext {
 // Stands where an op has no CUDA kernel yet (`CPU_ONLY` in kernels/ops.cmake).
 inline constexpr std::nullptr_t kCpuOnly = nullptr;
 
+// Tells the stream's observer the bytes of every view; a view of rows with gaps is one interval a
+// row.
+template <class Args>
+void declare_accesses(const char* op, const Args& args, Stream& stream) {
+  std::vector<MemoryAccess> accesses;
+  visit_views(args, [&](const char* name, const RawView& view) {
+    if (view.empty() || view.elements() == 0) return;
+    const int64_t rows = view.is_contiguous() ? 1 : view[0];
+    const int64_t element = dtype_bytes(view.dtype);
+    for (int64_t row = 0; row < rows; ++row) {
+      accesses.push_back(
+          {static_cast<const std::byte*>(view.data) + row * view.row_stride * element,
+           view.elements() / rows * element, view.access, name});
+    }
+  });
+  stream.observer()->declare(stream, op, accesses, {});
+}
+
 // `cuda` is written `kHasCuda ? cuda::op : nullptr`: the condition is constant, so a CPU build
 // refers to no cuda:: symbol.
 template <class Args>
@@ -98,6 +117,7 @@ void execute(const Args& args, OpContext& context, void (*reference)(const Args&
   }
   switch (context.backend) {
     case Backend::reference:
+      if (context.stream->observer() != nullptr) declare_accesses(call.op, args, *context.stream);
       if (context.timer == nullptr) return context.stream->enqueue(call.op, reference, args);
       context.stream->enqueue(
           call.op, TimedCall<Args>::run,

@@ -1,6 +1,7 @@
 #include "sim/cluster.h"
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <map>
 #include <new>
@@ -10,6 +11,7 @@
 #include "kernels/cuda_stream.h"
 #include "sim/comm_faults.h"
 #include "sim/deadlock.h"
+#include "sim/race_detector.h"
 #include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
 #include "sim/virtual_time.h"
@@ -24,11 +26,15 @@ class SimEnvironment;
 // All groups of a run by (name, members), in order of making.
 class Groups {
  public:
-  Groups(const ClusterOptions& options, Workers& workers) : options_(options), workers_(workers) {}
+  Groups(const ClusterOptions& options, Workers& workers, RaceDetector* races)
+      : options_(options), workers_(workers), races_(races) {
+    if (options.transfer_slots == 0) return;
+    slots_.resize(static_cast<size_t>(options.ranks), DeviceSlots{options.transfer_slots, {}});
+  }
   Group& nth(const std::string& name, const std::vector<int>& members, size_t number) {
     auto& made = groups_[{name, members}];
     while (made.size() <= number) {
-      made.push_back(std::make_unique<Group>(name, members, options_, workers_));
+      made.push_back(std::make_unique<Group>(name, members, options_, workers_, races_, slots_));
     }
     return *made[number];
   }
@@ -43,20 +49,32 @@ class Groups {
  private:
   const ClusterOptions& options_;
   Workers& workers_;
+  RaceDetector* races_;
+  std::vector<DeviceSlots> slots_;  // by rank; empty when unlimited
   std::map<std::pair<std::string, std::vector<int>>, std::vector<std::unique_ptr<Group>>> groups_;
 };
 
 // A rank's host code waits by giving its thread to other fibers.
 class SimHost final : public Host {
  public:
-  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector, VirtualRank* virtual_rank)
-      : scheduler_(scheduler), rank_(rank), injector_(injector), virtual_rank_(virtual_rank) {}
+  SimHost(Scheduler& scheduler, int rank, FaultInjector* injector, RaceDetector* races,
+          VirtualRank* virtual_rank)
+      : scheduler_(scheduler),
+        rank_(rank),
+        injector_(injector),
+        races_(races),
+        virtual_rank_(virtual_rank) {}
   void wait(const Event& event, std::source_location site) override {
     if (injector_ != nullptr) injector_->flush();
+    if (races_ != nullptr && !races_->keeps_host_wait(rank_, event, site)) return;
     scheduler_.wait(rank_, event, site);
     if (std::uncaught_exceptions() > 0) return;
     event.synchronize_device();
+    if (races_ != nullptr) races_->host_waited(rank_, event, site);
     if (virtual_rank_ != nullptr) virtual_rank_->host_waited(event);
+  }
+  void touches(const MemoryAccess& access) override {
+    if (races_ != nullptr) races_->host_touches(rank_, access);
   }
   void yield(const char*) override {
     if (injector_ != nullptr) injector_->flush();
@@ -73,23 +91,25 @@ class SimHost final : public Host {
   Scheduler& scheduler_;
   int rank_;
   FaultInjector* injector_;
+  RaceDetector* races_;        // null when races are not looked for
   VirtualRank* virtual_rank_;  // null when values are computed
 };
 
 class SimEnvironment final : public RankEnvironment {
  public:
   SimEnvironment(int rank, const ClusterOptions& options, Workers& workers, Scheduler& scheduler,
-                 Groups& groups)
+                 Groups& groups, RaceDetector* races)
       : rank_(rank),
         options_(options),
         workers_(workers),
         scheduler_(scheduler),
         groups_(groups),
-        injector_(make_injector(rank, options)),
+        races_(races),
+        injector_(make_injector(rank, options, scheduler)),
         virtual_rank_(options.time == nullptr
                           ? nullptr
                           : std::make_unique<VirtualRank>(*options.time, rank, place)),
-        host_(scheduler, rank, injector_.get(), virtual_rank_.get()) {}
+        host_(scheduler, rank, injector_.get(), races, virtual_rank_.get()) {}
 
   int rank() const override { return rank_; }
   int ranks() const override { return options_.ranks; }
@@ -101,6 +121,10 @@ class SimEnvironment final : public RankEnvironment {
     streams_.push_back(std::make_unique<Stream>(fmt::format("rank {} {}", rank_, name),
                                                 &scheduler_.ready_streams()));
     scheduler_.add_stream(*streams_.back(), rank_);
+    if (races_ != nullptr) {
+      races_->add_stream(*streams_.back(), rank_);
+      streams_.back()->set_observer(races_);
+    }
     if (virtual_rank_ != nullptr) virtual_rank_->add_stream(*streams_.back());
     if constexpr (kHasCuda) {
       if (options_.device == Device::cuda) {
@@ -131,6 +155,7 @@ class SimEnvironment final : public RankEnvironment {
 
   // After the rank's main returned: its buffers are gone, so nothing may be queued.
   void check_idle() const {
+    if (races_ != nullptr) races_->check_tickets(rank_);
     for (const auto& stream : streams_) {
       if (stream->is_idle()) continue;
       fail(
@@ -164,12 +189,14 @@ class SimEnvironment final : public RankEnvironment {
   }
 
  private:
-  static std::unique_ptr<FaultInjector> make_injector(int rank, const ClusterOptions& options) {
+  static std::unique_ptr<FaultInjector> make_injector(int rank, const ClusterOptions& options,
+                                                      Scheduler& scheduler) {
     std::vector<CommFault> faults;
     for (const CommFault& fault : options.faults) {
       if (fault.rank == rank) faults.push_back(fault);
     }
-    return faults.empty() ? nullptr : std::make_unique<FaultInjector>(std::move(faults));
+    return faults.empty() ? nullptr
+                          : std::make_unique<FaultInjector>(std::move(faults), scheduler, rank);
   }
 
   int rank_;
@@ -177,6 +204,7 @@ class SimEnvironment final : public RankEnvironment {
   Workers& workers_;
   Scheduler& scheduler_;
   Groups& groups_;
+  RaceDetector* races_;
   std::unique_ptr<FaultInjector> injector_;
   std::unique_ptr<VirtualRank> virtual_rank_;
   SimHost host_;
@@ -219,6 +247,15 @@ Error failure(const Scheduler& scheduler, const Groups& groups, const Environmen
   for (const auto& environment : environments) {
     steps.push_back(environment == nullptr ? 0 : environment->step());
   }
+  for (int rank = 0; rank < scheduler.ranks(); ++rank) {
+    const RankTask& stuck = scheduler.task(rank);
+    if (stuck.state != RankState::stuck) continue;
+    return Error(ExitCode::watchdog,
+                 fmt::format("watchdog: rank {} is alive but stuck at {} in step {}, and no other "
+                             "rank can go on without it; next: look at that rank, then train "
+                             "--resume",
+                             rank, describe_site(stuck.site), steps[static_cast<size_t>(rank)]));
+  }
   std::string message = describe_deadlock(scheduler, groups.all(), steps);
   if (options.schedule_seed != 0) {
     message += fmt::format("\n  schedule seed {}", options.schedule_seed);
@@ -242,6 +279,38 @@ void check_faults_struck(const Environments& environments) {
 
 }  // namespace
 
+std::string tape_text(const ScheduleTape& tape) {
+  std::string text;
+  for (const Deviation& deviation : tape) {
+    text += fmt::format("{}{}:{}", text.empty() ? "" : ",", deviation.decision, deviation.choice);
+  }
+  return text.empty() ? "fifo" : text;
+}
+
+ScheduleTape parse_tape(const std::string& text) {
+  ScheduleTape tape;
+  if (text == "fifo") return tape;
+  const char* at = text.c_str();
+  const char* const end = at + text.size();
+  while (true) {
+    Deviation next;
+    const auto [colon, first_error] = std::from_chars(at, end, next.decision);
+    if (first_error != std::errc{} || colon == end || *colon != ':') break;
+    const auto [comma, second_error] = std::from_chars(colon + 1, end, next.choice);
+    const bool ascends = tape.empty() || tape.back().decision < next.decision;
+    if (second_error != std::errc{} || !ascends) break;
+    tape.push_back(next);
+    if (comma == end) return tape;
+    if (*comma != ',') break;
+    at = comma + 1;
+  }
+  fail(
+      ExitCode::usage,
+      "'{}' is no schedule: write 'fifo', or decision:choice pairs as in '12:3,57:1', in ascending "
+      "order",
+      text);
+}
+
 bool is_simulated(const ClusterOptions& options, int rank) {
   return options.only_ranks.empty() ||
          std::ranges::find(options.only_ranks, rank) != options.only_ranks.end();
@@ -255,7 +324,15 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   if (options.workers == nullptr) own_workers = std::make_unique<Workers>(options.worker_threads);
   Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
   Scheduler scheduler(options.ranks, workers, options.schedule_seed, options.time);
-  Groups groups(options, workers);
+  if (options.schedule_seed != 0 || options.replay != nullptr) scheduler.explore(options);
+  if (options.transfer_slots > 0) scheduler.run_streams_in_turn();
+  std::unique_ptr<RaceDetector> races;
+  if (options.races == Races::detected) {
+    CHECK(options.device == Device::cpu);
+    races = std::make_unique<RaceDetector>(options.ranks, options.left_out_wait);
+    scheduler.run_streams_in_turn();
+  }
+  Groups groups(options, workers, races.get());
   Environments environments;
   std::vector<RankProgram> programs(static_cast<size_t>(options.ranks));
   for (int rank = 0; rank < options.ranks; ++rank) {
@@ -265,7 +342,7 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
       continue;
     }
     environments.push_back(
-        std::make_unique<SimEnvironment>(rank, options, workers, scheduler, groups));
+        std::make_unique<SimEnvironment>(rank, options, workers, scheduler, groups, races.get()));
     RankProgram& program = programs[static_cast<size_t>(rank)];
     program = {main, body, environments.back().get(), &scheduler.task(rank)};
     scheduler.task(rank).fiber =
@@ -277,7 +354,9 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
     throw error;
   }
   check_faults_struck(environments);
-  return scheduler.report();
+  ClusterReport report = scheduler.report();
+  if (races != nullptr) report.races = races->report();
+  return report;
 }
 
 }  // namespace cluster_detail

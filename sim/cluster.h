@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "src/comm/race_report.h"
 #include "src/comm/rank_environment.h"
 
 namespace cambium::sim {
@@ -29,10 +30,17 @@ class VirtualTime;
 
 // Reductions: `rank` adds contributions 0, 1, .. n-1 in fp32 and rounds once; `ring` adds chunk c
 // from rank (c+1) % n on, rounding to the dtype at every hop, as NCCL's ring does.
-enum class ReductionOrder { rank, ring };
+// `arrival` adds in the order in which ranks came, as atomics do: a mistake to be found.
+enum class ReductionOrder { rank, ring, arrival };
 
 // Faults at the communicator, each injected by one line at its site (sim/sim_communicator.cc).
-enum class CommFaultKind { wrong_count, swapped_collectives, skipped_collective };
+enum class CommFaultKind {
+  wrong_count,
+  swapped_collectives,
+  skipped_collective,
+  rank_crash,
+  stuck_rank
+};
 // The kind of that name in `[[faults]]`; an Error with exit code 2 for other names.
 CommFaultKind comm_fault_kind(const std::string& name);
 const char* comm_fault_name(CommFaultKind kind);
@@ -48,6 +56,9 @@ enum class Device { cpu, cuda };
 //     are posted in the other order (calls that differ, or two groups that share a peer).
 //   skipped_collective: does not post; without `communicator` only a payload (f32, bf16)
 //     all_to_all_v is skipped, as by a rank that has no tokens to send.
+//   rank_crash: the rank ends before it posts; the run ends with exit code 20.
+//   stuck_rank: the rank stays alive and never posts; when its peers can do nothing more, the run
+//     ends with exit code 21, as the watchdog of a real job would end it.
 struct CommFault {
   CommFaultKind kind = CommFaultKind::wrong_count;
   int rank = 0;
@@ -56,15 +67,49 @@ struct CommFault {
   int64_t skip_calls = 0;         // fitting calls that are left alone first
 };
 
+// Race detection (sim/race_detector.h): on the CPU, streams one after another.
+enum class Races { ignored, detected };
+
+// How a seed explores. `random` draws every choice evenly; `pct` gives every fiber and stream a
+// random priority and lowers the leader's at two random moments (Burckhardt et al., ASPLOS 2010).
+enum class Exploration { random, pct };
+
+// Choices of an explored run that were not the oldest candidate: what replays it.
+struct Deviation {
+  uint64_t decision = 0;
+  uint32_t choice = 0;
+  bool operator==(const Deviation&) const = default;
+};
+using ScheduleTape = std::vector<Deviation>;
+std::string tape_text(const ScheduleTape& tape);  // "12:3,57:1"; "fifo" without deviations
+ScheduleTape parse_tape(const std::string& text);
+
+// Waits that do nothing, to see what they are good for: those of WaitSites whose name holds `site`,
+// on one rank or on all (-1). Needs race detection.
+struct LeftOutWait {
+  std::string site = {};
+  int rank = -1;
+};
+
 struct ClusterOptions {
   int ranks = 1;
   Device device = Device::cpu;
   Workers* workers = nullptr;  // null = a pool of `worker_threads` for this run
   int worker_threads = 1;
   uint64_t schedule_seed = 0;  // 0 = rank order
+  Exploration exploration = Exploration::random;
+  const ScheduleTape* replay = nullptr;  // instead of a seed's choices
+  ScheduleTape* record = nullptr;        // an explored run's deviations, of a failing one too
+  std::vector<int> slow_ranks = {};      // explored runs: go on only when no other rank can
   Poison poison = Poison::off;
   ReductionOrder reduction_order = ReductionOrder::rank;
   std::vector<CommFault> faults = {};
+  // Transfers that a rank's device holds at a time, from when they reach their stream's head until
+  // their peers came (0 = any number). One finds collectives of two streams whose order nothing
+  // fixes: on a GPU that has no room for both kernels, ranks that start different ones deadlock.
+  int transfer_slots = 0;
+  Races races = Races::ignored;
+  LeftOutWait left_out_wait = {};
   // Shape-only: nothing is computed, ops and transfers take their virtual time (one thread).
   VirtualTime* time = nullptr;
   // Folding: the ranks that stand for all; the others' calls are taken for theirs. Empty = all.
@@ -79,6 +124,7 @@ struct ClusterReport {
   int64_t fiber_switches = 0;
   int64_t compute_phases = 0;
   int64_t tasks = 0;
+  RaceReport races;
 };
 
 namespace cluster_detail {

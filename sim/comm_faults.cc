@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "sim/scheduler.h"
 #include "src/comm/call_check.h"
 
 namespace cambium::sim {
@@ -17,6 +18,8 @@ constexpr FaultName kFaultNames[] = {
     {CommFaultKind::wrong_count, "wrong_count"},
     {CommFaultKind::swapped_collectives, "swapped_collectives"},
     {CommFaultKind::skipped_collective, "skipped_collective"},
+    {CommFaultKind::rank_crash, "rank_crash"},
+    {CommFaultKind::stuck_rank, "stuck_rank"},
 };
 
 // The count that a wrong_count fault falsifies, for a peer of `rank` where there is one for each.
@@ -49,7 +52,7 @@ CommFaultKind comm_fault_kind(const std::string& name) {
   }
   fail(ExitCode::usage,
        "fault kind '{}' is not one of the communicator's: wrong_count, swapped_collectives, "
-       "skipped_collective",
+       "skipped_collective, rank_crash, stuck_rank",
        name);
 }
 
@@ -59,7 +62,8 @@ const char* comm_fault_name(CommFaultKind kind) {
       ->name;
 }
 
-FaultInjector::FaultInjector(std::vector<CommFault> faults) : pending_(std::move(faults)) {}
+FaultInjector::FaultInjector(std::vector<CommFault> faults, Scheduler& scheduler, int rank)
+    : scheduler_(scheduler), rank_(rank), pending_(std::move(faults)) {}
 
 bool FaultInjector::fits(const CommFault& fault, const SimCommunicator& communicator,
                          const CollectiveCall& call) const {
@@ -73,6 +77,9 @@ bool FaultInjector::fits(const CommFault& fault, const SimCommunicator& communic
       return call.kind != CollectiveKind::exchange;
     case CommFaultKind::skipped_collective:
       return !fault.communicator.empty() || is_payload(call);
+    case CommFaultKind::rank_crash:
+    case CommFaultKind::stuck_rank:
+      return true;
   }
   return false;
 }
@@ -95,6 +102,15 @@ Ticket FaultInjector::post(SimCommunicator& communicator, CollectiveCall call) {
   if (held_.communicator != nullptr) {
     if (swaps_with_held(communicator, call)) return post_swapped(communicator, std::move(call));
     flush();
+  }
+  if (strikes(CommFaultKind::rank_crash, communicator, call)) {
+    fail(ExitCode::peer_lost,  // FAULT: rank_crash
+         "this rank is lost before its call {} of {} ({}); its peers wait for it; next: train "
+         "--resume goes on from the last checkpoint",
+         describe_call(call), communicator.group().describe(), describe_site(call.site));
+  }
+  if (strikes(CommFaultKind::stuck_rank, communicator, call)) {
+    scheduler_.hang(rank_, call.site);  // FAULT: stuck_rank
   }
   if (strikes(CommFaultKind::wrong_count, communicator, call)) {
     chosen_count(call, communicator.rank(), communicator.ranks()) += 1;  // FAULT: wrong_count

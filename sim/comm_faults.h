@@ -7,9 +7,11 @@
 
 namespace cambium::sim {
 
+class Scheduler;
+
 class FaultInjector {
  public:
-  explicit FaultInjector(std::vector<CommFault> faults);
+  FaultInjector(std::vector<CommFault> faults, Scheduler& scheduler, int rank);
   // Posts `call` as the faults have it.
   Ticket post(SimCommunicator& communicator, CollectiveCall call);
   void set_step(int64_t step) { step_ = step; }
@@ -33,6 +35,8 @@ class FaultInjector {
     Transfer* transfer = nullptr;
     CommFault fault;
   };
+  Scheduler& scheduler_;
+  int rank_;
   std::vector<CommFault> pending_;
   int64_t step_ = 0;
   Held held_;

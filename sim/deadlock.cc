@@ -187,6 +187,10 @@ class Diagnosis {
             describe_site(before.call.site));
       }
     }
+    if (head.gated == &posted) {
+      return "its device has no room: other transfers that wait for their peers hold every slot; "
+             "the order of the two is fixed by no event";
+    }
     return stream.blocked_on();
   }
 

@@ -10,6 +10,7 @@ namespace cambium::sim {
 
 namespace {
 
+constexpr uint64_t kDecisionsBetweenChanges = 2000;  // a step of a small model on eight ranks
 constexpr int kSpinsBeforeYield = 2000;  // about 5 us: phases are hundreds of tasks long
 
 // SplitMix64 of (seed, counter): the schedule's own stream of draws.
@@ -30,18 +31,78 @@ void Scheduler::leave_out(int rank) {
   ++finished_;
 }
 
+std::vector<Scheduler::StreamRank>::const_iterator Scheduler::find_stream(
+    const Stream& stream) const {
+  return std::ranges::find(stream_ranks_, &stream, &StreamRank::stream);
+}
+
 int Scheduler::rank_of(const Stream& stream) const {
-  for (const StreamRank& entry : stream_ranks_) {
-    if (entry.stream == &stream) return entry.rank;
-  }
-  return -1;
+  const auto found = find_stream(stream);
+  return found == stream_ranks_.end() ? -1 : found->rank;
 }
 
 uint64_t Scheduler::random(uint64_t bound) { return mix(seed_, draws_++) % bound; }
 
+// Candidates are the ready fibers, then the ready streams, oldest first. An actor is a rank's fiber
+// (rank) or a stream (ranks + its place), the same in every run of a seed.
+int64_t Scheduler::choose(const std::vector<int>& ready) {
+  const auto fibers = std::ssize(ready);
+  const int64_t candidates = fibers + ready_streams_.count();
+  const uint64_t decision = decisions_++;
+  int64_t choice = 0;
+  if (exploration_->replay != nullptr) {
+    const ScheduleTape& tape = *exploration_->replay;
+    if (replayed_ < tape.size() && tape[replayed_].decision == decision) {
+      choice = tape[replayed_++].choice % candidates;
+    }
+  } else {
+    std::vector<int64_t> actors, among;
+    const auto slow = [&](int rank) {
+      return std::ranges::find(exploration_->slow_ranks, rank) != exploration_->slow_ranks.end();
+    };
+    for (int64_t i = 0; i < candidates; ++i) {
+      const Stream* stream = i < fibers ? nullptr : ready_streams_.at(i - fibers);
+      const auto place = stream == nullptr ? stream_ranks_.end() : find_stream(*stream);
+      const int rank = stream == nullptr ? ready[static_cast<size_t>(i)] : place->rank;
+      actors.push_back(stream == nullptr ? rank : ranks() + (place - stream_ranks_.begin()));
+      if (!slow(rank)) among.push_back(i);
+    }
+    if (among.empty()) {
+      for (int64_t i = 0; i < candidates; ++i) among.push_back(i);
+    }
+    choice = exploration_->exploration == Exploration::pct
+                 ? choose_by_priority(actors, among)
+                 : among[random(static_cast<uint64_t>(among.size()))];
+  }
+  if (choice != 0 && exploration_->record != nullptr) {
+    exploration_->record->push_back({decision, static_cast<uint32_t>(choice)});
+  }
+  return choice;
+}
+
+// An actor's priority is drawn when it is first seen.
+int64_t Scheduler::priority(int64_t actor) {
+  const auto known = priorities_.find(actor);
+  if (known != priorities_.end()) return known->second;
+  return priorities_[actor] = static_cast<int64_t>(random(uint64_t{1} << 40));
+}
+
+int64_t Scheduler::choose_by_priority(const std::vector<int64_t>& actors,
+                                      const std::vector<int64_t>& among) {
+  const auto leader = [&] {
+    return *std::ranges::max_element(
+        among, {}, [&](int64_t i) { return priority(actors[static_cast<size_t>(i)]); });
+  };
+  // Where the leader changes: about twice in a run of this many decisions.
+  if (random(kDecisionsBetweenChanges) == 0) {
+    priorities_[actors[static_cast<size_t>(leader())]] = -static_cast<int64_t>(decisions_);
+  }
+  return leader();
+}
+
 bool Scheduler::run() {
   if (time_ != nullptr) return run_in_time_order();
-  return seed_ == 0 ? run_in_rank_order() : run_explored();
+  return exploration_ == nullptr ? run_in_rank_order() : run_explored();
 }
 
 // A stream gives way after every task: what the task woke may take part in its next one's time.
@@ -111,12 +172,15 @@ bool Scheduler::run_explored() {
     const int64_t streams = ready_streams_.count();
     const auto fibers = std::ssize(ready);
     if (streams + fibers == 0) return false;
-    const auto choice = static_cast<int64_t>(random(static_cast<uint64_t>(streams + fibers)));
+    const int64_t choice = choose(ready);
     if (choice < fibers) {
       const int rank = ready[static_cast<size_t>(choice)];
       ready.erase(ready.begin() + choice);
       run_fiber(rank);
-      if (task(rank).state == RankState::yielded) ready.push_back(rank);
+      if (task(rank).state == RankState::yielded) {
+        ready.push_back(rank);
+        priorities_[rank] = -static_cast<int64_t>(decisions_);  // or it would yield for ever
+      }
       if (task(rank).state == RankState::waiting) waiting.push_back(rank);
     } else {
       run_stream(*ready_streams_.take(choice - fibers), 1);
@@ -139,10 +203,7 @@ void Scheduler::run_stream(Stream& stream, int64_t most) {
     // whatever the threads do, and the lowest rank's is reported.
     const std::lock_guard lock(failure_mutex_);
     const int rank = rank_of(stream);
-    const auto place =
-        std::find_if(stream_ranks_.begin(), stream_ranks_.end(),
-                     [&](const StreamRank& entry) { return entry.stream == &stream; }) -
-        stream_ranks_.begin();
+    const auto place = find_stream(stream) - stream_ranks_.cbegin();
     if (failed_rank_ < 0 || std::pair(rank, place) < std::pair(failed_rank_, failed_stream_)) {
       failed_rank_ = rank;
       failed_stream_ = place;
@@ -178,6 +239,7 @@ void Scheduler::drain_ready() {
 void Scheduler::compute_phase() {
   if (ready_streams_.count() == 0) return;
   ++report_.compute_phases;
+  if (stream_order_ == StreamOrder::in_turn) return drain_ready();
   workers_.parallel_for(workers_.threads(), [this](int64_t, Scratch&) { drain_ready(); });
 }
 
@@ -204,6 +266,12 @@ void Scheduler::wait(int rank, const Event& event, std::source_location site) {
   current.event = event;
   current.site = site;
   suspend(current);
+}
+
+void Scheduler::hang(int rank, std::source_location site) {
+  task(rank).state = RankState::stuck;
+  task(rank).site = site;
+  suspend(task(rank));
 }
 
 void Scheduler::yield(int rank) {

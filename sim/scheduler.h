@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <source_location>
@@ -20,7 +21,7 @@
 
 namespace cambium::sim {
 
-enum class RankState { ready, running, waiting, yielded, finished, failed };
+enum class RankState { ready, running, waiting, yielded, stuck, finished, failed };
 
 // One rank as the scheduler sees it.
 struct RankTask {
@@ -42,6 +43,11 @@ class Scheduler {
   // Rank `rank` is not of this run.
   void leave_out(int rank);
 
+  // Explores: every choice is drawn from the seed, or replayed.
+  void explore(const ClusterOptions& options) { exploration_ = &options; }
+  // One stream after another, in the same order every time; ops still use all threads.
+  void run_streams_in_turn() { stream_order_ = StreamOrder::in_turn; }
+
   // Runs every task's fiber to its end (true), or until a rank failed (false, `failed_rank() >= 0`)
   // or nothing can go on (false: a deadlock).
   bool run();
@@ -57,6 +63,8 @@ class Scheduler {
 
   // From the running fiber: returns when `event` is complete.
   void wait(int rank, const Event& event, std::source_location site);
+  // From the running fiber: never goes on (an injected fault).
+  void hang(int rank, std::source_location site);
   // From the running fiber: lets the other ranks run.
   void yield(int rank);
 
@@ -75,6 +83,10 @@ class Scheduler {
   void compute_phase();
   void drain_ready();
   void run_stream(Stream& stream, int64_t most);
+  // Explored runs: which of the ready fibers and streams goes on.
+  int64_t choose(const std::vector<int>& ready);
+  int64_t choose_by_priority(const std::vector<int64_t>& actors, const std::vector<int64_t>& among);
+  int64_t priority(int64_t actor);
   bool all_finished() const { return finished_ == ranks(); }
   uint64_t random(uint64_t bound);
 
@@ -82,16 +94,23 @@ class Scheduler {
     const Stream* stream = nullptr;
     int rank = 0;
   };
+  std::vector<StreamRank>::const_iterator find_stream(const Stream& stream) const;
+
   std::vector<RankTask> tasks_;
   Workers& workers_;
   uint64_t seed_;
+  const ClusterOptions* exploration_ = nullptr;
   VirtualTime* time_;
   uint64_t draws_ = 0;
+  uint64_t decisions_ = 0;
+  size_t replayed_ = 0;
+  std::map<int64_t, int64_t> priorities_;  // by actor (pct)
   ReadyStreams ready_streams_;
   std::vector<StreamRank> stream_ranks_;
   int finished_ = 0;
   int failed_rank_ = -1;
   int64_t failed_stream_ = INT64_MAX;  // place in stream_ranks_
+  enum class StreamOrder { at_once, in_turn } stream_order_ = StreamOrder::at_once;
   enum class Mode { running, cancelling } mode_ = Mode::running;
   std::atomic<int> draining_{0};  // threads that may add to ready_streams_
   std::atomic<int64_t> tasks_run_{0};

@@ -2,21 +2,25 @@
 #include "sim/sim_communicator.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "fmt/format.h"
 #include "sim/comm_faults.h"
+#include "sim/race_detector.h"
 #include "sim/virtual_time.h"
 #include "src/comm/call_check.h"
 
 namespace cambium::sim {
 
 Group::Group(std::string name, std::vector<int> members, const ClusterOptions& options,
-             Workers& workers)
+             Workers& workers, RaceDetector* races, std::vector<DeviceSlots>& slots)
     : name_(std::move(name)),
       members_(std::move(members)),
       order_(options.reduction_order),
       poison_(options.poison),
       workers_(workers),
+      races_(races),
+      slots_(slots),
       time_(options.time),
       joined_(members_.size()),
       posted_(members_.size()) {
@@ -45,6 +49,7 @@ Transfer& Group::new_transfer(int member) {
   transfer.moves_from_ns = 0;
   transfer.stage_ = 0;
   transfer.arrived_ = false;
+  transfer.holds_slot_ = false;
   return transfer;
 }
 
@@ -71,6 +76,7 @@ void Group::bind_collective(Transfer& transfer) {
     fresh.transfers.assign(members_.size(), nullptr);
     fresh.posted = 0;
     for (auto& missing : fresh.missing) missing.store(participants());
+    fresh.arrivals.store(0);
     fresh.left.store(0);
   }
   Meeting& meeting = *meetings_[index];
@@ -236,8 +242,45 @@ Ticket SimCommunicator::post(CollectiveCall call) {
   return submit(std::move(call));
 }
 
+namespace {
+
+// The bytes of a call's buffers, touched until its ticket completes.
+void declare_transfer(const CollectiveCall& call, const SimCommunicator& communicator) {
+  const int64_t element = dtype_bytes(call.dtype);
+  const int64_t ranks = communicator.ranks();
+  const bool is_exchange = call.kind == CollectiveKind::exchange;
+  const auto total = [](const std::vector<int64_t>& counts) {
+    return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  };
+  int64_t sent = call.count, received = call.count;
+  if (call.kind == CollectiveKind::all_gather) received *= ranks;
+  if (call.kind == CollectiveKind::reduce_scatter) sent *= ranks;
+  if (call.kind == CollectiveKind::all_to_all_v) {
+    sent = total(call.send_counts);
+    received = total(call.recv_counts);
+  }
+  std::vector<MemoryAccess> accesses;
+  const auto add = [&](const void* data, int64_t count, Access access) {
+    if (data == nullptr || count == 0) return;
+    accesses.push_back(
+        {data, count * element, access, access == Access::read ? "send" : "receive"});
+  };
+  if (!is_exchange && call.kind != CollectiveKind::barrier) {
+    const bool is_broadcast = call.kind == CollectiveKind::broadcast;
+    const bool is_root = communicator.rank() == call.root;
+    if (!is_broadcast || is_root) add(call.send, sent, Access::read);
+    if (!is_broadcast || !is_root) add(call.recv, received, Access::write);
+  }
+  for (const Message& message : call.sends) add(message.data, message.count, Access::read);
+  for (const Message& message : call.recvs) add(message.data, message.count, Access::write);
+  call.stream->observer()->declare(*call.stream, collective_name(call.kind), accesses, call.site);
+}
+
+}  // namespace
+
 Ticket SimCommunicator::submit(CollectiveCall call) {
   Stream& stream = *call.stream;
+  if (stream.observer() != nullptr) declare_transfer(call, *this);
   const char* op_name = collective_name(call.kind);
   Transfer& transfer = group_.new_transfer(rank_);
   group_.bind(transfer, std::move(call));

@@ -25,8 +25,15 @@ namespace cambium::sim {
 class Group;
 class SimCommunicator;
 class FaultInjector;
+class RaceDetector;
 struct Meeting;
 struct Mail;
+
+// A rank's device: how many more transfers it can hold, and the streams that wait for room.
+struct DeviceSlots {
+  int free = 0;
+  std::vector<Stream*> waiting;
+};
 
 // One rank's posted call: a task of its stream.
 class Transfer final : public GatedTask {
@@ -42,11 +49,15 @@ class Transfer final : public GatedTask {
   std::vector<Mail*> recvs;
   bool started = false;  // reached its stream's head
   bool done = false;
+  int arrival_number = 0;               // among the members of its meeting
+  std::vector<uint64_t> arrival_clock;  // what its stream knew when it started (race detection)
   // Virtual time: posted, at its stream's head, peers there, done; and the trainer's place then.
   int64_t issue_ns = 0, ready_ns = 0, moves_from_ns = 0, end_ns = 0;
   WorkPlace place;
 
  private:
+  void note_completed();
+  bool take_slot();
   bool advance_collective(Workers& workers);
   bool advance_exchange(Workers& workers);
   void run_stage(int stage, Workers& workers);
@@ -54,6 +65,7 @@ class Transfer final : public GatedTask {
 
   int stage_ = 0;
   bool arrived_ = false;
+  bool holds_slot_ = false;
 
   friend class Group;
 };
@@ -67,6 +79,7 @@ struct Meeting {
   std::vector<Transfer*> transfers;  // by member; null until posted
   int posted = 0;
   std::array<std::atomic<int>, kMostStages> missing;  // members that have not reached the stage
+  std::atomic<int> arrivals{0};                       // members that have started
   std::atomic<int> left{0};                           // members that have completed
 };
 
@@ -95,8 +108,8 @@ struct Channel {
 // A communicator's state shared by its members. Posting happens on the scheduler's thread only.
 class Group {
  public:
-  Group(std::string name, std::vector<int> members, const ClusterOptions& options,
-        Workers& workers);
+  Group(std::string name, std::vector<int> members, const ClusterOptions& options, Workers& workers,
+        RaceDetector* races, std::vector<DeviceSlots>& slots);
   const std::string& name() const { return name_; }
   const std::vector<int>& members() const { return members_; }
   int ranks() const { return static_cast<int>(members_.size()); }
@@ -106,6 +119,12 @@ class Group {
   ReductionOrder order() const { return order_; }
   Poison poison() const { return poison_; }
   Workers& workers() const { return workers_; }
+  RaceDetector* races() const { return races_; }
+  // Of a member's device; null when any number of transfers fits.
+  DeviceSlots* slots(int member) const {
+    return slots_.empty() ? nullptr
+                          : &slots_[static_cast<size_t>(members_[static_cast<size_t>(member)])];
+  }
 
   // Makes room for a call; `bind` then gives it its place and checks it against its peers.
   Transfer& new_transfer(int member);
@@ -132,6 +151,8 @@ class Group {
   ReductionOrder order_;
   Poison poison_;
   Workers& workers_;
+  RaceDetector* races_;
+  std::vector<DeviceSlots>& slots_;
   VirtualTime* time_;
   int participants_ = 0;
   std::vector<bool> joined_;

@@ -2,8 +2,10 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "kernels/cuda_stream.h"
+#include "sim/race_detector.h"
 #include "sim/reduce.h"
 #include "sim/sim_communicator.h"
 #include "sim/virtual_time.h"
@@ -95,8 +97,12 @@ Segment segment_of(int64_t count, int member, int ranks) {
 void reduce_own(const Transfer& transfer, int64_t first, int64_t count, void* out,
                 const Mover& mover) {
   const Group& group = *transfer.group;
+  std::vector<Transfer*> members = transfer.meeting->transfers;
+  if (group.order() == ReductionOrder::arrival) {
+    std::ranges::sort(members, {}, &Transfer::arrival_number);
+  }
   std::vector<const void*> sources;
-  for (const Transfer* peer : transfer.meeting->transfers) sources.push_back(peer->call.send);
+  for (const Transfer* peer : members) sources.push_back(peer->call.send);
   ReduceSegment segment;
   segment.dtype = transfer.call.dtype;
   segment.reduce = transfer.call.reduce;
@@ -223,12 +229,45 @@ void Transfer::poison_receive_side(Workers& workers) {
 bool Transfer::advance(Workers& workers) {
   if (group == nullptr) return false;  // reserved by an injected fault and not bound yet
   if (group->time() != nullptr) return group->time()->advance_transfer(*this);
+  if (!started && !take_slot()) return false;
+  if (!started && group->races() != nullptr) {
+    group->races()->starts(*call.stream);
+    arrival_clock = group->races()->arrival(*call.stream);
+  }
   if (!started && group->poison() == Poison::on) poison_receive_side(workers);
   return call.kind == CollectiveKind::exchange ? advance_exchange(workers)
                                                : advance_collective(workers);
 }
 
+bool Transfer::take_slot() {
+  DeviceSlots* slots = group->ranks() == 1 ? nullptr : group->slots(member);
+  if (slots == nullptr) return true;
+  if (slots->free == 0) {
+    slots->waiting.push_back(call.stream);
+    return false;
+  }
+  --slots->free;
+  return holds_slot_ = true;
+}
+
+// Gives its slot back. Its peers' arrivals came before.
+void Transfer::note_completed() {
+  if (holds_slot_) {
+    DeviceSlots& slots = *group->slots(member);
+    ++slots.free;
+    for (Stream* stream : std::exchange(slots.waiting, {})) stream->wake();
+  }
+  if (group->races() == nullptr) return;
+  const auto learn = [this](const Transfer* peer) {
+    if (peer != this) group->races()->learn(*call.stream, peer->arrival_clock);
+  };
+  if (meeting != nullptr) std::ranges::for_each(meeting->transfers, learn);
+  for (const Mail* mail : sends) learn(mail->recv);
+  for (const Mail* mail : recvs) learn(mail->send);
+}
+
 bool Transfer::advance_collective(Workers& workers) {
+  if (!started) arrival_number = meeting->arrivals.fetch_add(1);
   started = true;
   const int stages = stages_of(call.kind);
   while (stage_ < stages) {
@@ -247,6 +286,7 @@ bool Transfer::advance_collective(Workers& workers) {
     arrived_ = false;
   }
   done = true;
+  note_completed();
   meeting->left.fetch_add(1, std::memory_order_acq_rel);
   return true;
 }
@@ -277,6 +317,7 @@ bool Transfer::advance_exchange(Workers& workers) {
   }
   done = complete;
   if (!complete) return false;
+  note_completed();
   for (const Mail* mail : sends) order_after(*call.stream, *mail->recv->call.stream);
   return true;
 }

@@ -108,6 +108,7 @@ Buffer Arena::allocate(int64_t bytes, MemoryClass memory_class, const char* what
          what, memory_class_name(memory_class), bytes, used_, limit);
   };
   if (used_ + need > limit_) out_of_memory(limit_);
+  if (allocations_left_ >= 0 && allocations_left_-- == 0) out_of_memory(used_);  // FAULT
   auto best = free_.end();
   for (auto it = free_.begin(); it != free_.end(); ++it) {
     if (it->second >= need && (best == free_.end() || it->second < best->second)) best = it;

@@ -99,6 +99,8 @@ class Arena {
   const WorkPlace& peak_place() const { return peak_place_; }
   const char* peak_what() const { return peak_what_; }
   void reset_peak();
+  // An injected fault: of the allocations from now on, number `allocation` (from 0) fails.
+  void fail_at(int64_t allocation) { allocations_left_ = allocation; }
 
  private:
   friend class Buffer;
@@ -112,6 +114,7 @@ class Arena {
   int64_t top_ = 0;                  // first never-used offset
   std::map<int64_t, int64_t> free_;  // offset -> bytes, coalesced
   std::vector<std::pair<int64_t, int64_t>> quarantine_;
+  int64_t allocations_left_ = -1;
   int64_t used_ = 0;
   int64_t peak_ = 0;
   std::array<int64_t, kMemoryClasses> by_class_{};

@@ -22,6 +22,12 @@ Stream* ReadyStreams::pop() {
   return stream;
 }
 
+const Stream* ReadyStreams::at(int64_t index) {
+  const std::lock_guard lock(mutex_);
+  CHECK_LT(index, std::ssize(streams_));
+  return streams_[static_cast<size_t>(index)];
+}
+
 Stream* ReadyStreams::take(int64_t index) {
   const std::lock_guard lock(mutex_);
   CHECK_LT(index, std::ssize(streams_));
@@ -102,10 +108,15 @@ void Stream::charge(const TimedOp& op) {
   new (push(TaskKind::timed, op.name, sizeof(TimedOp)).payload()) TimedOp(op);
 }
 
-void Stream::wait(const Event& event) {
+void Stream::wait(const Event& event, std::source_location site) {
   if (event.stream == this || event.stream == nullptr) return;
   const bool is_timed = device_ != nullptr || clock_ != nullptr;
-  if (event.is_complete() && (!is_timed || launches_at_once())) return order_after(event);
+  if (observer_ != nullptr) {
+    // An event that happens to be complete still orders what follows.
+    if (!observer_->keeps_wait(*this, event, site)) return;
+  } else if (event.is_complete() && (!is_timed || launches_at_once())) {
+    return order_after(event);
+  }
   new (push(TaskKind::wait, "wait", sizeof(Event)).payload()) Event(event);
 }
 
@@ -122,6 +133,7 @@ bool Stream::run_head(Workers& workers) {
   Task& task = front();
   switch (task.kind) {
     case TaskKind::op:
+      if (observer_ != nullptr) observer_->starts(*this);
       task.call(task.payload(), workers);
       return true;
     case TaskKind::gated:
@@ -136,6 +148,7 @@ bool Stream::run_head(Workers& workers) {
         if (head_waits_) return false;
       }
       order_after(event);
+      if (observer_ != nullptr) observer_->waited(*this, event);
       return true;
     }
   }

@@ -11,11 +11,13 @@
 #include <deque>
 #include <mutex>
 #include <source_location>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "src/base/check.h"
+#include "src/base/view.h"
 #include "src/base/work_place.h"
 #include "src/base/workers.h"
 
@@ -88,6 +90,29 @@ class GatedTask {
   virtual bool advance(Workers& workers) = 0;
 };
 
+// Bytes that a task or the host touches, and the view that names them.
+struct MemoryAccess {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+  Access access = Access::read;
+  const char* view = "";
+};
+
+// Sees what a stream's tasks touch and wait for (sim/race_detector.h). Calls come from the host's
+// program order (`declare`, `keeps_wait`) and from the thread that runs the stream (the others).
+class StreamObserver {
+ public:
+  virtual ~StreamObserver() = default;
+  // The next task to be enqueued touches these.
+  virtual void declare(const Stream& stream, const char* op_name,
+                       std::span<const MemoryAccess> accesses, std::source_location site) = 0;
+  // False: the wait is left out, to see what it is good for.
+  virtual bool keeps_wait(const Stream& stream, const Event& event, std::source_location site) = 0;
+  // The task at the head starts, or its wait is over.
+  virtual void starts(const Stream& stream) = 0;
+  virtual void waited(const Stream& stream, const Event& event) = 0;
+};
+
 // The streams that have something to run, oldest first. Shared by a driver's threads.
 class ReadyStreams {
  public:
@@ -96,6 +121,7 @@ class ReadyStreams {
   Stream* pop();
   // The one at `index` < count(), for a driver that chooses.
   Stream* take(int64_t index);
+  const Stream* at(int64_t index);
   // Without the lock: idle threads ask all the time.
   int64_t count() const { return count_.load(std::memory_order_seq_cst); }
 
@@ -123,6 +149,9 @@ class Stream {
     launch_order_ = order;
   }
 
+  // Null unless somebody watches; CPU streams only.
+  StreamObserver* observer() const { return observer_; }
+  void set_observer(StreamObserver* observer) { observer_ = observer; }
   // Shape-only runs: ops are charged to `clock`, and waits are waits of virtual time.
   void set_clock(StreamClock* clock) { clock_ = clock; }
   StreamClock* clock() const { return clock_; }
@@ -161,7 +190,7 @@ class Stream {
   // An event that completes when everything enqueued so far has run.
   Event record() const { return Event{this, enqueued_}; }
   // Later tasks of this stream run only after `event` is complete.
-  void wait(const Event& event);
+  void wait(const Event& event, std::source_location site = std::source_location::current());
   // `task` in this stream's order; it must live until it is done. For communicators. With `at_once`
   // a device's stream that has nothing queued lets it advance first, by these workers.
   void enqueue_gated(const char* op_name, GatedTask& task, Workers* at_once = nullptr);
@@ -250,6 +279,7 @@ class Stream {
   std::string name_;
   ReadyStreams* ready_ = nullptr;
   DeviceStream* device_ = nullptr;
+  StreamObserver* observer_ = nullptr;
   StreamClock* clock_ = nullptr;
   LaunchOrder launch_order_ = LaunchOrder::at_once;
   Chunk* head_ = nullptr;  // oldest chunk
@@ -281,6 +311,8 @@ class Host {
   // Returns when `event` is complete, on the device too.
   virtual void wait(const Event& event,
                     std::source_location site = std::source_location::current()) = 0;
+  // The host reads or writes memory that tasks touch too: to be found by race detection.
+  virtual void touches(const MemoryAccess&) {}
   // Lets other ranks run: before checkpoint I/O and other long host work.
   virtual void yield(const char* why) = 0;
   // Nanoseconds on this rank's clock: wall time, or virtual time when shapes only are run.

@@ -134,6 +134,7 @@ int run_check(const Invocation& invocation) {
       "cambium check");
   add_config(app, options.config);
   add_number(app, "--seeds", options.seeds, "schedules to explore")->check(positive());
+  app.add_option("--schedule", options.schedule, "replay this schedule, as a REPRO line has it");
   add_json(app, options.format);
   app.footer(example("cambium check configs/quickstart.toml"));
   parse(app, invocation);

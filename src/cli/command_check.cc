@@ -6,7 +6,9 @@
 //   2. no rank computes what another did: FLOPs of all ranks equal one rank's
 //   3. threads: 1, 2 and 4 workers give the same bits
 //   4. schedules: seeded random orders of ranks and streams give the same bits
-//   5. the configured reduction mode, when it is `fast`, repeats itself bit for bit
+//   5. races: every access that an op or a transfer declares is ordered with those it conflicts
+//   with
+//   6. the configured reduction mode, when it is `fast`, repeats itself bit for bit
 // Every run also proves collective matching and freedom from deadlock for its schedule. Injected
 // [[faults]] strike the layout's runs, never the one rank it is compared with.
 #include <algorithm>
@@ -14,6 +16,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
+#include "src/cli/check_shrink.h"
 #include "src/cli/commands.h"
 #include "src/cli/launch.h"
 #include "src/optim/lr_schedule.h"
@@ -40,6 +43,8 @@ struct CheckRun {
   Config config;
   int64_t workers = 1;
   uint64_t schedule_seed = 0;
+  RaceReport* races = nullptr;  // not null: look for races
+  std::string schedule = {};    // not empty: replays it
 };
 
 void check_rank(RankEnvironment& environment, const Config& config, const Derived& derived,
@@ -68,7 +73,7 @@ void check_rank(RankEnvironment& environment, const Config& config, const Derive
   for (const auto& [op, totals] : rank.totals) trace.flops[op] += totals.flops;
 }
 
-Trace run_trace(const CheckRun& run) {
+Trace run_trace(const CheckRun& run, std::string* schedule_taken = nullptr) {
   const Derived derived = derive(run.config);
   const SyntheticSequences source(run.config);
   Trace trace;
@@ -76,7 +81,11 @@ Trace run_trace(const CheckRun& run) {
                 .device = run.config.run.device,
                 .workers = run.workers,
                 .schedule_seed = run.schedule_seed,
-                .poison = Poison::on,
+                .schedule = run.schedule,
+                .schedule_taken = schedule_taken,
+                // Fresh memory is used again at once where races are looked for.
+                .poison = run.races == nullptr ? Poison::on : Poison::off,
+                .races = run.races,
                 .faults = run.config.faults},
                [&](RankEnvironment& environment) {
                  check_rank(environment, run.config, derived, source, trace);
@@ -96,7 +105,7 @@ std::string gradient_cause(const std::vector<float>& value, const std::vector<fl
     if (ratio == 0) ratio = here;
     constant = constant && std::abs(here - ratio) <= 1e-5 * std::abs(ratio);
   }
-  if (constant && ratio != 0) {
+  if (constant && ratio != 0 && std::abs(ratio - 1) > 1e-5) {
     return fmt::format("its gradient is {:.6g} times that of one rank: a wrong gradient scale",
                        ratio);
   }
@@ -187,13 +196,6 @@ Config small_twin(const Config& config) {
   return twin;
 }
 
-struct CheckReport {
-  std::vector<std::string> passed;
-  std::string failure;
-  uint64_t failing_seed = 0;
-  ExitCode exit_code = ExitCode::done;
-};
-
 Config checked_config(const Config& given, const Derived& derived, std::string& what) {
   const double step_flops =
       derived.training_flops_per_token * static_cast<double>(derived.tokens_per_step);
@@ -223,8 +225,7 @@ Config one_rank(const Config& config) {
 void expect_equal(const Trace& want, const CheckRun& run, const std::string& what,
                   CheckReport& report) {
   if (!report.failure.empty()) return;
-  report.failing_seed = run.schedule_seed;
-  const std::string difference = first_difference(want, run_trace(run));
+  const std::string difference = first_difference(want, run_trace(run, &report.schedule));
   if (difference.empty()) {
     report.passed.push_back(what);
     return;
@@ -233,7 +234,41 @@ void expect_equal(const Trace& want, const CheckRun& run, const std::string& wha
   report.exit_code = ExitCode::verification_mismatch;
 }
 
-void run_checks(const Config& config, int64_t seeds, CheckReport& report) {
+// Explored schedules, or the requested one, against `want`.
+void explore(const Trace& want, const Config& config, const CheckRequest& request,
+             CheckReport& report) {
+  const std::string mode = choice_name(config.numerics.reduction);
+  if (!request.schedule.empty()) {
+    return expect_equal(want, {.config = config, .workers = 2, .schedule = request.schedule},
+                        fmt::format("{}, schedule {}", mode, request.schedule), report);
+  }
+  for (int64_t seed = 1; seed <= request.seeds && report.failure.empty(); ++seed) {
+    const size_t passed = report.passed.size();
+    expect_equal(want, {config, 2, static_cast<uint64_t>(seed)},
+                 fmt::format("{}, schedule seed {}", mode, seed), report);
+    report.passed.resize(passed);
+  }
+  if (report.failure.empty() && request.seeds > 0) {
+    report.passed.push_back(
+        fmt::format("{}: {} explored schedules, random and PCT, give the same "
+                    "bits",
+                    mode, request.seeds));
+  }
+}
+
+// First, as a race explains what differs later.
+void find_races(const Config& exact, CheckReport& report) {
+  RaceReport races;
+  run_trace({exact, 2, 0, &races});
+  report.passed.push_back(fmt::format("no race and no leaked ticket in {} accesses; {} places wait",
+                                      races.accesses, races.waits.size()));
+  for (const WaitSite& wait : races.waits) {
+    if (wait.implied < wait.count) continue;
+    report.passed.push_back(fmt::format("(all waits implied by others: {})", wait.name));
+  }
+}
+
+void run_checks(const Config& config, const CheckRequest& request, CheckReport& report) {
   Config exact = config;
   exact.numerics.reduction = ReductionMode::exact;
   const BalanceLoss loss = config.balance.loss;
@@ -244,6 +279,7 @@ void run_checks(const Config& config, int64_t seeds, CheckReport& report) {
         "(balance.loss = sequence stands in for a loss that depends on layout)");
   }
   const Trace one = run_trace({one_rank(exact), 1, 0});
+  if (config.run.device == DeviceKind::cpu) find_races(exact, report);
   const Trace layout = run_trace({exact, 2, 0});
   const std::string difference = first_difference(one, layout);
   if (!difference.empty()) {
@@ -266,62 +302,72 @@ void run_checks(const Config& config, int64_t seeds, CheckReport& report) {
     }
     report.passed.push_back("FLOPs of all ranks equal one rank's");
   }
-  for (const int64_t workers : {1, 4}) {
-    expect_equal(one, {exact, workers, 0}, fmt::format("{} worker threads", workers), report);
+  if (request.schedule.empty()) {
+    for (const int64_t workers : {1, 4}) {
+      expect_equal(one, {exact, workers, 0}, fmt::format("{} worker threads", workers), report);
+    }
   }
-  for (int64_t seed = 1; seed <= seeds; ++seed) {
-    expect_equal(one, {exact, 2, static_cast<uint64_t>(seed)},
-                 fmt::format("schedule seed {}", seed), report);
-  }
+  explore(one, exact, request, report);
   if (config.numerics.reduction == ReductionMode::fast && report.failure.empty()) {
-    const Trace fast = run_trace({config, 2, 0});
-    expect_equal(fast, {config, 1, 1}, "fast mode repeats itself", report);
+    explore(run_trace({config, 2, 0}), config, request, report);
   }
 }
 
+CheckReport check_config(const CheckRequest& request) {
+  std::string what;
+  const Config config = checked_config(request.config, derive(request.config), what);
+  CheckReport report;
+  report.checked = fmt::format("{} ({})", what, layout_text(config));
+  try {
+    run_checks(config, request, report);
+  } catch (const Error& error) {
+    const ExitCode code = error.exit_code();
+    constexpr ExitCode kOwn[] = {ExitCode::peer_lost,           ExitCode::watchdog,
+                                 ExitCode::collective_mismatch, ExitCode::deadlock,
+                                 ExitCode::out_of_memory,       ExitCode::non_finite};
+    const bool own_code = std::ranges::find(kOwn, code) != std::end(kOwn);
+    if (code == ExitCode::usage) throw;
+    report.failure = error.what();
+    report.exit_code = own_code ? code : ExitCode::verification_mismatch;
+  }
+  return report;
+}
+
+// The command that fails alike with as little as possible.
 std::string repro_line(const CheckOptions& options, const CheckReport& report) {
+  const Repro repro = shrink({.path = options.config.path,
+                              .sets = options.config.sets,
+                              .failed = report,
+                              .verdict = check_config});
   std::string line = fmt::format("REPRO: cambium check {}", options.config.path);
-  for (const std::string& set : options.config.sets) line += fmt::format(" --set '{}'", set);
-  return line +
-         fmt::format(" --seeds {}",
-                     std::max<int64_t>(options.seeds, static_cast<int64_t>(report.failing_seed)));
+  for (const auto* sets : {&options.config.sets, &repro.sets}) {
+    for (const std::string& set : *sets) line += fmt::format(" --set '{}'", set);
+  }
+  // Failures that depend on the number of threads have no schedule.
+  return line + (repro.reproduces ? fmt::format(" --schedule {}", repro.schedule)
+                                  : fmt::format(" --seeds {}", options.seeds));
 }
 
 }  // namespace
 
 int command_check(const CheckOptions& options) {
-  const Config given = load_config(options.config.path, options.config.sets);
-  const Derived derived = derive(given);
-  std::string what;
-  const Config config = checked_config(given, derived, what);
-  if (options.format == OutputFormat::text) {
-    fmt::print("checking {} ({})\n", what, layout_text(config));
-  }
-  CheckReport report;
-  try {
-    run_checks(config, options.seeds, report);
-  } catch (const Error& error) {
-    const ExitCode code = error.exit_code();
-    const bool own_code = code == ExitCode::collective_mismatch || code == ExitCode::deadlock;
-    if (code == ExitCode::usage) throw;
-    report.failure = error.what();
-    report.exit_code = own_code ? code : ExitCode::verification_mismatch;
-  }
+  const CheckReport report =
+      check_config({.config = load_config(options.config.path, options.config.sets),
+                    .seeds = options.seeds,
+                    .schedule = options.schedule});
   const bool pass = report.failure.empty();
+  const std::string repro = pass ? "" : repro_line(options, report);
   if (options.format == OutputFormat::json) {
     const nlohmann::json object{{"pass", pass},
-                                {"checked", what},
+                                {"checked", report.checked},
                                 {"passed", report.passed},
                                 {"failure", report.failure},
-                                {"repro", pass ? "" : repro_line(options, report)}};
+                                {"repro", repro}};
     fmt::print("{}\n", object.dump());
   } else {
+    fmt::print("checked {}\n", report.checked);
     for (const std::string& line : report.passed) fmt::print("  ok  {}\n", line);
-    if (pass) {
-      fmt::print("PASS\n");
-    } else {
-      fmt::print("FAIL: {}\n{}\n", report.failure, repro_line(options, report));
-    }
+    fmt::print("{}", pass ? "PASS\n" : fmt::format("FAIL: {}\n{}\n", report.failure, repro));
   }
   return static_cast<int>(report.exit_code);
 }

@@ -49,6 +49,10 @@ std::string run_directory(const TrainOptions& options, const Config& config) {
 }
 
 void refuse_faults(const Config& config) {
+  for (const FaultConfig& fault : config.faults) {
+    if (fault.kind != "missing_wait") continue;
+    fail(ExitCode::usage, "faults.kind = missing_wait needs race detection; next: `cambium check`");
+  }
   if (config.faults.empty() || config.run.allow_faults) return;
   fail(ExitCode::usage,
        "[[faults]] injects '{}': train refuses it unless run.allow_faults = true; next: "

@@ -37,7 +37,8 @@ int command_train(const TrainOptions& options);
 // cambium check CONFIG.toml [--set a.b=c]... [--seeds N] [--json]
 struct CheckOptions {
   ConfigSource config;
-  int64_t seeds = 4;  // schedules to explore
+  int64_t seeds = 4;     // schedules to explore
+  std::string schedule;  // not empty: this one instead, as a REPRO line has it
   OutputFormat format = OutputFormat::text;
   Environment environment;
 };

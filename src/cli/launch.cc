@@ -17,7 +17,9 @@ namespace cambium {
 namespace {
 
 bool is_comm_fault(const std::string& kind) {
-  return kind == "wrong_count" || kind == "swapped_collectives" || kind == "skipped_collective";
+  constexpr const char* kKinds[] = {"wrong_count", "swapped_collectives", "skipped_collective",
+                                    "rank_crash", "stuck_rank"};
+  return std::ranges::find(kKinds, kind) != std::end(kKinds);
 }
 
 constexpr int64_t kCudaStackBytes = 8 << 20;  // the driver and cuBLAS run on the ranks' stacks
@@ -51,6 +53,29 @@ int gpu_of(const std::optional<LaunchedProcess>& process) {
 void pin_nccl() {
   setenv("NCCL_ALGO", "Ring", 1);
   setenv("NCCL_PROTO", "Simple", 1);
+}
+
+// Hands the tape on, whether the run returns or throws.
+struct RecordSchedule {
+  const sim::ScheduleTape& tape;
+  std::string* text;
+  ~RecordSchedule() {
+    if (text != nullptr) *text = sim::tape_text(tape);
+  }
+};
+
+void add_fault(const FaultConfig& fault, sim::ClusterOptions& cluster) {
+  const int rank = static_cast<int>(fault.rank);
+  if (fault.kind == "missing_wait") cluster.left_out_wait = {fault.site, rank};
+  if (fault.kind == "slow_rank") cluster.slow_ranks.push_back(rank);
+  if (fault.kind == "arrival_order_sum") cluster.reduction_order = sim::ReductionOrder::arrival;
+  if (!is_comm_fault(fault.kind)) return;
+  const FaultPlace place = fault_place(fault);
+  cluster.faults.push_back({.kind = sim::comm_fault_kind(fault.kind),
+                            .rank = rank,
+                            .step = fault.step,
+                            .communicator = place.name,
+                            .skip_calls = place.number});
 }
 
 }  // namespace
@@ -151,13 +176,19 @@ void launch_detail::launch(const LaunchOptions& options,
   cluster.worker_threads = static_cast<int>(worker_threads(options.workers));
   cluster.schedule_seed = options.schedule_seed;
   cluster.poison = options.poison;
-  for (const FaultConfig& fault : options.faults) {
-    if (!is_comm_fault(fault.kind)) continue;
-    cluster.faults.push_back({.kind = sim::comm_fault_kind(fault.kind),
-                              .rank = static_cast<int>(fault.rank),
-                              .step = fault.step});
+  for (const FaultConfig& fault : options.faults) add_fault(fault, cluster);
+  if (options.races != nullptr) cluster.races = sim::Races::detected;
+  sim::ScheduleTape replay, taken;
+  if (options.schedule_seed % 2 == 0) cluster.exploration = sim::Exploration::pct;
+  if (!options.schedule.empty()) {
+    replay = sim::parse_tape(options.schedule);
+    cluster.replay = &replay;
   }
-  sim::run_cluster(cluster, [&](RankEnvironment& environment) { main(body, environment); });
+  cluster.record = &taken;
+  const RecordSchedule record{taken, options.schedule_taken};
+  const sim::ClusterReport report =
+      sim::run_cluster(cluster, [&](RankEnvironment& environment) { main(body, environment); });
+  if (options.races != nullptr) *options.races = report.races;
 }
 
 }  // namespace cambium

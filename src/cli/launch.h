@@ -9,6 +9,7 @@
 #include "src/base/arena.h"
 #include "src/cli/environment.h"
 #include "src/comm/job.h"
+#include "src/comm/race_report.h"
 #include "src/comm/rank_environment.h"
 #include "src/config/config.h"
 #include "src/train/measurements.h"
@@ -21,8 +22,11 @@ struct LaunchOptions {
   int64_t ranks = 1;
   DeviceKind device = DeviceKind::cpu;  // cuda: all simulated ranks share this process's GPU
   int64_t workers = 0;                  // worker threads; 0 = the machine's cores
-  uint64_t schedule_seed = 0;           // 0 = rank order; else a seeded random schedule
+  uint64_t schedule_seed = 0;           // 0 = rank order; odd random, even PCT
+  std::string schedule = {};  // not empty: replays this one ("fifo", or what `schedule_taken` held)
+  std::string* schedule_taken = nullptr;  // an explored run's schedule, of a failing one too
   Poison poison = Poison::off;
+  RaceReport* races = nullptr;      // not null: races are looked for, and this is what was seen
   std::vector<FaultConfig> faults;  // those of the communicator strike; others are the trainer's
 };
 

@@ -164,7 +164,15 @@ struct FaultConfig {
                      // rng_rank routing_order swapped_send missing_micro_batch zigzag_half ...
   int64_t rank = 0;
   int64_t step = 1;
+  std::string site;  // a communicator, a place that waits, or "#k": the k-th fitting place
 };
+
+// A site "name#k": either part may be absent; k counts from 0. Exit code 2 when k is no number.
+struct FaultPlace {
+  std::string name;
+  int64_t number = 0;
+};
+FaultPlace fault_place(const FaultConfig& fault);
 
 struct Config {
   std::string name;  // run.name; the stem of the file when not given

@@ -2,6 +2,7 @@
 #include "src/config/derive.h"
 
 #include <algorithm>
+#include <charconv>
 
 #include "fmt/format.h"
 #include "kernels/op.h"
@@ -225,6 +226,12 @@ void check_faults(const Config& config) {
     needs(fault, "swapped_send", "parallel.pp", parallel.pp);
     needs(fault, "zigzag_half", "parallel.cp", parallel.cp);
     needs(fault, "gradient_axis", "parallel.ep", parallel.ep);
+    if (fault.kind == "missing_wait" && fault.site.empty()) {
+      fail(ExitCode::usage,
+           "faults.kind = missing_wait needs faults.site, part of a wait's place such as "
+           "\"qwen3_moe.cc\"");
+    }
+    fault_place(fault);
     if (fault.rank < ranks) continue;
     fail(ExitCode::usage, "faults.rank = {} of kind {} is not below the layout's {} ranks",
          fault.rank, fault.kind, ranks);
@@ -316,6 +323,19 @@ void cut_intervals(const Config& config, Derived* derived) {
 }
 
 }  // namespace
+
+FaultPlace fault_place(const FaultConfig& fault) {
+  const size_t hash = fault.site.rfind('#');
+  if (hash == std::string::npos) return {fault.site, 0};
+  const char* const end = fault.site.data() + fault.site.size();
+  FaultPlace place{fault.site.substr(0, hash), 0};
+  const auto [last, error] = std::from_chars(fault.site.data() + hash + 1, end, place.number);
+  if (error != std::errc{} || last != end || place.number < 0) {
+    fail(ExitCode::usage, "faults.site = '{}': after '#' comes the number of a place, from 0",
+         fault.site);
+  }
+  return place;
+}
 
 void check_device(const Config& config, ConfigUse use) {
   if (config.run.device == DeviceKind::cpu) return;

@@ -36,7 +36,9 @@ constexpr const char* kOptimizerNames[] = {"adamw"};
 constexpr const char* kFaultNames[] = {
     "wrong_count", "swapped_collectives", "skipped_collective", "expert_gradient_scale",
     "rng_rank",    "routing_order",       "swapped_send",       "missing_micro_batch",
-    "zigzag_half", "gradient_axis"};
+    "zigzag_half", "gradient_axis",       "missing_wait",       "rank_crash",
+    "stuck_rank",  "slow_rank",           "out_of_memory",      "nan_gradient",
+    "bit_flip",    "arrival_order_sum"};
 
 template <class Value>
 KeyField field_of(Value& value) {
@@ -66,6 +68,7 @@ KeyField in_name(Config& config, size_t) { return &config.name; }
 
 using Choices = std::span<const char* const>;
 constexpr KeyRange kNoRange{};
+constexpr KeyRange kRankRange{0, 65535};
 constexpr KeyRange kCount{1, 1e9};          // of things that must exist
 constexpr KeyRange kOptionalCount{0, 1e9};  // where 0 has a meaning of its own
 constexpr KeyRange kRanks{1, 65536};
@@ -461,16 +464,12 @@ const KeySpec kKeys[] = {
 
     {"faults", "kind", in_fault<&FaultConfig::kind>, kNoRange, kFaultNames, kSame, "required",
      "which mistake"},
-    {"faults",
-     "rank",
-     in_fault<&FaultConfig::rank>,
-     {0, 65535},
-     kNoChoices,
-     kSame,
-     nullptr,
+    {"faults", "rank", in_fault<&FaultConfig::rank>, kRankRange, kNoChoices, kSame, nullptr,
      "on which rank"},
     {"faults", "step", in_fault<&FaultConfig::step>, kCount, kNoChoices, kSame, nullptr,
      "at which step"},
+    {"faults", "site", in_fault<&FaultConfig::site>, kNoRange, kNoChoices, kSame, nullptr,
+     "where: a communicator, part of a wait's name, or #k for the k-th fitting place"},
 };
 
 // A number as text, without the fraction of whole numbers.

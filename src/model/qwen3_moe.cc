@@ -13,22 +13,23 @@ namespace cambium {
 
 namespace {
 
-// all-to-all of rows of `width` elements, `counts` rows per rank; compute waits for it.
-void exchange_rows(const LayerContext& c, const void* send, void* recv,
-                   const std::vector<int64_t>& send_rows, const std::vector<int64_t>& recv_rows,
-                   int64_t width, DType dtype,
-                   std::source_location site = std::source_location::current()) {
+// all-to-all of rows of `width` elements, `counts` rows per rank. Whoever reads them waits for the
+// ticket, or for a later one of the comm stream.
+Ticket exchange_rows(const LayerContext& c, const void* send, void* recv,
+                     const std::vector<int64_t>& send_rows, const std::vector<int64_t>& recv_rows,
+                     int64_t width, DType dtype,
+                     std::source_location site = std::source_location::current()) {
   std::vector<int64_t> send_counts(send_rows), recv_counts(recv_rows);
   for (int64_t& count : send_counts) count *= width;
   for (int64_t& count : recv_counts) count *= width;
-  c.rank.compute_waits(all_to_all_v({.communicator = *c.rank.expert,
-                                     .stream = c.rank.comm,
-                                     .send = send,
-                                     .recv = recv,
-                                     .send_counts = send_counts,
-                                     .recv_counts = recv_counts,
-                                     .dtype = dtype,
-                                     .site = site}));
+  return all_to_all_v({.communicator = *c.rank.expert,
+                       .stream = c.rank.comm,
+                       .send = send,
+                       .recv = recv,
+                       .send_counts = send_counts,
+                       .recv_counts = recv_counts,
+                       .dtype = dtype,
+                       .site = site});
 }
 
 // The host wait of an MoE layer: counts that stage 1 exchanged, reused in backward.
@@ -45,6 +46,7 @@ void read_counts(const LayerContext& c, DispatchState& d) {
     d.recv_tokens = std::move(counts.recv_tokens);
     d.recv_rows = std::move(counts.recv_rows);
   } else {
+    for (const auto* counts : {sent, received}) c.rank.landed(counts, 2 * P);
     for (int64_t p = 0; p < P; ++p) {
       d.send_tokens.push_back(sent[2 * p]);
       d.send_rows.push_back(sent[2 * p + 1]);
@@ -95,12 +97,13 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
   exchange_rows(c, send_x.data(), d.recv_x_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
   exchange_rows(c, d.send_expert_MK.data(), d.recv_expert_MK.data(), d.send_tokens, d.recv_tokens,
                 x.K, DType::i32);
-  exchange_rows(c, d.send_weight_MK.data(), d.recv_weight_MK.data(), d.send_tokens, d.recv_tokens,
-                x.K, DType::f32);
+  Ticket last = exchange_rows(c, d.send_weight_MK.data(), d.recv_weight_MK.data(), d.send_tokens,
+                              d.recv_tokens, x.K, DType::f32);
   if (is_exact(c)) {
-    exchange_rows(c, send_block.data(), d.recv_block_M.data(), d.send_tokens, d.recv_tokens, 1,
-                  DType::i32);
+    last = exchange_rows(c, send_block.data(), d.recv_block_M.data(), d.send_tokens, d.recv_tokens,
+                         1, DType::i32);
   }
+  c.rank.compute_waits(last);
 }
 
 namespace {
@@ -196,8 +199,8 @@ Buffer send_home(const LayerContext& c, LayerState& s, const Buffer& rows_RD) {
   const int64_t received = std::accumulate(home.begin(), home.end(), int64_t{0});
   Buffer recv = c.real(Shape(received, x.D), "combine received");
   c.rank.comm_waits_for_compute();
-  exchange_rows(c, send.data(), recv.data(), exact ? d.recv_rows : d.recv_tokens, home, x.D,
-                c.dtype());
+  c.rank.compute_waits(exchange_rows(c, send.data(), recv.data(),
+                                     exact ? d.recv_rows : d.recv_tokens, home, x.D, c.dtype()));
   return recv;
 }
 
@@ -234,7 +237,8 @@ void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerSta
               c.rank.ops);
   g.d_y_MD = c.real(Shape(d.received, x.D), "combine backward received");
   c.rank.comm_waits_for_compute();
-  exchange_rows(c, send.data(), g.d_y_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
+  c.rank.compute_waits(
+      exchange_rows(c, send.data(), g.d_y_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype()));
 }
 
 namespace {
@@ -322,8 +326,8 @@ void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) 
   const int64_t home = std::accumulate(d.send_rows.begin(), d.send_rows.end(), int64_t{0});
   g.d_returned_weight = floats(c, home, "d weight received");
   c.rank.comm_waits_for_compute();
-  exchange_rows(c, send.data(), g.d_returned_weight.data(), d.recv_rows, d.send_rows, 1,
-                DType::f32);
+  c.rank.compute_waits(exchange_rows(c, send.data(), g.d_returned_weight.data(), d.recv_rows,
+                                     d.send_rows, 1, DType::f32));
   g.d_x_RD.reset();
   g.d_weight_R.reset();
 }

@@ -379,6 +379,7 @@ void ParamGroup::sum_over_replicas() {
 // The owned pieces of the embedding: its own sum, then the head's.
 void ParamGroup::add_tied_gradient() {
   tied_head_->reduce_gradients();
+  rank_.compute_waits(rank_.comm.record());
   for (const ParamPiece& piece : owned_) {
     if (piece.tensor->canonical.role != TensorRole::embed) continue;
     add_values({.sum_N = {gradient(piece.flat_offset()), Shape(piece.elements)},
@@ -390,11 +391,11 @@ void ParamGroup::add_tied_gradient() {
 void ParamGroup::replicate_gradient() {
   full_gradient_ = rank_.arena.allocate(4 * padded_, MemoryClass::gradients, "whole gradient");
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(all_gather({.communicator = replicas_,
-                                  .stream = rank_.comm,
-                                  .send = gradient(shard_first()),
-                                  .recv = full_gradient_.data(),
-                                  .count = shard_elements()}));
+  all_gather({.communicator = replicas_,
+              .stream = rank_.comm,
+              .send = gradient(shard_first()),
+              .recv = full_gradient_.data(),
+              .count = shard_elements()});
   gradient_ = full_gradient_.f32();
 }
 
@@ -404,20 +405,20 @@ void ParamGroup::reduce_fast_at_end() {
   if (shards_ == 1) return;
   rank_.comm_waits_for_compute();
   if (rank_.config.parallel.sharding == Sharding::none) {
-    rank_.compute_waits(all_reduce({.communicator = replicas_,
-                                    .stream = rank_.comm,
-                                    .send = slots_.data(),
-                                    .recv = slots_.data(),
-                                    .count = padded_}));
+    all_reduce({.communicator = replicas_,
+                .stream = rank_.comm,
+                .send = slots_.data(),
+                .recv = slots_.data(),
+                .count = padded_});
     return;
   }
   reduced_ = rank_.arena.allocate(4 * shard_elements(), MemoryClass::communication,
                                   "reduced gradient shard");
-  rank_.compute_waits(reduce_scatter({.communicator = replicas_,
-                                      .stream = rank_.comm,
-                                      .send = slots_.data(),
-                                      .recv = reduced_.data(),
-                                      .count = shard_elements()}));
+  reduce_scatter({.communicator = replicas_,
+                  .stream = rank_.comm,
+                  .send = slots_.data(),
+                  .recv = reduced_.data(),
+                  .count = shard_elements()});
   gradient_ = reduced_.f32() - shard_first();
 }
 
@@ -555,6 +556,12 @@ void ParamGroup::scale_gradient(float factor) {
         {.value_N = {gradient(piece.flat_offset()), Shape(piece.elements)}, .factor = factor},
         rank_.ops);
   }
+}
+
+void ParamGroup::flip_weight() {
+  const Shape one(int64_t{1});
+  scale_values({.value_N = {weights(owned_.front().flat_offset()), one}, .factor = -1.0f},
+               rank_.ops);
 }
 
 void ParamGroup::gather_weights() {

@@ -88,7 +88,8 @@ class ParamGroup {
   void begin_step();
   void begin_micro_batch(int64_t micro_batch);
   void end_micro_batch();
-  // Sums gradients over replicas; afterwards `gradient()` holds this rank's shard (or all).
+  // Sums gradients over replicas; when `comm` has done what is queued, `gradient()` holds this
+  // rank's shard (or all).
   void reduce_gradients();
 
   const std::vector<ParamTensor>& tensors() const { return tensors_; }
@@ -116,6 +117,7 @@ class ParamGroup {
     return compute_.empty() ? nullptr : compute_.as<uint16_t>() + flat_offset - stored_first_;
   }
   // Multiplies the final gradient of the optimized pieces (the fault `expert_gradient_scale`).
+  void flip_weight();  // changes the sign of this rank's first owned weight, for faults
   void scale_gradient(float factor);
   // After the optimizer, which wrote the owned part of the compute copy: every replica gets every
   // shard (none: it has them; full: it never does).

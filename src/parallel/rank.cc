@@ -78,11 +78,14 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
   arena.watch(&environment.place);
 }
 
-bool Rank::has_fault(const char* kind) const {
+bool Rank::has_fault(const char* kind) const { return fault_number(kind, -1) >= 0; }
+
+int64_t Rank::fault_number(const char* kind, int64_t fallback) const {
   for (const FaultConfig& fault : config.faults) {
-    if (fault.kind == kind && fault.rank == at.rank && fault.step == step) return true;
+    if (fault.kind != kind || fault.rank != at.rank || fault.step != step) continue;
+    return fault_place(fault).number;
   }
-  return false;
+  return fallback;
 }
 
 bool Rank::has_init_fault(const char* kind) const {
@@ -109,6 +112,7 @@ std::byte* Rank::stage(int64_t bytes) {
 
 Buffer Rank::upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what) {
   std::byte* staged = stage(bytes);
+  host.touches({staged, bytes, Access::write, "staging"});
   if (!is_shape_only()) std::memcpy(staged, source, static_cast<size_t>(bytes));
   Buffer buffer = arena.allocate(bytes, memory_class, what);
   copy_bytes({.from_N = {reinterpret_cast<const uint8_t*>(staged), Shape(bytes)},
@@ -131,9 +135,13 @@ void Rank::zero(const Buffer& buffer) {
 }
 
 void Rank::finish_step() {
+  // Every ticket of `comm` and `pipe` was waited for by `compute` (race detection finds one that
+  // was not).
   host.wait(compute.record());
-  host.wait(comm.record());
-  host.wait(pipe.record());
+  // What was downloaded is read from here on, and what was staged is overwritten.
+  for (const HostBuffer& block : staging_) {
+    host.touches({block.as<std::byte>(), block.size_bytes(), Access::write, "staging"});
+  }
   staging_block_ = 0;
   staging_used_ = 0;
   arena.reclaim();

@@ -64,6 +64,8 @@ class Rank {
   // Nothing is computed: what was downloaded has no values.
   bool is_shape_only() const { return environment.shape_only() != nullptr; }
   bool has_fault(const char* kind) const;       // a [[faults]] entry strikes here, in this step
+  // The k of its site "#k"; `fallback` when none strikes.
+  int64_t fault_number(const char* kind, int64_t fallback) const;
   bool has_init_fault(const char* kind) const;  // ... strikes this rank before the first step
 
   Buffer activation(int64_t bytes, const char* what) {
@@ -90,8 +92,14 @@ class Rank {
   std::vector<T> read(const void* from, int64_t count) {
     const std::byte* bytes = download(from, count * static_cast<int64_t>(sizeof(T)));
     host.wait(compute.record());
-    const T* values = reinterpret_cast<const T*>(bytes);
+    const T* values = landed(reinterpret_cast<const T*>(bytes), count);
     return {values, values + count};
+  }
+  // Says that the host reads what it waited for: race detection looks for a missing wait here.
+  template <class T>
+  const T* landed(const T* values, int64_t count) {
+    host.touches({values, count * static_cast<int64_t>(sizeof(T)), Access::read, "downloaded"});
+    return values;
   }
   // Fills a buffer's bytes in stream order.
   void zero(const Buffer& buffer);
@@ -101,8 +109,13 @@ class Rank {
     if (ops.timer != nullptr) ops.timer->begin_stage(work_stage_name(place.stage));
   }
   // `compute` waits for `ticket`, or `comm` for everything computed so far.
-  void compute_waits(const Ticket& ticket) { compute.wait(ticket); }
-  void comm_waits_for_compute() { comm.wait(compute.record()); }
+  void compute_waits(const Ticket& ticket,
+                     std::source_location site = std::source_location::current()) {
+    compute.wait(ticket, site);
+  }
+  void comm_waits_for_compute(std::source_location site = std::source_location::current()) {
+    comm.wait(compute.record(), site);
+  }
   // Everything queued has run; staging and quarantined memory return.
   void finish_step();
 

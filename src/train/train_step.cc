@@ -1,6 +1,7 @@
 #include "src/train/train_step.h"
 
 #include <cmath>
+#include <limits>
 
 #include "kernels/adamw.h"
 #include "kernels/copy.h"
@@ -120,6 +121,11 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
 
 void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
   begin(batch_index, source);
+  // The fault `out_of_memory`: allocation #k of this step fails. `bit_flip`: a weight's sign.
+  if (rank_.has_fault("out_of_memory")) {
+    rank_.arena.fail_at(rank_.fault_number("out_of_memory", 0));
+  }
+  if (rank_.has_fault("bit_flip")) model_.groups().front()->flip_weight();
   for (const auto& group : model_.groups()) group->begin_step();
   PipelinePass(*this, source, batch_index).train(training_);
   rank_.enter({.stage = WorkStage::reduce});
@@ -127,22 +133,30 @@ void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
     group->reduce_gradients();
     // The fault `expert_gradient_scale`: this rank's expert gradients times the size of its group.
     if (group->kind() == GroupKind::expert && rank_.has_fault("expert_gradient_scale")) {
+      rank_.compute_waits(rank_.comm.record());
       group->scale_gradient(static_cast<float>(rank_.mesh.ep));
     }
+  }
+  // The fault `nan_gradient`.
+  if (rank_.has_fault("nan_gradient")) {
+    rank_.compute_waits(rank_.comm.record());
+    model_.groups().front()->scale_gradient(std::numeric_limits<float>::quiet_NaN());
   }
   reduce_metrics();
   compute_norm();
 }
 
-// Loads are integers and gathered metrics are not summed: nothing here depends on an order.
+// `compute` may use the gradients and the metrics from here on: the last ticket of `comm` implies
+// the ones before. Loads are integers and gathered metrics are not summed: nothing here depends on
+// an order.
 void TrainStep::reduce_metrics() {
   const int64_t loads = model_.config().layers * model_.config().experts;
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(all_gather({.communicator = *rank_.world,
-                                  .stream = rank_.comm,
-                                  .send = metric_table_.data(),
-                                  .recv = gathered_metrics_.data(),
-                                  .count = metric_table_.size_bytes() / 4}));
+  all_gather({.communicator = *rank_.world,
+              .stream = rank_.comm,
+              .send = metric_table_.data(),
+              .recv = gathered_metrics_.data(),
+              .count = metric_table_.size_bytes() / 4});
   rank_.compute_waits(all_reduce({.communicator = *rank_.world,
                                   .stream = rank_.comm,
                                   .send = model_.router().count_LE.data(),

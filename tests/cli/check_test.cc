@@ -84,6 +84,23 @@ TEST(Check, NamesTheCauseOfFaultsInPipelinesAndContexts) {
   }
 }
 
+TEST(Check, FindsAMissingWait) {
+  const ScratchDirectory scratch;
+  const std::string path = scratch.write("f.toml", faulty_config("missing_wait"));
+  const auto run = [&](const char* site) {
+    return run_binary(
+        {"check", path, "--set",
+         fmt::format("faults=[{{kind=\"missing_wait\", rank=3, site=\"{}\"}}]", site)});
+  };
+  const BinaryRun missing = run("qwen3_moe.cc");
+  EXPECT_EQ(missing.exit_code, 51) << missing.output;
+  for (const char* text : {"rank 3, step 1: race: nothing orders two accesses", "REPRO: "}) {
+    EXPECT_NE(missing.output.find(text), std::string::npos) << missing.output;
+  }
+  EXPECT_EQ(run("no_such_place").exit_code, 2);
+  EXPECT_EQ(run_binary({"train", path, "--out", scratch.path() + "/run"}).exit_code, 2);
+}
+
 TEST(Check, TrainRefusesFaultsUnlessAllowed) {
   const ScratchDirectory scratch;
   const std::string path = scratch.write("f.toml", faulty_config("rng_rank"));

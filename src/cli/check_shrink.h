@@ -1,0 +1,44 @@
+// Shrinking of a failed check: fewer faults, ranks and layers, then fewer deviations from the
+// first- in-first-out schedule, as long as it fails with the same exit code. What is left is
+// minimal: no single reduction that is tried keeps the failure.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "src/base/error.h"
+#include "src/config/config.h"
+
+namespace cambium {
+
+struct CheckReport {
+  std::string checked;  // what, in words
+  std::vector<std::string> passed;
+  std::string failure;
+  std::string schedule = "fifo";  // the one that failed (LaunchOptions::schedule)
+  ExitCode exit_code = ExitCode::done;
+};
+
+// Checks a configuration: FIFO order, then `seeds` explored schedules, or `schedule` alone.
+struct CheckRequest {
+  Config config;
+  int64_t seeds = 0;
+  std::string schedule = {};
+};
+using CheckVerdict = CheckReport (*)(const CheckRequest& request);
+
+struct Repro {
+  bool reproduces = false;        // by `schedule`; else nothing was shrunk
+  std::vector<std::string> sets;  // after the user's own
+  std::string schedule;
+  int64_t runs = 0;  // checks that shrinking took
+};
+struct ShrinkRequest {
+  std::string path;
+  std::vector<std::string> sets;
+  CheckReport failed;
+  CheckVerdict verdict = nullptr;
+};
+Repro shrink(const ShrinkRequest& request);
+
+}  // namespace cambium
