@@ -158,6 +158,7 @@ std::vector<RankPlan> numeric_run(const Config& config) {
   launch_ranks({.ranks = derived.ranks, .workers = 1}, [&](RankEnvironment& environment) {
     Rank rank(config, environment);
     TrainStep step(rank, config.model);
+    for (const auto& group : step.model().groups()) group->begin_step();  // slots: made once
     rank.finish_step();
     rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
     rank.totals.clear();
