@@ -57,7 +57,7 @@ arguments() {
   line=(train "$config" --out "$work/$name" --set "data.train=[\"$work/corpus.txt\"]"
     --set data.tokenizer=bytes --set data.tokenizer_vocab=0 --set "train.steps=$count"
     --set train.sample_tokens=0 --set numerics.compute=bf16 --set run.device=cuda
-    --set run.watchdog_s=20)
+    --set run.watchdog_s=20 --set schedule.kind=constant)  # the rate of a step is any length's
   for assignment in "$@"; do line+=(--set "$assignment"); done
 }
 
