@@ -63,7 +63,7 @@ class Rank {
   bool is_first() const { return at.rank == 0; }
   // Nothing is computed: what was downloaded has no values.
   bool is_shape_only() const { return environment.shape_only() != nullptr; }
-  bool has_fault(const char* kind) const;       // a [[faults]] entry strikes here, in this step
+  bool has_fault(const char* kind) const;  // a [[faults]] entry strikes here, in this step
   // The k of its site "#k"; `fallback` when none strikes.
   int64_t fault_number(const char* kind, int64_t fallback) const;
   bool has_init_fault(const char* kind) const;  // ... strikes this rank before the first step
