@@ -1,4 +1,4 @@
-// The product kernel of the CPU path: 6 x 16 register tiles over packed operands.
+// The product kernel of the CPU path: register tiles of 16 columns over packed operands.
 //
 // Every element of C is one chain of fused multiply-adds over the contracted index, ascending, from
 // zero (or from C). Neither tile shape, nor depth blocks, nor the cut into chunks enters the chain:
@@ -15,8 +15,7 @@
 
 namespace cambium::reference {
 
-constexpr int64_t kTileRows = 6;      // 6 x 2 accumulators, 2 of B, 1 broadcast: 15 of 16 registers
-constexpr int64_t kTileColumns = 16;  // two AVX registers
+constexpr int64_t kTileColumns = 16;  // two AVX registers, one of AVX-512
 constexpr int64_t kDepthBlock = 256;  // a panel of B is 16 KB: half of a first-level cache
 
 enum class OperandOrder : uint8_t {

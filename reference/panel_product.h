@@ -26,32 +26,25 @@ struct PanelProduct {
 
 namespace panel_detail {
 
-template <int kRows, int kVectors>
+template <int kRows>
 inline void tile(const PanelProduct& p, int64_t row, int64_t column) {
-  Lanes sum[kRows][kVectors] = {};
+  Lanes sum[kRows] = {};
   const float* a = p.a + row * p.a_row;
   const float* b = p.b + column;
   for (int64_t k = 0; k < p.depth; ++k) {
-    Lanes b_lanes[kVectors];
-    for (int v = 0; v < kVectors; ++v) b_lanes[v] = load_lanes(b + v * kLanes);
+    const Lanes b_lanes = load_lanes(b);
     for (int r = 0; r < kRows; ++r) {
-      const Lanes a_lanes = broadcast(a[r * p.a_row]);
-      for (int v = 0; v < kVectors; ++v) {
-        sum[r][v] = fma_lanes(a_lanes, b_lanes[v], sum[r][v]);
-      }
+      sum[r] = fma_lanes(broadcast(a[r * p.a_row]), b_lanes, sum[r]);
     }
     a += p.a_column;
     b += p.b_row;
   }
   for (int r = 0; r < kRows; ++r) {
     float* c = p.c + (row + r) * p.c_row + column;
-    for (int v = 0; v < kVectors; ++v, c += kLanes) {
-      if (p.combine == PanelCombine::add) sum[r][v] = load_lanes(c) + sum[r][v];
-      if (p.combine == PanelCombine::scale_add) {
-        sum[r][v] = load_lanes(c) * p.row_scale[row + r] + sum[r][v];
-      }
-      store_lanes(c, sum[r][v]);
-    }
+    if (p.combine == PanelCombine::add) sum[r] = load_lanes(c) + sum[r];
+    if (p.combine == PanelCombine::scale_add)
+      sum[r] = load_lanes(c) * p.row_scale[row + r] + sum[r];
+    store_lanes(c, sum[r]);
   }
 }
 
@@ -72,32 +65,17 @@ inline void scalar_columns(const PanelProduct& p, int64_t first_column) {
   }
 }
 
-template <int kVectors>
-inline void column_tiles(const PanelProduct& p, int64_t column) {
+inline void half_columns(const PanelProduct& p, int64_t column) {
   int64_t row = 0;
-  // Two tiles of 4 or 3 rows run faster than one of 6 and one of 1 or 2.
-  const int64_t left = p.rows % 6;
-  const int64_t sixes = p.rows - left - (left != 0 && left <= 2 && p.rows > 6 ? 6 : 0);
-  for (; row < sixes; row += 6) tile<6, kVectors>(p, row, column);
-  for (; row + 4 <= p.rows; row += 4) tile<4, kVectors>(p, row, column);
-  if (p.rows - row == 3) tile<3, kVectors>(p, row, column);
-  if (p.rows - row == 2) tile<2, kVectors>(p, row, column);
-  if (p.rows - row == 1) tile<1, kVectors>(p, row, column);
+  for (; row + 4 <= p.rows; row += 4) tile<4>(p, row, column);
+  if (p.rows - row == 3) tile<3>(p, row, column);
+  if (p.rows - row == 2) tile<2>(p, row, column);
+  if (p.rows - row == 1) tile<1>(p, row, column);
 }
 
 }  // namespace panel_detail
 
-inline void panel_product(const PanelProduct& p) {
-  int64_t column = 0;
-  for (; column + 2 * kLanes <= p.columns; column += 2 * kLanes) {
-    panel_detail::column_tiles<2>(p, column);
-  }
-  if (column + kLanes <= p.columns) {
-    panel_detail::column_tiles<1>(p, column);
-    column += kLanes;
-  }
-  if (column < p.columns) panel_detail::scalar_columns(p, column);
-}
+void panel_product(const PanelProduct& p);
 
 // to_NM[n, m] = from_MN[m, n]; `to` rows are to_row apart, `from` rows from_row.
 struct PanelTranspose {

@@ -71,7 +71,7 @@ struct NodeStore {
   bool is_stored = false;      // anything is present, so the destination gets data
   int32_t destination = 0;
   int32_t fold_count = 0;
-  std::array<int32_t, kMaxFold> folds{};
+  int32_t folds[kMaxFold] = {};
 };
 
 // `present` is the group's flag in slot 0; flags of consecutive slots are `slot_step` apart. Sets
