@@ -87,10 +87,11 @@ class ConfigKeys {
 
 const HfFamily& hf_family_of(const ConfigKeys& keys) {
   if (!keys.has("model_type")) keys.refuse("model_type", "the key is missing");
-  for (const HfFamily* family : {&kQwen3MoeFamily, &kMixtralFamily, &kOlmoeFamily}) {
+  for (const HfFamily* family :
+       {&kQwen3MoeFamily, &kQwen2MoeFamily, &kMixtralFamily, &kOlmoeFamily}) {
     if (keys.value("model_type") == family->model_type) return *family;
   }
-  keys.refuse("model_type", "{} is not one of qwen3_moe, mixtral, olmoe",
+  keys.refuse("model_type", "{} is not one of qwen3_moe, qwen2_moe, mixtral, olmoe",
               keys.value("model_type").dump());
 }
 
@@ -197,6 +198,18 @@ void read_dense_layers(const ConfigKeys& keys, ModelConfig& model) {
   if (!model.dense_layers.empty()) model.dense_hidden = keys.integer("intermediate_size");
 }
 
+bool reads_bias(const ConfigKeys& keys, const HfFamily& family) {
+  switch (family.bias_rule) {
+    case HfBiasRule::none:
+      return false;
+    case HfBiasRule::attention_bias:
+      return keys.flag("attention_bias");
+    case HfBiasRule::qkv_bias:
+      return !keys.has("qkv_bias") || keys.flag("qkv_bias");
+  }
+  return false;
+}
+
 // Tokens that attention reaches back; 0 where a window is off or covers every position.
 int64_t read_window(const ConfigKeys& keys, const HfFamily& family, int64_t max_positions) {
   const bool used =
@@ -254,7 +267,12 @@ ModelConfig parse_hf_config(const std::string& text, const std::string& where) {
   model.top_k = keys.integer("num_experts_per_tok");
   model.expert_hidden = keys.integer(family.expert_hidden_key);
   if (family.dense_layers) read_dense_layers(keys, model);
-  model.attention_bias = family.attention_bias && keys.flag("attention_bias");
+  model.attention_bias = reads_bias(keys, family);
+  model.attention_out_bias = family.bias_rule != HfBiasRule::qkv_bias;
+  if (family.shared_expert) {
+    model.shared_expert_hidden = keys.integer("shared_expert_intermediate_size");
+    model.shared_expert_gate = true;
+  }
   model.vocab = keys.integer("vocab_size");
   model.max_positions = keys.integer("max_position_embeddings");
   model.rope_theta = read_rope_theta(keys, model);
@@ -299,17 +317,37 @@ json rope_json(const ModelConfig& model) {
   return rope;
 }
 
-}  // namespace
-
-std::string hf_config_json(const ModelConfig& model, HfStorage storage) {
-  const HfFamily& family = hf_family(model.family);
-  CHECK(model.qk_norm == family.qk_norm);
+// Refuses options of the model that the family's config.json has no key for.
+void check_writable(const ModelConfig& model, const HfFamily& family) {
   const auto refuse = [&](const char* what) {
     fail(ExitCode::usage, "{} cannot be written as {}; next: model.family = \"qwen3_moe\"", what,
          family.model_type);
   };
   if (!family.dense_layers && !model.dense_layers.empty()) refuse("model.dense_layers");
-  if (!family.attention_bias && model.attention_bias) refuse("model.attention_bias");
+  if (family.shared_expert != (model.shared_expert_hidden > 0)) {
+    fail(ExitCode::usage, "model.shared_expert_hidden = {} cannot be written as {}; next: {}",
+         model.shared_expert_hidden, family.model_type,
+         family.shared_expert ? "model.family = \"qwen3_moe\" has no shared expert"
+                              : "model.family = \"qwen2_moe\" has a shared expert");
+  }
+  if (family.shared_expert && !model.shared_expert_gate) refuse("model.shared_expert_gate = false");
+  if (family.bias_rule == HfBiasRule::none && model.attention_bias) refuse("model.attention_bias");
+  if (model.attention_bias &&
+      model.attention_out_bias != (family.bias_rule == HfBiasRule::attention_bias)) {
+    refuse(model.attention_out_bias ? "model.attention_out_bias = true"
+                                    : "model.attention_out_bias = false");
+  }
+  if (family.window_rule == HfWindowRule::none && model.sliding_window > 0) {
+    refuse("model.sliding_window");
+  }
+}
+
+}  // namespace
+
+std::string hf_config_json(const ModelConfig& model, HfStorage storage) {
+  const HfFamily& family = hf_family(model.family);
+  CHECK(model.qk_norm == family.qk_norm);
+  check_writable(model, family);
   json root = {
       {"architectures", {family.architecture}},
       {"model_type", family.model_type},
@@ -343,7 +381,9 @@ std::string hf_config_json(const ModelConfig& model, HfStorage storage) {
     root["decoder_sparse_step"] = 1;
     root["mlp_only_layers"] = model.dense_layers;
   }
-  if (family.attention_bias) root["attention_bias"] = model.attention_bias;
+  if (family.bias_rule == HfBiasRule::attention_bias) root["attention_bias"] = model.attention_bias;
+  if (family.bias_rule == HfBiasRule::qkv_bias) root["qkv_bias"] = model.attention_bias;
+  if (family.shared_expert) root["shared_expert_intermediate_size"] = model.shared_expert_hidden;
   root[family.expert_hidden_key] = model.expert_hidden;
   if (family.top_k_rule == HfTopKRule::norm_topk_prob) {
     root["norm_topk_prob"] = model.normalize_top_k;
@@ -352,9 +392,6 @@ std::string hf_config_json(const ModelConfig& model, HfStorage storage) {
          "model.normalize_top_k = false cannot be written as {}: that family "
          "renormalises always; choose model.family = \"olmoe\" or \"qwen3_moe\"",
          family.model_type);
-  }
-  if (family.window_rule == HfWindowRule::none && model.sliding_window > 0) {
-    refuse("model.sliding_window");
   }
   if (family.window_rule != HfWindowRule::none) {
     root["sliding_window"] = model.sliding_window > 0 ? json(model.sliding_window) : json(nullptr);

@@ -86,11 +86,16 @@ void add_qkv(const ModelConfig& model, const CanonicalTensor& tensor, const char
   }
 }
 
+// The MLP of a dense layer, or the shared expert.
 void add_mlp(const ModelConfig& model, const CanonicalTensor& tensor, SliceList& slices) {
   const HfFamily& family = hf_family(model.family);
-  const std::string prefix = fmt::format("model.layers.{}.mlp.", tensor.layer);
-  const int64_t width = model.hidden, inner = model.dense_hidden;
-  if (tensor.role == TensorRole::mlp_down) {
+  const bool shared =
+      tensor.role == TensorRole::shared_gate_up || tensor.role == TensorRole::shared_down;
+  const std::string prefix =
+      fmt::format("model.layers.{}.mlp.{}", tensor.layer, shared ? "shared_expert." : "");
+  const int64_t width = model.hidden;
+  const int64_t inner = shared ? model.shared_expert_hidden : model.dense_hidden;
+  if (tensor.role == TensorRole::mlp_down || tensor.role == TensorRole::shared_down) {
     return slices.add(tensor, fmt::format("{}{}.weight", prefix, family.down), {width, inner});
   }
   slices.add(tensor, fmt::format("{}{}.weight", prefix, family.gate), {inner, width});
@@ -131,7 +136,11 @@ void add_slices(const ModelConfig& model, const CanonicalTensor& tensor, HfSpell
       return add_expert(model, tensor, spelling, slices);
     case TensorRole::mlp_gate_up:
     case TensorRole::mlp_down:
+    case TensorRole::shared_gate_up:
+    case TensorRole::shared_down:
       return add_mlp(model, tensor, slices);
+    case TensorRole::shared_gate:
+      return slices.add(tensor, prefix + "mlp.shared_expert_gate.weight", shape);
     case TensorRole::final_norm:
       return slices.add(tensor, "model.norm.weight", shape);
     case TensorRole::lm_head:

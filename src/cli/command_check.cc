@@ -180,6 +180,7 @@ Config small_twin(const Config& config) {
   model.head_dim = 16;
   model.hidden = 48;
   model.expert_hidden = 40;
+  if (model.shared_expert_hidden > 0) model.shared_expert_hidden = 56;
   model.vocab = std::min<int64_t>(model.vocab, 211);
   twin.data.tokenizer_vocab = 0;  // no text is read
   twin.numerics.block_tokens = 16;

@@ -23,7 +23,7 @@ enum class BalanceLoss { none, sequence, global_batch, global_batch_lagged, micr
 enum class ScheduleKind { constant, cosine, wsd };
 enum class RecomputeMode { none, swiglu, full_layer };
 enum class DecayRule { matrices, all };
-enum class ModelFamily { qwen3_moe, mixtral, olmoe };
+enum class ModelFamily { qwen3_moe, qwen2_moe, mixtral, olmoe };
 enum class QkNorm { none, per_head, full_width };
 enum class RopeKind { plain, linear, yarn };
 enum class TokenizerKind { bytes, sentencepiece };
@@ -57,7 +57,10 @@ struct ModelConfig {
   bool tie_embeddings = false;
   std::vector<int64_t> dense_layers;  // with an MLP of dense_hidden in place of experts; ascending
   int64_t dense_hidden = 0;           // 0 = no dense layers
-  bool attention_bias = false;        // of the q, k, v and output projections
+  int64_t shared_expert_hidden = 0;   // an MLP of this width beside the routed experts; 0 = none
+  bool shared_expert_gate = false;    // sigmoid of one logit per token scales the shared expert
+  bool attention_bias = false;        // of the q, k and v projections
+  bool attention_out_bias = true;     // with attention_bias: of the output projection too
   QkNorm qk_norm = QkNorm::per_head;
 
   bool is_dense(int64_t layer) const {

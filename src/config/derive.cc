@@ -66,7 +66,8 @@ double parameter_estimate(const ModelConfig& model) {
   const double attention = width * static_cast<double>(model.head_dim) * 2.0 *
                            static_cast<double>(model.heads + model.kv_heads);
   const double experts = static_cast<double>(model.experts) * width *
-                         (3.0 * static_cast<double>(model.expert_hidden) + 1.0);
+                             (3.0 * static_cast<double>(model.expert_hidden) + 1.0) +
+                         3.0 * width * static_cast<double>(model.shared_expert_hidden);
   const double dense = 3.0 * width * static_cast<double>(model.dense_hidden);
   return static_cast<double>(model.layers) * attention +
          static_cast<double>(model.expert_layers()) * experts +
@@ -93,6 +94,12 @@ void check_model(const Config& config) {
   if (!model.dense_layers.empty() && model.dense_hidden == 0) {
     fail(ExitCode::usage,
          "model.dense_layers needs a width: model.dense_hidden, such as {} (model.top_k experts)",
+         model.top_k * model.expert_hidden);
+  }
+  if (model.shared_expert_gate && model.shared_expert_hidden == 0) {
+    fail(ExitCode::usage,
+         "model.shared_expert_gate needs a shared expert: model.shared_expert_hidden, such as {} "
+         "(model.top_k experts)",
          model.top_k * model.expert_hidden);
   }
   if (model.rope_kind == RopeKind::yarn && model.rope_beta_fast < model.rope_beta_slow) {
@@ -277,10 +284,14 @@ void count_model(const Config& config, Derived* derived) {
   const int64_t router = model.hidden * model.experts;
   const int64_t expert = 3 * model.hidden * model.expert_hidden;
   const int64_t embedding = model.vocab * model.hidden;
-  const int64_t biases = model.attention_bias ? query_width + 2 * kv_width + model.hidden : 0;
+  int64_t biases = model.attention_bias ? query_width + 2 * kv_width : 0;
+  if (model.attention_bias && model.attention_out_bias) biases += model.hidden;
+  const int64_t shared =
+      3 * model.hidden * model.shared_expert_hidden + (model.shared_expert_gate ? model.hidden : 0);
   const int64_t dense = std::ssize(model.dense_layers) * 3 * model.hidden * model.dense_hidden;
 
-  const int64_t unrouted = model.layers * attention + model.expert_layers() * router + dense;
+  const int64_t unrouted =
+      model.layers * attention + model.expert_layers() * (router + shared) + dense;
   const int64_t vectors = model.layers * (norms + biases) + model.hidden;
   const int64_t active_matrices =
       unrouted + model.expert_layers() * model.top_k * expert + embedding;

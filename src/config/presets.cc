@@ -49,6 +49,12 @@ ModelConfig family_model(ModelFamily family) {
       model.norm_epsilon = 1e-5;
       model.normalize_top_k = false;
       break;
+    case ModelFamily::qwen2_moe:
+      model.qk_norm = QkNorm::none;
+      model.normalize_top_k = false;
+      model.attention_bias = true;
+      model.attention_out_bias = false;
+      break;
   }
   return model;
 }

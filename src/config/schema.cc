@@ -28,7 +28,7 @@ constexpr const char* kBalanceNames[] = {"none", "sequence", "global_batch", "gl
 constexpr const char* kScheduleKindNames[] = {"constant", "cosine", "wsd"};
 constexpr const char* kRecomputeNames[] = {"none", "swiglu", "full_layer"};
 constexpr const char* kDecayNames[] = {"matrices", "all"};
-constexpr const char* kFamilyNames[] = {"qwen3_moe", "mixtral", "olmoe"};
+constexpr const char* kFamilyNames[] = {"qwen3_moe", "qwen2_moe", "mixtral", "olmoe"};
 constexpr const char* kRopeNames[] = {"default", "linear", "yarn"};
 constexpr const char* kQkNormNames[] = {"none", "per_head", "full_width"};
 constexpr const char* kTokenizerNames[] = {"bytes", "sentencepiece"};
@@ -72,6 +72,7 @@ constexpr KeyRange kRankRange{0, 65535};
 constexpr KeyRange kCount{1, 1e9};          // of things that must exist
 constexpr KeyRange kOptionalCount{0, 1e9};  // where 0 has a meaning of its own
 constexpr KeyRange kRanks{1, 65536};
+constexpr KeyRange kHeads{1, 65536};
 constexpr KeyRange kDimension{1, 16777216};
 constexpr KeyRange kDimensionOrZero{0, 16777216};
 constexpr KeyRange kLayerNumber{0, 65535};
@@ -147,22 +148,10 @@ const KeySpec kKeys[] = {
      "decoder layers"},
     {"model", "hidden", in_section<kModel, &Model::hidden>, kDimension, kNoChoices, kSame,
      kFromModel, "model width D"},
-    {"model",
-     "heads",
-     in_section<kModel, &Model::heads>,
-     {1, 65536},
-     kNoChoices,
-     kSame,
-     kFromModel,
+    {"model", "heads", in_section<kModel, &Model::heads>, kHeads, kNoChoices, kSame, kFromModel,
      "query heads H"},
-    {"model",
-     "kv_heads",
-     in_section<kModel, &Model::kv_heads>,
-     {1, 65536},
-     kNoChoices,
-     kSame,
-     "of the preset or path, else model.heads",
-     "key/value heads G; divides model.heads"},
+    {"model", "kv_heads", in_section<kModel, &Model::kv_heads>, kHeads, kNoChoices, kSame,
+     "of the preset or path, else model.heads", "key/value heads G; divides model.heads"},
     {"model",
      "head_dim",
      in_section<kModel, &Model::head_dim>,
@@ -171,13 +160,7 @@ const KeySpec kKeys[] = {
      kSame,
      "of the preset or path, else model.hidden / model.heads",
      "width Q of a head; even"},
-    {"model",
-     "experts",
-     in_section<kModel, &Model::experts>,
-     {1, 65536},
-     kNoChoices,
-     kSame,
-     kFromModel,
+    {"model", "experts", in_section<kModel, &Model::experts>, kHeads, kNoChoices, kSame, kFromModel,
      "experts E of a layer"},
     {"model",
      "top_k",
@@ -247,7 +230,16 @@ const KeySpec kKeys[] = {
     {"model", "tie_embeddings", in_section<kModel, &Model::tie_embeddings>, kNoRange, kNoChoices,
      kSame, "of the path, else false", "the output head shares the embedding's weights"},
     {"model", "attention_bias", in_section<kModel, &Model::attention_bias>, kNoRange, kNoChoices,
-     kSame, "of the path, else false", "biases of the q, k, v and output projections"},
+     kSame, "of the path, else false", "biases of the q, k and v projections"},
+    {"model", "attention_out_bias", in_section<kModel, &Model::attention_out_bias>, kNoRange,
+     kNoChoices, kSame, "of the family, else true",
+     "with model.attention_bias: a bias of the output projection too"},
+    {"model", "shared_expert_hidden", in_section<kModel, &Model::shared_expert_hidden>,
+     kDimensionOrZero, kNoChoices, kSame, "of the path, else 0",
+     "hidden width of the shared expert, which every token passes; 0 = none"},
+    {"model", "shared_expert_gate", in_section<kModel, &Model::shared_expert_gate>, kNoRange,
+     kNoChoices, kSame, "of the path, else false",
+     "the shared expert's output is scaled by the sigmoid of a logit per token"},
     {"model", "dense_layers", in_section<kModel, &Model::dense_layers>, kLayerNumber, kNoChoices,
      kSame, "of the path, else []", "layers, from 0, with a dense MLP in place of experts"},
     {"model", "dense_hidden", in_section<kModel, &Model::dense_hidden>, kDimensionOrZero,

@@ -30,6 +30,13 @@ enum class HfWindowRule {
   use_sliding_window,  // the window counts only when this key is true
 };
 
+// Biases of attention in config.json.
+enum class HfBiasRule {
+  none,            // no such key
+  attention_bias,  // of all four projections, default false
+  qkv_bias,        // of q, k and v, default true
+};
+
 struct HfFamily {
   ModelFamily family;
   const char* model_type;         // config.json
@@ -44,12 +51,14 @@ struct HfFamily {
   const char* gate;
   const char* up;
   const char* down;
-  bool dense_layers;    // keys mlp_only_layers, decoder_sparse_step, intermediate_size
-  bool attention_bias;  // key attention_bias
+  bool dense_layers;  // keys mlp_only_layers, decoder_sparse_step, intermediate_size
+  HfBiasRule bias_rule;
+  bool shared_expert;  // key shared_expert_intermediate_size; always with a gate
   std::span<const HfRequirement> requirements;
 };
 
 extern const HfFamily kQwen3MoeFamily;  // qwen3_moe_names.cc
+extern const HfFamily kQwen2MoeFamily;  // qwen2_moe.cc
 extern const HfFamily kMixtralFamily;   // mixtral.cc
 extern const HfFamily kOlmoeFamily;     // olmoe.cc
 
@@ -57,6 +66,8 @@ inline const HfFamily& hf_family(ModelFamily family) {
   switch (family) {
     case ModelFamily::qwen3_moe:
       return kQwen3MoeFamily;
+    case ModelFamily::qwen2_moe:
+      return kQwen2MoeFamily;
     case ModelFamily::mixtral:
       return kMixtralFamily;
     case ModelFamily::olmoe:

@@ -69,7 +69,8 @@ void sum_rows(const LayerContext& c, int64_t tokens, LayerState& s, const Buffer
 // The norm before router and experts, or before the dense MLP.
 void mlp_norm_forward(const LayerContext& c, int64_t tokens, LayerState& s);
 
-// A dense layer: gradient of the second norm's output, and the MLP's weight gradients.
+// Of a dense layer or of the shared expert: gradient of the second norm's output, and the MLP's
+// weight gradients.
 Buffer mlp_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                     LayerGradients& g);
 

@@ -27,7 +27,8 @@ const HfFamily kMixtralFamily = {
     .up = "w3",
     .down = "w2",
     .dense_layers = false,
-    .attention_bias = false,
+    .bias_rule = HfBiasRule::none,
+    .shared_expert = false,
     .requirements = kMixtralRequirements,
 };
 

@@ -50,6 +50,9 @@ LayerTensors layer_tensors(const ParamGroup& dense, const ParamGroup* expert, in
   t.attn_out_bias = dense.find(TensorRole::attn_out_bias, layer);
   t.mlp_gate_up = dense.find(TensorRole::mlp_gate_up, layer);
   t.mlp_down = dense.find(TensorRole::mlp_down, layer);
+  t.shared_gate_up = dense.find(TensorRole::shared_gate_up, layer);
+  t.shared_down = dense.find(TensorRole::shared_down, layer);
+  t.shared_gate = dense.find(TensorRole::shared_gate, layer);
   if (expert == nullptr) return t;
   t.gate_up = expert->find(TensorRole::expert_gate_up, layer);
   t.down = expert->find(TensorRole::expert_down, layer);

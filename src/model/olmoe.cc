@@ -26,7 +26,8 @@ const HfFamily kOlmoeFamily = {
     .up = "up_proj",
     .down = "down_proj",
     .dense_layers = false,
-    .attention_bias = true,
+    .bias_rule = HfBiasRule::attention_bias,
+    .shared_expert = false,
     .requirements = kOlmoeRequirements,
 };
 

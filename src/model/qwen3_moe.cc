@@ -64,6 +64,23 @@ void read_counts(const LayerContext& c, DispatchState& d) {
 
 }  // namespace
 
+namespace {
+
+void shared_expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
+  if (!c.has_shared_expert()) return;
+  c.enter(WorkStage::expert, WorkPass::forward, batch.index);
+  s.shared_TD = mlp_forward(c, batch, s);
+}
+
+void shared_expert_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
+                            LayerGradients& g) {
+  if (!c.has_shared_expert()) return;
+  c.enter(WorkStage::expert, WorkPass::backward, batch.index);
+  g.d_shared_TD = mlp_backward(c, batch, s, g);
+}
+
+}  // namespace
+
 void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
   c.enter(WorkStage::dispatch, WorkPass::forward, batch.index);
@@ -71,7 +88,7 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
   if (x.P == 1) {
     d.sent = d.received = x.T;
     d.rows = x.T * x.K;
-    return;
+    return shared_expert_forward(c, batch, s);
   }
   read_counts(c, d);
   const Buffer send_x = c.real(Shape(d.sent, x.D), "dispatch send");
@@ -103,6 +120,7 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
     last = exchange_rows(c, send_block.data(), d.recv_block_M.data(), d.send_tokens, d.recv_tokens,
                          1, DType::i32);
   }
+  shared_expert_forward(c, batch, s);
   c.rank.compute_waits(last);
 }
 
@@ -217,8 +235,10 @@ Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerSt
   const Extents x(c, batch.tokens);
   c.enter(WorkStage::aggregate, WorkPass::forward, batch.index);
   Buffer out_TD = c.real(Shape(x.T, x.D), "layer output");
-  sum_rows(c, x.T, s, x.P == 1 ? s.expert.y_RD : s.returned, c.in(s.sum_TD, Shape(x.T, x.D)),
+  const Buffer& residual_TD = c.has_shared_expert() ? s.shared_TD : s.sum_TD;
+  sum_rows(c, x.T, s, x.P == 1 ? s.expert.y_RD : s.returned, c.in(residual_TD, Shape(x.T, x.D)),
            c.out(out_TD, Shape(x.T, x.D)));
+  s.shared_TD.reset();
   s.expert.y_RD.reset();
   s.returned.reset();
   return out_TD;
@@ -227,7 +247,7 @@ Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerSt
 void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                         LayerGradients& g) {
   c.enter(WorkStage::combine, WorkPass::backward, batch.index);
-  if (c.rank.mesh.ep == 1) return;
+  if (c.rank.mesh.ep == 1) return shared_expert_backward(c, batch, s, g);
   const Extents x(c, batch.tokens);
   const DispatchState& d = s.dispatch;
   const Buffer send = c.real(Shape(d.sent, x.D), "combine backward send");
@@ -237,8 +257,10 @@ void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerSta
               c.rank.ops);
   g.d_y_MD = c.real(Shape(d.received, x.D), "combine backward received");
   c.rank.comm_waits_for_compute();
-  c.rank.compute_waits(
-      exchange_rows(c, send.data(), g.d_y_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype()));
+  const Ticket arrival =
+      exchange_rows(c, send.data(), g.d_y_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
+  shared_expert_backward(c, batch, s, g);
+  c.rank.compute_waits(arrival);
 }
 
 namespace {
@@ -344,10 +366,12 @@ void release_for_weights(LayerState& s, LayerGradients& g) {
   kept.expert.expert_offset_e1 = std::move(s.expert.expert_offset_e1);
   kept.expert.row_token_R = std::move(s.expert.row_token_R);
   kept.expert.row_block_R = std::move(s.expert.row_block_R);
-  const bool gathers_received = !kept.dispatch.recv_x_MD.empty();  // else from d_out_TD
+  // The experts' gradients are gathered from it with ep = 1; the shared expert's are it.
+  const bool reads_d_out = kept.dispatch.recv_x_MD.empty() || !g.d_shared_TD.empty();
   s = std::move(kept);
-  if (gathers_received) g.d_out_TD.reset();
-  for (Buffer* done : {&g.d_x_RD, &g.d_weight_R, &g.d_returned, &g.d_returned_weight}) {
+  if (!reads_d_out) g.d_out_TD.reset();
+  for (Buffer* done :
+       {&g.d_x_RD, &g.d_weight_R, &g.d_returned, &g.d_returned_weight, &g.d_shared_TD}) {
     done->reset();
   }
 }

@@ -3,9 +3,10 @@
 //   1 attend     norm, qkv, q/k norm + RoPE, attention, out + residual, norm, router, dispatch plan
 //   2 dispatch   all-to-all: each token once per destination rank, with its routing weights
 //   3 expert     grouped GEMM up + SwiGLU, grouped GEMM down, weights applied expert-side
-//   4 combine    all-to-all back: fast one partial sum per (token, rank), exact one row per (token,
-//   k) 5 aggregate  sum in k order, residual
+//   4 combine    all-to-all back: fast one partial sum per (token, rank), exact one per (token, k)
+//   5 aggregate  sum in k order, shared expert, residual
 //
+// A shared expert runs between the launch of stage 2 and the wait for it.
 // With ep = 1 stages 2 and 4 are empty and nothing waits on the host. Mixtral and OLMoE differ in
 // options of ModelConfig alone (src/model/mixtral.cc, olmoe.cc). What runs is what is written:
 // there is no tape; `LayerState` is what forward saves for backward.
@@ -55,6 +56,9 @@ struct LayerTensors {
   const ParamTensor* attn_out_bias = nullptr;
   const ParamTensor* mlp_gate_up = nullptr;  // of a dense layer, which has no router and experts
   const ParamTensor* mlp_down = nullptr;
+  const ParamTensor* shared_gate_up = nullptr;  // null without a shared expert
+  const ParamTensor* shared_down = nullptr;
+  const ParamTensor* shared_gate = nullptr;
 };
 
 // State of the routers that no gradient trains, and the loads of the running step.
@@ -82,6 +86,7 @@ struct LayerContext {
   Keep keep = Keep::for_backward;
 
   bool is_dense() const { return tensors.mlp_down != nullptr; }
+  bool has_shared_expert() const { return tensors.shared_down != nullptr; }
   DType dtype() const;  // of activations
   void enter(WorkStage stage, WorkPass pass, int64_t micro_batch) const;
   Buffer real(Shape shape, const char* what) const;
@@ -114,8 +119,9 @@ struct LayerState {
   Buffer probs_TE, expert_index_TK, weight_TK, d_probs_TE, d_logits_TE;
   DispatchState dispatch;
   ExpertState expert;
-  Buffer returned;        // stage 4's rows or parts on the token side
-  Buffer mlp_gate_up_TN;  // of a dense layer
+  Buffer returned;  // stage 4's rows or parts on the token side
+  // Of a dense layer or of the shared expert, whose output with the residual is shared_TD.
+  Buffer mlp_gate_up_TN, shared_gate_T, shared_TD;
 };
 
 // Forward stages; a dense layer has `attend_forward` and `mlp_forward` alone. `attend_forward`
@@ -125,7 +131,8 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
 void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
-// The MLP of a dense layer and its residual (src/model/qwen3_dense.cc); returns the layer's output.
+// The MLP of a dense layer, or the shared expert, and the residual (src/model/qwen3_dense.cc);
+// returns a dense layer's output.
 Buffer mlp_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s);
 
 // When weight gradients are computed: with the input gradients, or by a later call.
@@ -149,6 +156,7 @@ struct LayerGradients {
   Buffer d_x_RD, d_weight_R, d_gate_up_RN, weighted_h_RF;
   Buffer d_returned;  // rows or parts of d_x on the token side
   Buffer d_returned_weight;
+  Buffer d_shared_TD;  // the shared expert's part of the gradient of the second norm's output
 
   WeightGradients weights = WeightGradients::now;
   std::vector<DenseWgrad> dense_wgrads;
@@ -156,8 +164,9 @@ struct LayerGradients {
   std::vector<Buffer> kept;  // what dense_wgrads point at
 };
 
+// Stages 5 and 4: gradients travel to the experts, under the shared expert's backward.
 void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
-                        LayerGradients& g);  // stages 5 and 4: gradients travel to the experts
+                        LayerGradients& g);
 void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients& g);
 void expert_backward_weight(const LayerContext& c, LayerState& s, LayerGradients& g);
 void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g);  // stage 2

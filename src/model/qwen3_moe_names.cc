@@ -19,7 +19,8 @@ const HfFamily kQwen3MoeFamily = {
     .up = "up_proj",
     .down = "down_proj",
     .dense_layers = true,
-    .attention_bias = true,
+    .bias_rule = HfBiasRule::attention_bias,
+    .shared_expert = false,
     .requirements = {},
 };
 

@@ -218,7 +218,9 @@ Buffer router_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
     d_logits = c.in(d_logits_real, Shape(x.T, x.E));
   }
   Buffer d_normed_TD = c.real(Shape(x.T, x.D), "d mlp normed");
-  sum_rows(c, x.T, s, local ? g.d_x_RD : g.d_returned, {}, c.out(d_normed_TD, Shape(x.T, x.D)));
+  sum_rows(c, x.T, s, local ? g.d_x_RD : g.d_returned,
+           g.d_shared_TD.empty() ? In<Real>() : c.in(g.d_shared_TD, Shape(x.T, x.D)),
+           c.out(d_normed_TD, Shape(x.T, x.D)));
   linear_dgrad({.d_y_TN = d_logits,
                 .w_NK = c.dense.weight(*c.tensors.router, Shape(x.E, x.D)),
                 .residual_TK = c.in(d_normed_TD, Shape(x.T, x.D)),

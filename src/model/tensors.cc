@@ -41,7 +41,9 @@ void add_layer(const ModelConfig& model, int64_t layer, TensorList& list) {
   list.add(prefix + "attn_out", Shape(model.hidden, q_width), TensorRole::attn_out, layer);
   if (model.attention_bias) {
     list.add(prefix + "qkv_bias", Shape(q_width + 2 * kv_width), TensorRole::qkv_bias, layer);
-    list.add(prefix + "attn_out_bias", Shape(model.hidden), TensorRole::attn_out_bias, layer);
+    if (model.attention_out_bias) {
+      list.add(prefix + "attn_out_bias", Shape(model.hidden), TensorRole::attn_out_bias, layer);
+    }
   }
   list.add(prefix + "mlp_norm", Shape(model.hidden), TensorRole::mlp_norm, layer);
   if (model.is_dense(layer)) {
@@ -51,6 +53,15 @@ void add_layer(const ModelConfig& model, int64_t layer, TensorList& list) {
     return;
   }
   list.add(prefix + "router", Shape(model.experts, model.hidden), TensorRole::router, layer);
+  if (model.shared_expert_hidden > 0) {
+    list.add(prefix + "shared_gate_up", Shape(2 * model.shared_expert_hidden, model.hidden),
+             TensorRole::shared_gate_up, layer);
+    list.add(prefix + "shared_down", Shape(model.hidden, model.shared_expert_hidden),
+             TensorRole::shared_down, layer);
+  }
+  if (model.shared_expert_gate) {
+    list.add(prefix + "shared_gate", Shape(1, model.hidden), TensorRole::shared_gate, layer);
+  }
   for (int64_t expert = 0; expert < model.experts; ++expert) {
     const std::string expert_prefix = fmt::format("{}experts.{}.", prefix, expert);
     list.add(expert_prefix + "gate_up", Shape(2 * model.expert_hidden, model.hidden),

@@ -33,6 +33,9 @@ enum class TensorRole {
   expert_down,     // [D,F]
   mlp_gate_up,     // [2F,D] of a dense layer, F its width: gate rows, up rows
   mlp_down,        // [D,F] of a dense layer
+  shared_gate_up,  // [2F,D] of the shared expert, F its width: gate rows, up rows
+  shared_down,     // [D,F]
+  shared_gate,     // [1,D]; with shared_expert_gate
   final_norm,      // [D]
   lm_head,         // [V,D]; absent when the embedding is tied
 };

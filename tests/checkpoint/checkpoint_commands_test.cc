@@ -43,8 +43,7 @@ class CheckpointCommands : public ::testing::Test {
 };
 
 TEST_F(CheckpointCommands, ImportThenExportGivesTheSameFile) {
-  for (const ModelFamily family :
-       {ModelFamily::qwen3_moe, ModelFamily::mixtral, ModelFamily::olmoe}) {
+  for (const ModelFamily family : kFamilies) {
     for (const char* name : {"hf", "run", "out", "half"}) files_.remove_tree(at(name));
     make_hf(family);
     ASSERT_EQ(run(CheckpointAction::import_hf, at("hf"), at("run") + "/checkpoints").code, 0);

@@ -31,9 +31,15 @@ inline nlohmann::json qwen3_config() {
           {"mlp_only_layers", nlohmann::json::array()}};
 }
 
+constexpr ModelFamily kFamilies[] = {ModelFamily::qwen3_moe, ModelFamily::qwen2_moe,
+                                     ModelFamily::mixtral, ModelFamily::olmoe};
+
 inline nlohmann::json family_config(ModelFamily family) {
   nlohmann::json config = qwen3_config();
-  if (family != ModelFamily::qwen3_moe) {
+  if (family == ModelFamily::qwen2_moe) {
+    config["model_type"] = "qwen2_moe";
+    config["shared_expert_intermediate_size"] = 10;
+  } else if (family != ModelFamily::qwen3_moe) {
     config["model_type"] = family == ModelFamily::mixtral ? "mixtral" : "olmoe";
     config["intermediate_size"] = config["moe_intermediate_size"];
     config.erase("moe_intermediate_size");

@@ -63,6 +63,30 @@ TEST(HfConfig, FamiliesDecideTheirNorms) {
   EXPECT_FALSE(olmoe.normalize_top_k);
 }
 
+TEST(HfConfig, Qwen2MoeHasAGatedSharedExpertAndBiasesOfQkv) {
+  json config = family_config(ModelFamily::qwen2_moe);
+  ModelConfig model = parse_hf_config(config.dump(), "config.json");
+  EXPECT_EQ(model.shared_expert_hidden, 10);
+  EXPECT_TRUE(model.shared_expert_gate);
+  EXPECT_TRUE(model.attention_bias);
+  EXPECT_FALSE(model.attention_out_bias);
+  EXPECT_EQ(model.qk_norm, QkNorm::none);
+  const auto why_not = [](const ModelConfig& refused) {
+    const Outcome outcome = outcome_of([&] { hf_config_json(refused, HfStorage::f32); });
+    EXPECT_EQ(outcome.code, 2);
+    return outcome.message;
+  };
+  model.shared_expert_gate = false;
+  EXPECT_NE(why_not(model).find("model.shared_expert_gate"), std::string::npos);
+  model.shared_expert_hidden = 0;
+  EXPECT_NE(why_not(model).find("no shared expert"), std::string::npos);
+  ModelConfig qwen3 = parse_hf_config(family_config(ModelFamily::qwen3_moe).dump(), "config.json");
+  qwen3.shared_expert_hidden = 8;
+  EXPECT_NE(why_not(qwen3).find("qwen2_moe"), std::string::npos);
+  config["qkv_bias"] = false;
+  EXPECT_FALSE(parse_hf_config(config.dump(), "config.json").attention_bias);
+}
+
 // What asks for another model exits 2 and names its key.
 TEST(HfConfig, RefusesWhatIsNotImplemented) {
   struct Row {
@@ -97,6 +121,8 @@ TEST(HfConfig, RefusesWhatIsNotImplemented) {
       {ModelFamily::qwen3_moe, "rms_norm_eps", 0},
       {ModelFamily::mixtral, "sliding_window", 0},
       {ModelFamily::mixtral, "router_jitter_noise", 0.01},
+      {ModelFamily::qwen2_moe, "use_sliding_window", true},
+      {ModelFamily::qwen2_moe, "shared_expert_intermediate_size", 0},
       {ModelFamily::olmoe, "clip_qkv", 8.0},
       {ModelFamily::olmoe, "norm_topk_prob", "yes"},
   };
@@ -177,8 +203,7 @@ TEST(HfConfig, BrokenFilesExit30) {
 }
 
 TEST(HfConfig, WrittenConfigReadsBackTheSame) {
-  for (const ModelFamily family :
-       {ModelFamily::qwen3_moe, ModelFamily::mixtral, ModelFamily::olmoe}) {
+  for (const ModelFamily family : kFamilies) {
     const ModelConfig model = parse_hf_config(family_config(family).dump(), "config.json");
     const ModelConfig again = parse_hf_config(hf_config_json(model, HfStorage::f32), "again");
     EXPECT_EQ(hf_config_json(model, HfStorage::f32), hf_config_json(again, HfStorage::f32));
@@ -190,8 +215,7 @@ TEST(HfConfig, WrittenConfigReadsBackTheSame) {
 
 // The slices of each spelling cover every canonical element once.
 TEST(HfTensors, SlicesTileEveryCanonicalTensor) {
-  for (const ModelFamily family :
-       {ModelFamily::qwen3_moe, ModelFamily::mixtral, ModelFamily::olmoe}) {
+  for (const ModelFamily family : kFamilies) {
     const ModelConfig model = parse_hf_config(family_config(family).dump(), "config.json");
     for (const HfSpelling spelling : {HfSpelling::per_expert, HfSpelling::fused}) {
       std::map<std::string, int64_t> covered;
@@ -207,8 +231,7 @@ TEST(HfTensors, SlicesTileEveryCanonicalTensor) {
 }
 
 TEST(HfWeights, ExportThenImportGivesTheSameBits) {
-  for (const ModelFamily family :
-       {ModelFamily::qwen3_moe, ModelFamily::mixtral, ModelFamily::olmoe}) {
+  for (const ModelFamily family : kFamilies) {
     const TemporaryDirectory directory;
     FileSystem files;
     FormulaSource source;

@@ -162,22 +162,25 @@ TEST(Parity, TiedEmbeddingPassesOnEveryLayout) {
   }
 }
 
-// Dense layers, biases, a sliding window and YaRN, on layouts that spread all of them.
-TEST(Parity, OptionsOfTheFamilyPassOnEveryLayout) {
-  const std::string golden = std::string(source_directory()) + "/tests/golden/qwen3_moe_options";
+// Dense layers, biases, a sliding window and YaRN; a gated shared expert; on layouts that spread
+// all of them.
+TEST(Parity, OptionsOfTheFamiliesPassOnEveryLayout) {
   const std::vector<std::vector<std::string>> layouts = {
       {},
       {"parallel.dp=2", "numerics.reduction=fast"},
       {"parallel.dp=2", "parallel.ep=2"},
       {"parallel.pp=4", "parallel.dp=2", "parallel.sharding=full"},
       {"parallel.pp=2", "parallel.cp=2", "numerics.block_tokens=8"}};
-  for (const std::vector<std::string>& layout : layouts) {
-    std::vector<std::string> arguments = {"parity", golden};
-    for (const std::string& assignment : layout) {
-      arguments.insert(arguments.end(), {"--set", assignment});
+  for (const char* name : {"qwen3_moe_options", "qwen2_moe"}) {
+    const std::string golden = std::string(source_directory()) + "/tests/golden/" + name;
+    for (const std::vector<std::string>& layout : layouts) {
+      std::vector<std::string> arguments = {"parity", golden};
+      for (const std::string& assignment : layout) {
+        arguments.insert(arguments.end(), {"--set", assignment});
+      }
+      const BinaryRun run = run_binary(arguments);
+      EXPECT_EQ(run.exit_code, 0) << run.output;
     }
-    const BinaryRun run = run_binary(arguments);
-    EXPECT_EQ(run.exit_code, 0) << run.output;
   }
 }
 

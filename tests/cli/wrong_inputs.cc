@@ -166,6 +166,7 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set train.sequence_length=100", 2, "train\\.sequence_length = 100.*96 or 128"},
     {"train $Q --set model.dense_layers=[9]", 2, "model\\.dense_layers.*9.*model\\.layers = 4"},
     {"train $Q --set model.dense_layers=[0]", 2, "model\\.dense_hidden"},
+    {"train $Q --set model.shared_expert_gate=true", 2, "model\\.shared_expert_hidden"},
     {"train $Q --set model.dense_layers=0", 2, "model\\.dense_layers.*list of integers"},
     {"train $Q --set model.rope_kind=dynamic", 2, "model\\.rope_kind.*default | linear | yarn"},
     {"train $Q --set model.rope_kind=yarn --set model.rope_beta_fast=0.5", 2,

@@ -31,6 +31,13 @@ MODELS = {
         rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0,
                              original_max_position_embeddings=16),
         norm_topk_prob=True, tie_word_embeddings=False, use_cache=False),
+    # A gated shared expert in layers 0 and 2; layer 1 is dense, q, k and v have biases.
+    "qwen2_moe": dict(
+        vocab_size=192, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=28, intermediate_size=40,
+        max_position_embeddings=64, mlp_only_layers=[1],
+        norm_topk_prob=False, tie_word_embeddings=False, use_cache=False),
 }
 ADAMW = dict(lr=1e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, clip=1.0, decay_all_params=True)
 SEQUENCES, LENGTH, STEPS = 2, 32, 5
@@ -40,8 +47,9 @@ def main():
     name, out = sys.argv[1:]
     torch.manual_seed(1234)
     torch.use_deterministic_algorithms(True)
-    config = transformers.Qwen3MoeConfig(**MODELS[name])
-    model = transformers.Qwen3MoeForCausalLM._from_config(
+    kind = "Qwen2Moe" if name.startswith("qwen2") else "Qwen3Moe"
+    config = getattr(transformers, kind + "Config")(**MODELS[name])
+    model = getattr(transformers, kind + "ForCausalLM")._from_config(
         config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():  # norms that are not all one, matrices large enough to route
         for key, parameter in model.named_parameters():

@@ -140,7 +140,7 @@ TEST(LayoutTable, DISABLED_AllOfManyLayoutsHaveTheBitsOfOneRank) {
 }
 
 TEST(LayoutTable, OtherPartsOfTheModelToo) {
-  std::vector<Config> configs(6, deep_config());
+  std::vector<Config> configs(8, deep_config());
   configs[0].numerics.compute = ComputeType::bf16;
   configs[1].model.tie_embeddings = true;
   configs[2].model.family = ModelFamily::olmoe;
@@ -154,6 +154,10 @@ TEST(LayoutTable, OtherPartsOfTheModelToo) {
   configs[5].model.attention_bias = true;
   configs[5].model.sliding_window = 20;
   configs[5].balance.loss = BalanceLoss::global_batch_lagged;
+  configs[6].model.shared_expert_hidden = 24;
+  configs[6].model.shared_expert_gate = true;
+  configs[7].model.shared_expert_hidden = 24;
+  configs[7].recompute.mode = RecomputeMode::full_layer;
   for (const Config& config : configs) {
     const RunTrace one = run_trace(with_layout(config, {}), kTableSteps);
     for (const TestLayout& layout :
