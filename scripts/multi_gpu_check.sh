@@ -25,10 +25,12 @@ if [ "$gpus" -lt "$ranks" ]; then
   exit 77
 fi
 
-# row NAME COMMAND...: a row of the table; the command's output is shown when it fails.
+# row NAME COMMAND...: a row of the table; the command's output is shown when it fails. CHECK_ROWS, a
+# regular expression, picks rows.
 row() {
   local name=$1 begin=$EPOCHREALTIME status=0 verdict=ok
   shift
+  [[ $name =~ ${CHECK_ROWS:-.} ]] || return 0
   "$@" >"$work/log" 2>&1 || status=$?
   if [ "$status" -eq 2 ]; then  # what the configuration refuses was not checked, and did not fail
     verdict='refused'
@@ -128,6 +130,20 @@ fast() {
   return $status
 }
 
+# scaling NAME CONFIG SEQUENCES [SET...]: tokens/s a GPU, alone and with all ranks, at one load a GPU.
+scaling() {
+  local name=$1 config=$2 sequences=$3 one all
+  shift 3
+  sim "$name-one" "$config" "$steps" numerics.reduction=fast parallel.dp=1 parallel.ep=1 \
+    "train.global_batch_sequences=$sequences" "$@" || return
+  nccl "$name-all" "$config" "$steps" numerics.reduction=fast "parallel.dp=$ranks" \
+    "parallel.ep=$ranks" "train.global_batch_sequences=$((ranks * sequences))" "$@" || return
+  one=$(tokens_per_s "$name-one")
+  all=$(($(tokens_per_s "$name-all") / ranks))
+  rm -rf "$work/$name-one" "$work/$name-all"
+  echo "tokens/s a GPU: $one alone, $all on $ranks ranks: $(awk "BEGIN{printf \"%.2f\", $all / $one}")"
+}
+
 wait_for_step() {  # wait_for_step NAME STEP: until its metrics line is there
   for ((i = 0; i < 600; i++)); do
     grep -q "\"step\":$2," "$work/$1/metrics.jsonl" 2>/dev/null && return 0
@@ -217,6 +233,10 @@ row "2-layer Qwen3-30B-A3B, exact, pp $r" exact s3 $quick "${slice[@]}" "paralle
   parallel.dp=1 parallel.ep=1
 row "2-layer Qwen3-30B-A3B, fast, dp $r ep $r" fast s4 $quick "${slice[@]}" "parallel.dp=$r" \
   "parallel.ep=$r"
+steps=${CHECK_SCALING_STEPS:-15}
+row "scaling: 4-layer slice, 4 x 4096 tokens a GPU" scaling w1 $quick 4 model.preset=qwen3-30b-a3b \
+  model.layers=4 model.vocab=512 train.sequence_length=4096 train.micro_batch_sequences=4 \
+  train.eval_every_steps=0 checkpoint.every_steps=0
 echo
 printf '%s\n' "${table[@]}"
 exit $failed
