@@ -116,6 +116,7 @@ struct ParallelConfig {
   Sharding sharding = Sharding::zero1;
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
   int64_t virtual_stages = 2;
+  bool overlap = true;  // a pair of dualpipev runs stage by stage in turn, not pass after pass
 };
 
 struct BalanceConfig {

@@ -72,7 +72,7 @@ constexpr KeyRange kRankRange{0, 65535};
 constexpr KeyRange kCount{1, 1e9};          // of things that must exist
 constexpr KeyRange kOptionalCount{0, 1e9};  // where 0 has a meaning of its own
 constexpr KeyRange kRanks{1, 65536};
-constexpr KeyRange kHeads{1, 65536};
+constexpr KeyRange kUpTo64k{1, 65536};
 constexpr KeyRange kDimension{1, 16777216};
 constexpr KeyRange kDimensionOrZero{0, 16777216};
 constexpr KeyRange kLayerNumber{0, 65535};
@@ -148,9 +148,9 @@ const KeySpec kKeys[] = {
      "decoder layers"},
     {"model", "hidden", in_section<kModel, &Model::hidden>, kDimension, kNoChoices, kSame,
      kFromModel, "model width D"},
-    {"model", "heads", in_section<kModel, &Model::heads>, kHeads, kNoChoices, kSame, kFromModel,
+    {"model", "heads", in_section<kModel, &Model::heads>, kUpTo64k, kNoChoices, kSame, kFromModel,
      "query heads H"},
-    {"model", "kv_heads", in_section<kModel, &Model::kv_heads>, kHeads, kNoChoices, kSame,
+    {"model", "kv_heads", in_section<kModel, &Model::kv_heads>, kUpTo64k, kNoChoices, kSame,
      "of the preset or path, else model.heads", "key/value heads G; divides model.heads"},
     {"model",
      "head_dim",
@@ -160,8 +160,8 @@ const KeySpec kKeys[] = {
      kSame,
      "of the preset or path, else model.hidden / model.heads",
      "width Q of a head; even"},
-    {"model", "experts", in_section<kModel, &Model::experts>, kHeads, kNoChoices, kSame, kFromModel,
-     "experts E of a layer"},
+    {"model", "experts", in_section<kModel, &Model::experts>, kUpTo64k, kNoChoices, kSame,
+     kFromModel, "experts E of a layer"},
     {"model",
      "top_k",
      in_section<kModel, &Model::top_k>,
@@ -356,14 +356,10 @@ const KeySpec kKeys[] = {
      kMay, nullptr, "what the dp * cp ranks share out: nothing, optimizer, gradients, parameters"},
     {"parallel", "schedule", in_section<kParallel, &Parallel::schedule>, kNoRange, kScheduleNames,
      kMay, nullptr, "pipeline schedule"},
-    {"parallel",
-     "virtual_stages",
-     in_section<kParallel, &Parallel::virtual_stages>,
-     {1, 1024},
-     kNoChoices,
-     kMay,
-     nullptr,
-     "layer groups of a rank with interleaved_1f1b"},
+    {"parallel", "virtual_stages", in_section<kParallel, &Parallel::virtual_stages>, kUpTo64k,
+     kNoChoices, kMay, nullptr, "layer groups of a rank with interleaved_1f1b"},
+    {"parallel", "overlap", in_section<kParallel, &Parallel::overlap>, kNoRange, kNoChoices, kMay,
+     nullptr, "run the two passes of a dualpipev pair stage by stage in turn"},
 
     {"balance", "loss", in_section<kBalance, &Balance::loss>, kNoRange, kBalanceNames, kSame,
      nullptr, "over what the load-balance loss counts tokens"},

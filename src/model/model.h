@@ -35,6 +35,25 @@ struct ChunkState {
   Buffer d_embedding_TD;  // first stage, while weight gradients wait
 };
 
+// One chunk's forward of one micro-batch. `x_TD` is what the stage before sent, empty at the first.
+// Without `state` nothing is saved for backward, and the last stage yields losses and, when given,
+// logits [T, V] (fp32).
+struct ForwardCall {
+  const MicroBatch& batch;
+  int64_t chunk = 0;
+  Buffer x_TD;
+  ChunkState* state = nullptr;
+  float* logits_TV = nullptr;
+};
+// One chunk's backward. `d_out_TD` is what the stage after sent, empty at the last.
+struct BackwardCall {
+  const MicroBatch& batch;
+  int64_t chunk = 0;
+  Buffer d_out_TD;
+  ChunkState& state;
+  WeightGradients weights = WeightGradients::now;
+};
+
 class Model {
  public:
   Model(Rank& rank, const ModelConfig& config);
@@ -55,14 +74,17 @@ class Model {
 
   // `metric_leaf_BM`: the rows of the metrics table that this micro-batch fills.
   MicroBatch upload(const HostTokens& tokens, InOut<float> metric_leaf_BM);
-  // One chunk's passes. `x_TD` is what the stage before sent, empty at the first; the result goes
-  // to the stage after, empty at the last. Without `state` nothing is saved for backward, and the
-  // last stage yields losses and, when given, logits [T, V] (fp32).
-  Buffer forward(const MicroBatch& batch, int64_t chunk, Buffer x_TD, ChunkState* state,
-                 float* logits_TV = nullptr);
-  // The gradient of the chunk's input, for the stage before; empty at the first.
-  Buffer backward(const MicroBatch& batch, int64_t chunk, Buffer d_out_TD, ChunkState& state,
-                  WeightGradients weights);
+  // A chunk's passes (src/model/chunk_pass.cc). Forward: the result goes to the stage after, empty
+  // at the last. Backward: the gradient of the chunk's input, for the stage before; empty at the
+  // first.
+  Buffer forward(ForwardCall call);
+  Buffer backward(BackwardCall call);
+  // Both, their layers in pairs: while rows of one pass travel, the other computes. The passes are
+  // of different micro-batches, and give the bits that they give one after the other.
+  struct PairResult {
+    Buffer x_TD, d_x_TD;
+  };
+  PairResult forward_backward(ForwardCall forward, BackwardCall backward);
   void backward_weight(const MicroBatch& batch, int64_t chunk, ChunkState& state);
   // An activation that no layer makes.
   Buffer real(Shape shape, const char* what) const;
@@ -113,7 +135,13 @@ class Model {
   LayerContext layer_context(int64_t layer, Keep keep = Keep::for_backward);
   DType dtype() const;
   void enter(WorkStage stage, WorkPass pass, const MicroBatch& batch);
+  class ForwardPass;
+  class BackwardPass;
+  void layer_alone(ForwardPass& f);
+  void layer_alone(BackwardPass& b);
+  void layer_pair(ForwardPass& f, BackwardPass& b);
   bool recomputes() const;  // layers, in backward, from their inputs
+  void run_head(const ForwardCall& call, const Buffer& x_TD);
   void embed_backward(const MicroBatch& batch, const Buffer& d_x_TD);
   // Final norm, vocabulary head and loss; returns the gradient of the last layer's output, its
   // weight gradients done (they are computed in the forward pass, chunk by chunk).

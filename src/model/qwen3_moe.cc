@@ -14,7 +14,7 @@ namespace cambium {
 namespace {
 
 // all-to-all of rows of `width` elements, `counts` rows per rank. Whoever reads them waits for the
-// ticket, or for a later one of the comm stream.
+// ticket, or for a later one of the comm stream, in a Flight.
 Ticket exchange_rows(const LayerContext& c, const void* send, void* recv,
                      const std::vector<int64_t>& send_rows, const std::vector<int64_t>& recv_rows,
                      int64_t width, DType dtype,
@@ -64,6 +64,18 @@ void read_counts(const LayerContext& c, DispatchState& d) {
 
 }  // namespace
 
+void Flight::launch(Ticket ticket, std::vector<Buffer> sent) {
+  CHECK(is_landed() && !sent.empty());
+  ticket_ = ticket;
+  sent_ = std::move(sent);
+}
+
+void Flight::land(const LayerContext& c, std::source_location site) {
+  if (is_landed()) return;
+  c.rank.compute_waits(ticket_, site);
+  sent_.clear();
+}
+
 namespace {
 
 void shared_expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
@@ -91,19 +103,20 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
     return shared_expert_forward(c, batch, s);
   }
   read_counts(c, d);
-  const Buffer send_x = c.real(Shape(d.sent, x.D), "dispatch send");
+  std::vector<Buffer> sent;
+  sent.push_back(c.real(Shape(d.sent, x.D), "dispatch send"));
+  const void* send_x = sent[0].data();
   const In<int32_t> send_token = in_i32(d.send_token_M, Shape(d.sent));
   gather_rows({.x_TD = c.in(s.mlp_normed_TD, Shape(x.T, x.D)),
                .index_M = send_token,
-               .y_MD = c.out(send_x, Shape(d.sent, x.D))},
+               .y_MD = c.out(sent[0], Shape(d.sent, x.D))},
               c.rank.ops);
-  Buffer send_block;
   if (is_exact(c)) {
     // NOTE: the gather moves bits unchanged, so block numbers travel as the floats of their bits.
-    send_block = ints(c, d.sent, "dispatch send block");
+    sent.push_back(ints(c, d.sent, "dispatch send block"));
     gather_scalars({.x_N = in_f32(batch.token_block_T, Shape(x.T)),
                     .index_M = send_token,
-                    .y_M = out_f32(send_block, Shape(d.sent))},
+                    .y_M = out_f32(sent[1], Shape(d.sent))},
                    c.rank.ops);
     d.recv_block_M = ints(c, d.received, "received block");
   }
@@ -111,17 +124,17 @@ void dispatch_forward(const LayerContext& c, const MicroBatch& batch, LayerState
   d.recv_expert_MK = ints(c, d.received * x.K, "received expert");
   d.recv_weight_MK = floats(c, d.received * x.K, "received weight");
   c.rank.comm_waits_for_compute();
-  exchange_rows(c, send_x.data(), d.recv_x_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
+  exchange_rows(c, send_x, d.recv_x_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
   exchange_rows(c, d.send_expert_MK.data(), d.recv_expert_MK.data(), d.send_tokens, d.recv_tokens,
                 x.K, DType::i32);
   Ticket last = exchange_rows(c, d.send_weight_MK.data(), d.recv_weight_MK.data(), d.send_tokens,
                               d.recv_tokens, x.K, DType::f32);
   if (is_exact(c)) {
-    last = exchange_rows(c, send_block.data(), d.recv_block_M.data(), d.send_tokens, d.recv_tokens,
-                         1, DType::i32);
+    last = exchange_rows(c, sent[1].data(), d.recv_block_M.data(), d.send_tokens, d.recv_tokens, 1,
+                         DType::i32);
   }
+  d.flight.launch(last, std::move(sent));
   shared_expert_forward(c, batch, s);
-  c.rank.compute_waits(last);
 }
 
 namespace {
@@ -139,8 +152,9 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   const Extents x(c, batch.tokens);
   c.enter(WorkStage::expert, WorkPass::forward, batch.index);
   OpContext& ops = c.rank.ops;
-  const DispatchState& d = s.dispatch;
+  DispatchState& d = s.dispatch;
   ExpertState& m = s.expert;
+  d.flight.land(c);
   const int64_t M = d.received, R = d.rows;
   const bool local = x.P == 1;
   m.expert_offset_e1 = ints(c, x.e + 1, "expert offset");
@@ -195,13 +209,17 @@ void expert_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
 namespace {
 
 // Rows made on the expert side go home: exact one per (token, k), fast one partial sum per
-// (token, rank). Returns what the token side sums. Stage 4, and stage 2's backward.
-Buffer send_home(const LayerContext& c, LayerState& s, const Buffer& rows_RD) {
+// (token, rank). `home` gets what the token side sums. Stage 4, and stage 2's backward.
+struct HomeRows {
+  Buffer sent;
+  Ticket ticket;
+};
+HomeRows send_home(const LayerContext& c, LayerState& s, const Buffer& rows_RD, Buffer& home) {
   const Extents x(c);
   const DispatchState& d = s.dispatch;
   const bool exact = is_exact(c);
   const int64_t send_rows = exact ? d.rows : d.received;
-  const Buffer send = c.real(Shape(send_rows, x.D), "combine send");
+  Buffer send = c.real(Shape(send_rows, x.D), "combine send");
   if (exact) {
     gather_rows({.x_TD = c.in(rows_RD, Shape(d.rows, x.D)),
                  .index_M = in_i32(s.expert.ordered_row_R, Shape(d.rows)),
@@ -213,13 +231,19 @@ Buffer send_home(const LayerContext& c, LayerState& s, const Buffer& rows_RD) {
                   .out_TD = c.out(send, Shape(d.received, x.D))},
                  c.rank.ops);
   }
-  const auto& home = exact ? d.send_rows : d.send_tokens;
-  const int64_t received = std::accumulate(home.begin(), home.end(), int64_t{0});
-  Buffer recv = c.real(Shape(received, x.D), "combine received");
+  const auto& counts = exact ? d.send_rows : d.send_tokens;
+  const int64_t received = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  home = c.real(Shape(received, x.D), "combine received");
   c.rank.comm_waits_for_compute();
-  c.rank.compute_waits(exchange_rows(c, send.data(), recv.data(),
-                                     exact ? d.recv_rows : d.recv_tokens, home, x.D, c.dtype()));
-  return recv;
+  const Ticket ticket = exchange_rows(c, send.data(), home.data(),
+                                      exact ? d.recv_rows : d.recv_tokens, counts, x.D, c.dtype());
+  return {std::move(send), ticket};
+}
+
+std::vector<Buffer> one_buffer(Buffer buffer) {
+  std::vector<Buffer> buffers;
+  buffers.push_back(std::move(buffer));
+  return buffers;
 }
 
 }  // namespace
@@ -227,13 +251,15 @@ Buffer send_home(const LayerContext& c, LayerState& s, const Buffer& rows_RD) {
 void combine_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   c.enter(WorkStage::combine, WorkPass::forward, batch.index);
   if (c.rank.mesh.ep == 1) return;
-  s.returned = send_home(c, s, s.expert.y_RD);
+  HomeRows rows = send_home(c, s, s.expert.y_RD, s.returned);
+  s.returning.launch(rows.ticket, one_buffer(std::move(rows.sent)));
   s.expert.y_RD.reset();
 }
 
 Buffer aggregate_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
   const Extents x(c, batch.tokens);
   c.enter(WorkStage::aggregate, WorkPass::forward, batch.index);
+  s.returning.land(c);
   Buffer out_TD = c.real(Shape(x.T, x.D), "layer output");
   const Buffer& residual_TD = c.has_shared_expert() ? s.shared_TD : s.sum_TD;
   sum_rows(c, x.T, s, x.P == 1 ? s.expert.y_RD : s.returned, c.in(residual_TD, Shape(x.T, x.D)),
@@ -250,7 +276,7 @@ void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerSta
   if (c.rank.mesh.ep == 1) return shared_expert_backward(c, batch, s, g);
   const Extents x(c, batch.tokens);
   const DispatchState& d = s.dispatch;
-  const Buffer send = c.real(Shape(d.sent, x.D), "combine backward send");
+  Buffer send = c.real(Shape(d.sent, x.D), "combine backward send");
   gather_rows({.x_TD = c.in(g.d_out_TD, Shape(x.T, x.D)),
                .index_M = in_i32(d.send_token_M, Shape(d.sent)),
                .y_MD = c.out(send, Shape(d.sent, x.D))},
@@ -259,8 +285,8 @@ void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerSta
   c.rank.comm_waits_for_compute();
   const Ticket arrival =
       exchange_rows(c, send.data(), g.d_y_MD.data(), d.send_tokens, d.recv_tokens, x.D, c.dtype());
+  g.arriving.launch(arrival, one_buffer(std::move(send)));
   shared_expert_backward(c, batch, s, g);
-  c.rank.compute_waits(arrival);
 }
 
 namespace {
@@ -276,6 +302,7 @@ In<Real> expert_token_gradients(const LayerContext& c, const LayerState& s,
 
 void expert_backward_input(const LayerContext& c, LayerState& s, LayerGradients& g) {
   c.enter(WorkStage::expert, WorkPass::backward, s.micro_batch);
+  g.arriving.land(c);
   const Extents x(c);
   const ExpertState& m = s.expert;
   const int64_t R = s.dispatch.rows;
@@ -338,9 +365,9 @@ void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) 
   if (c.rank.mesh.ep == 1) return;
   const Extents x(c);
   const DispatchState& d = s.dispatch;
-  g.d_returned = send_home(c, s, g.d_x_RD);
+  HomeRows rows = send_home(c, s, g.d_x_RD, g.d_returned);
   // Weight gradients go home one per (token, k) in either mode.
-  const Buffer send = floats(c, d.rows, "d weight send");
+  Buffer send = floats(c, d.rows, "d weight send");
   gather_scalars({.x_N = in_f32(g.d_weight_R, Shape(d.rows)),
                   .index_M = in_i32(s.expert.ordered_row_R, Shape(d.rows)),
                   .y_M = out_f32(send, Shape(d.rows))},
@@ -348,8 +375,11 @@ void dispatch_backward(const LayerContext& c, LayerState& s, LayerGradients& g) 
   const int64_t home = std::accumulate(d.send_rows.begin(), d.send_rows.end(), int64_t{0});
   g.d_returned_weight = floats(c, home, "d weight received");
   c.rank.comm_waits_for_compute();
-  c.rank.compute_waits(exchange_rows(c, send.data(), g.d_returned_weight.data(), d.recv_rows,
-                                     d.send_rows, 1, DType::f32));
+  const Ticket last = exchange_rows(c, send.data(), g.d_returned_weight.data(), d.recv_rows,
+                                    d.send_rows, 1, DType::f32);
+  std::vector<Buffer> sent = one_buffer(std::move(rows.sent));
+  sent.push_back(std::move(send));
+  g.returning.launch(last, std::move(sent));
   g.d_x_RD.reset();
   g.d_weight_R.reset();
 }

@@ -94,6 +94,19 @@ struct LayerContext {
   Out<Real> out(const Buffer& buffer, Shape shape, int64_t stride = -1) const;
 };
 
+// Rows between ranks, on the comm stream: whoever reads what comes lands it first, which waits and
+// then frees what was sent. Between launch and landing other work runs on compute.
+class Flight {
+ public:
+  bool is_landed() const { return sent_.empty(); }
+  void launch(Ticket ticket, std::vector<Buffer> sent);
+  void land(const LayerContext& c, std::source_location site = std::source_location::current());
+
+ private:
+  Ticket ticket_;
+  std::vector<Buffer> sent_;
+};
+
 // Tokens on their way to experts and back: counts are per rank of the expert group.
 struct DispatchState {
   Buffer send_count_P2, recv_count_P2, send_token_M, send_expert_MK, send_weight_MK;
@@ -103,6 +116,7 @@ struct DispatchState {
   int64_t sent = 0, received = 0, rows = 0;                             // M, M', R
   // On the expert side. With ep = 1 they are the local tokens (no copies).
   Buffer recv_x_MD, recv_expert_MK, recv_weight_MK, recv_block_M;
+  Flight flight;  // launched by dispatch_forward, landed by expert_forward
 };
 
 struct ExpertState {
@@ -119,7 +133,8 @@ struct LayerState {
   Buffer probs_TE, expert_index_TK, weight_TK, d_probs_TE, d_logits_TE;
   DispatchState dispatch;
   ExpertState expert;
-  Buffer returned;  // stage 4's rows or parts on the token side
+  Buffer returned;   // stage 4's rows or parts on the token side
+  Flight returning;  // launched by combine_forward, landed by aggregate_forward
   // Of a dense layer or of the shared expert, whose output with the residual is shared_TD.
   Buffer mlp_gate_up_TN, shared_gate_T, shared_TD;
 };
@@ -156,6 +171,8 @@ struct LayerGradients {
   Buffer d_x_RD, d_weight_R, d_gate_up_RN, weighted_h_RF;
   Buffer d_returned;  // rows or parts of d_x on the token side
   Buffer d_returned_weight;
+  Flight arriving;     // launched by aggregate_backward, landed by expert_backward_input
+  Flight returning;    // launched by dispatch_backward, landed by attend_backward
   Buffer d_shared_TD;  // the shared expert's part of the gradient of the second norm's output
 
   WeightGradients weights = WeightGradients::now;
@@ -164,6 +181,7 @@ struct LayerGradients {
   std::vector<Buffer> kept;  // what dense_wgrads point at
 };
 
+// Order: aggregate, expert input, dispatch, attend; expert weights anywhere after expert input.
 // Stages 5 and 4: gradients travel to the experts, under the shared expert's backward.
 void aggregate_backward(const LayerContext& c, const MicroBatch& batch, LayerState& s,
                         LayerGradients& g);

@@ -188,6 +188,7 @@ Buffer router_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
   const Extents x(c, batch.tokens);
   OpContext& ops = c.rank.ops;
   const bool local = x.P == 1;
+  g.returning.land(c);
   const Buffer d_weight_TK = floats(c, x.T * x.K, "d routing weight");
   gather_scalars(
       {.x_N = in_f32(local ? g.d_weight_R : g.d_returned_weight, Shape(x.T * x.K)),

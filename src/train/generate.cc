@@ -71,7 +71,7 @@ std::string generate_on_rank(RankEnvironment& environment, const Config& single_
                                                   .position_T = &position_T,
                                                   .sequence_length = count},
                                                  {});
-    step.model().forward(batch, 0, {}, nullptr, logits.f32());
+    step.model().forward({.batch = batch, .x_TD = {}, .logits_TV = logits.f32()});
     const std::vector<float> last = rank.read<float>(logits.f32() + (count - 1) * vocab, vocab);
     rank.finish_step();
     // Ids that the tokenizer does not have are never drawn.

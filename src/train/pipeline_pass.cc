@@ -35,9 +35,7 @@ void PipelinePass::train(const Schedule& schedule) {
         backward_weight(at);
         break;
       case ActionKind::forward_backward:
-        forward(schedule, at, Keep::for_backward, nullptr);
-        backward(schedule, {action.backward_chunk, action.backward_micro_batch},
-                 WeightGradients::now);
+        forward_backward(schedule, at, {action.backward_chunk, action.backward_micro_batch});
         break;
       case ActionKind::send:
         send(action);
@@ -93,7 +91,7 @@ void PipelinePass::finish_chunk(Place at) {
 void PipelinePass::forward(const Schedule& schedule, Place at, Keep keep, float* logits_TV) {
   const MicroBatch& batch = micro_batch(at.micro_batch);
   ChunkState* state = keep == Keep::for_backward ? &states_[at] : nullptr;
-  Buffer x_TD = model_.forward(batch, at.chunk, take(Payload::activation, at), state, logits_TV);
+  Buffer x_TD = model_.forward({batch, at.chunk, take(Payload::activation, at), state, logits_TV});
   if (!x_TD.empty()) hand_on(schedule, Payload::activation, at, std::move(x_TD));
   if (keep == Keep::nothing) finish_chunk(at);
 }
@@ -101,9 +99,24 @@ void PipelinePass::forward(const Schedule& schedule, Place at, Keep keep, float*
 void PipelinePass::backward(const Schedule& schedule, Place at, WeightGradients weights) {
   const MicroBatch& batch = micro_batch(at.micro_batch);
   Buffer d_x_TD =
-      model_.backward(batch, at.chunk, take(Payload::gradient, at), states_.at(at), weights);
+      model_.backward({batch, at.chunk, take(Payload::gradient, at), states_.at(at), weights});
   if (!d_x_TD.empty()) hand_on(schedule, Payload::gradient, at, std::move(d_x_TD));
   if (weights == WeightGradients::now) finish_chunk(at);
+}
+
+void PipelinePass::forward_backward(const Schedule& schedule, Place ahead, Place back) {
+  if (!rank_.config.parallel.overlap) {
+    forward(schedule, ahead, Keep::for_backward, nullptr);
+    return backward(schedule, back, WeightGradients::now);
+  }
+  const MicroBatch &ahead_batch = micro_batch(ahead.micro_batch),
+                   &back_batch = micro_batch(back.micro_batch);
+  auto [x_TD, d_x_TD] = model_.forward_backward(
+      {ahead_batch, ahead.chunk, take(Payload::activation, ahead), &states_[ahead]},
+      {back_batch, back.chunk, take(Payload::gradient, back), states_.at(back)});
+  if (!x_TD.empty()) hand_on(schedule, Payload::activation, ahead, std::move(x_TD));
+  if (!d_x_TD.empty()) hand_on(schedule, Payload::gradient, back, std::move(d_x_TD));
+  finish_chunk(back);
 }
 
 void PipelinePass::backward_weight(Place at) {

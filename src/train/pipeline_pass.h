@@ -33,6 +33,7 @@ class PipelinePass {
   };
   void forward(const Schedule& schedule, Place at, Keep keep, float* logits_TV);
   void backward(const Schedule& schedule, Place at, WeightGradients weights);
+  void forward_backward(const Schedule& schedule, Place ahead, Place back);
   void backward_weight(Place at);
   void send(const PipelineAction& action);
   void post_send(const PipelineAction& action);
