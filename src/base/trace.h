@@ -36,4 +36,7 @@ class Trace {
   std::vector<std::string> lanes_;
 };
 
+// The trace as an SVG picture, the shares [from, to] of its time magnified (src/base/timeline.cc).
+std::string timeline_svg(const Trace& trace, const std::string& title, double from, double to);
+
 }  // namespace cambium

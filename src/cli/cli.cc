@@ -151,6 +151,8 @@ int run_plan(const Invocation& invocation) {
   app.add_flag_callback(
       "--fold", [&] { options.folding = Folding::on; },
       "let one rank of a pipeline stage stand for all of them; refused where they differ");
+  app.add_option("--timeline", options.timeline, "write the timeline as a picture (SVG)")
+      ->type_name("FILE");
   app.add_option("--trace", options.trace, "write the timeline, for ui.perfetto.dev")
       ->type_name("FILE");
   add_json(app, options.format);

@@ -109,6 +109,12 @@ void print_plan_text(const Config& config, const PlanReport& report) {
   fmt::print("  {}\n", report.fits() ? "fits" : "DOES NOT FIT");
 }
 
+void write_text(const std::string& path, const std::string& text) {
+  std::ofstream file(path);
+  file << text;
+  if (!file.flush()) fail(ExitCode::io, "cannot write '{}'", path);
+}
+
 }  // namespace
 
 int command_plan(const PlanOptions& options) {
@@ -122,17 +128,21 @@ int command_plan(const PlanOptions& options) {
   }
   if (options.ranks > 0) scale_ranks(options.ranks, config);
   Trace trace;
-  if (!options.trace.empty()) run.trace = &trace;
+  if (!options.trace.empty() || !options.timeline.empty()) run.trace = &trace;
   const PlanReport report = plan_layout(run);
   if (options.format == OutputFormat::json) {
     print_plan_json(report);
   } else {
     print_plan_text(config, report);
   }
-  if (!options.trace.empty()) {
-    std::ofstream file(options.trace);
-    file << trace.chrome_json();
-    if (!file.flush()) fail(ExitCode::io, "cannot write '{}'", options.trace);
+  if (!options.trace.empty()) write_text(options.trace, trace.chrome_json());
+  if (!options.timeline.empty()) {
+    constexpr double kFrom = 0.46, kTo = 0.54;  // the middle of a pipeline's steady part
+    write_text(options.timeline,
+               timeline_svg(trace,
+                            fmt::format("{} on {}, step {:.1f} ms", layout_text(config),
+                                        report.machine, ms(report.step_ns)),
+                            kFrom, kTo));
   }
   return static_cast<int>(report.fits() ? ExitCode::done : ExitCode::out_of_memory);
 }

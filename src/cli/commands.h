@@ -44,13 +44,14 @@ struct CheckOptions {
 };
 int command_check(const CheckOptions& options);
 
-// cambium plan CONFIG.toml --machine NAME|FILE [--ranks N] [--fold] [--trace FILE] [--set a.b=c]...
+// cambium plan CONFIG.toml --machine NAME|FILE [--ranks N] [--fold] [--trace FILE] [--timeline FILE.svg] [--set a.b=c]...
 struct PlanOptions {
   ConfigSource config;
   std::string machine;
   int64_t ranks = 0;  // 0 = the configuration's
   Folding folding = Folding::off;
-  std::string trace;  // file for the timeline; empty = none
+  std::string trace;     // file for the timeline; empty = none
+  std::string timeline;  // file for its picture; empty = none
   OutputFormat format = OutputFormat::text;
 };
 int command_plan(const PlanOptions& options);

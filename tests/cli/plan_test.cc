@@ -1,5 +1,6 @@
 // cambium plan as a user runs it: text, JSON, the timeline, and a layout that does not fit.
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
@@ -40,6 +41,41 @@ TEST(PlanCommand, JsonHasItsKeysAndTheTraceTheFiveStages) {
     for (const char* stage : {"attend", "dispatch", "expert", "combine", "aggregate"}) {
       EXPECT_EQ(seen.count({rank, stage}), 1u) << rank << " " << stage;
     }
+  }
+}
+
+// What docs/dualpipev.svg shows: with its pairs' stages in turn, a step exposes far less of what
+// travels than the same list pass after pass.
+TEST(PlanCommand, PairsHideTravellingRowsAndTheTimelineShowsThem) {
+  ScratchDirectory scratch;
+  const std::string picture = scratch.path() + "/timeline.svg";
+  std::map<std::string, nlohmann::json> plans;
+  for (const char* overlap : {"true", "false"}) {
+    std::vector<std::string> line = {"plan",       "configs/quickstart.toml",
+                                     "--machine",  "dgx-h200",
+                                     "--fold",     "--json",
+                                     "--timeline", picture};
+    for (const char* assignment :
+         {"model=qwen3-30b-a3b", "model.layers=16", "run.device=cuda", "numerics.compute=bf16",
+          "numerics.reduction=fast", "train.sequence_length=4096", "train.micro_batch_sequences=1",
+          "train.global_batch_sequences=80", "parallel.pp=4", "parallel.dp=8", "parallel.ep=8",
+          "parallel.schedule=dualpipev", "logging.digest_every_steps=100"}) {
+      line.insert(line.end(), {"--set", assignment});
+    }
+    line.insert(line.end(), {"--set", std::string("parallel.overlap=") + overlap});
+    const BinaryRun run = run_binary(line);
+    ASSERT_EQ(run.exit_code, 0) << run.output;
+    plans[overlap] = nlohmann::json::parse(run.output);
+  }
+  EXPECT_LT(plans["true"]["exposed_communication"].get<double>(),
+            0.75 * plans["false"]["exposed_communication"].get<double>());
+  EXPECT_LT(plans["true"]["step_ms"].get<double>(), plans["false"]["step_ms"].get<double>());
+  std::ifstream file(picture);
+  std::stringstream svg;
+  svg << file.rdbuf();
+  for (const char* part : {"rank 0 compute", "rank 8 comm", "rank 24 pipe", "\"attend forward\"",
+                           "\"expert backward\"", "\"expert weights\"", "\"dispatch backward\""}) {
+    EXPECT_NE(svg.str().find(part), std::string::npos) << part;
   }
 }
 
