@@ -11,6 +11,7 @@
 #include "kernels/cuda_stream.h"
 #include "sim/comm_faults.h"
 #include "sim/deadlock.h"
+#include "sim/order_hazards.h"
 #include "sim/race_detector.h"
 #include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
@@ -28,16 +29,19 @@ class Groups {
  public:
   Groups(const ClusterOptions& options, Workers& workers, RaceDetector* races)
       : options_(options), workers_(workers), races_(races) {
+    if (races != nullptr) order_hazards_ = std::make_unique<OrderHazards>(options.ranks);
     if (options.transfer_slots == 0) return;
     slots_.resize(static_cast<size_t>(options.ranks), DeviceSlots{options.transfer_slots, {}});
   }
   Group& nth(const std::string& name, const std::vector<int>& members, size_t number) {
     auto& made = groups_[{name, members}];
     while (made.size() <= number) {
-      made.push_back(std::make_unique<Group>(name, members, options_, workers_, races_, slots_));
+      made.push_back(std::make_unique<Group>(name, members, options_, workers_, races_,
+                                             order_hazards_.get(), slots_));
     }
     return *made[number];
   }
+  const OrderHazards& order_hazards() const { return *order_hazards_; }
   std::vector<const Group*> all() const {
     std::vector<const Group*> groups;
     for (const auto& [key, made] : groups_) {
@@ -50,6 +54,7 @@ class Groups {
   const ClusterOptions& options_;
   Workers& workers_;
   RaceDetector* races_;
+  std::unique_ptr<OrderHazards> order_hazards_;
   std::vector<DeviceSlots> slots_;  // by rank; empty when unlimited
   std::map<std::pair<std::string, std::vector<int>>, std::vector<std::unique_ptr<Group>>> groups_;
 };
@@ -122,7 +127,7 @@ class SimEnvironment final : public RankEnvironment {
                                                 &scheduler_.ready_streams()));
     scheduler_.add_stream(*streams_.back(), rank_);
     if (races_ != nullptr) {
-      races_->add_stream(*streams_.back(), rank_);
+      races_->add_stream(*streams_.back(), rank_, place);
       streams_.back()->set_observer(races_);
     }
     if (virtual_rank_ != nullptr) virtual_rank_->add_stream(*streams_.back());
@@ -256,6 +261,16 @@ Error failure(const Scheduler& scheduler, const Groups& groups, const Environmen
                              "--resume",
                              rank, describe_site(stuck.site), steps[static_cast<size_t>(rank)]));
   }
+  if (const int rank = scheduler.overdue_rank(); rank >= 0) {
+    return Error(
+        ExitCode::watchdog,
+        fmt::format("watchdog: rank {} waits at {} in step {} for longer than {:.6g} s of "
+                    "virtual time: {}; next: look at that rank and its links, raise "
+                    "run.watchdog_s if that is to be borne, then train --resume",
+                    rank, describe_site(scheduler.task(rank).site),
+                    steps[static_cast<size_t>(rank)],
+                    1e-9 * static_cast<double>(options.watchdog_ns), scheduler.overdue_cause()));
+  }
   std::string message = describe_deadlock(scheduler, groups.all(), steps);
   if (options.schedule_seed != 0) {
     message += fmt::format("\n  schedule seed {}", options.schedule_seed);
@@ -265,10 +280,10 @@ Error failure(const Scheduler& scheduler, const Groups& groups, const Environmen
 
 void check_faults_struck(const Environments& environments) {
   for (const auto& environment : environments) {
-    if (environment == nullptr || environment->injector() == nullptr ||
-        environment->injector()->pending().empty())
-      continue;
-    const CommFault& fault = environment->injector()->pending().front();
+    if (environment == nullptr || environment->injector() == nullptr) continue;
+    const CommFault* unstruck = environment->injector()->unstruck();
+    if (unstruck == nullptr) continue;
+    const CommFault& fault = *unstruck;
     fail(
         ExitCode::usage,
         "fault {} on rank {} at step {} found no call to strike{}: the layout makes none that fits",
@@ -325,6 +340,7 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   Workers& workers = options.workers != nullptr ? *options.workers : *own_workers;
   Scheduler scheduler(options.ranks, workers, options.schedule_seed, options.time);
   if (options.schedule_seed != 0 || options.replay != nullptr) scheduler.explore(options);
+  scheduler.set_watchdog(options.watchdog_ns);
   if (options.transfer_slots > 0) scheduler.run_streams_in_turn();
   std::unique_ptr<RaceDetector> races;
   if (options.races == Races::detected) {
@@ -355,7 +371,10 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
   }
   check_faults_struck(environments);
   ClusterReport report = scheduler.report();
-  if (races != nullptr) report.races = races->report();
+  if (races != nullptr) {
+    report.races = races->report();
+    report.races.launches = groups.order_hazards().compared();
+  }
   return report;
 }
 

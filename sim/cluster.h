@@ -39,7 +39,10 @@ enum class CommFaultKind {
   swapped_collectives,
   skipped_collective,
   rank_crash,
-  stuck_rank
+  stuck_rank,
+  pause,
+  slow_link,
+  flapping_link
 };
 // The kind of that name in `[[faults]]`; an Error with exit code 2 for other names.
 CommFaultKind comm_fault_kind(const std::string& name);
@@ -59,12 +62,18 @@ enum class Device { cpu, cuda };
 //   rank_crash: the rank ends before it posts; the run ends with exit code 20.
 //   stuck_rank: the rank stays alive and never posts; when its peers can do nothing more, the run
 //     ends with exit code 21, as the watchdog of a real job would end it.
+//   pause: the rank stops for `delay_ns` of virtual time before it posts, and goes on.
+//   slow_link: each of the rank's transfers in the step starts `delay_ns` after its turn came.
+//   flapping_link: the link is down for `delay_ns` at every other transfer of the step.
+// Where these make a rank wait for longer than `watchdog_ns`, the run ends with exit code 21.
 struct CommFault {
   CommFaultKind kind = CommFaultKind::wrong_count;
   int rank = 0;
   int64_t step = 1;
   std::string communicator = {};  // empty = any
   int64_t skip_calls = 0;         // fitting calls that are left alone first
+  int64_t delay_ns = 0;           // virtual
+  int64_t struck = 0;             // calls so far
 };
 
 // Race detection (sim/race_detector.h): on the CPU, streams one after another.
@@ -104,6 +113,7 @@ struct ClusterOptions {
   Poison poison = Poison::off;
   ReductionOrder reduction_order = ReductionOrder::rank;
   std::vector<CommFault> faults = {};
+  int64_t watchdog_ns = INT64_MAX;  // of virtual time that a rank may wait for a delayed one
   // Transfers that a rank's device holds at a time, from when they reach their stream's head until
   // their peers came (0 = any number). One finds collectives of two streams whose order nothing
   // fixes: on a GPU that has no room for both kernels, ranks that start different ones deadlock.
@@ -124,6 +134,7 @@ struct ClusterReport {
   int64_t fiber_switches = 0;
   int64_t compute_phases = 0;
   int64_t tasks = 0;
+  int64_t virtual_ns = 0;  // that injected delays took
   RaceReport races;
 };
 

@@ -20,6 +20,9 @@ constexpr FaultName kFaultNames[] = {
     {CommFaultKind::skipped_collective, "skipped_collective"},
     {CommFaultKind::rank_crash, "rank_crash"},
     {CommFaultKind::stuck_rank, "stuck_rank"},
+    {CommFaultKind::pause, "pause"},
+    {CommFaultKind::slow_link, "slow_link"},
+    {CommFaultKind::flapping_link, "flapping_link"},
 };
 
 // The count that a wrong_count fault falsifies, for a peer of `rank` where there is one for each.
@@ -52,7 +55,7 @@ CommFaultKind comm_fault_kind(const std::string& name) {
   }
   fail(ExitCode::usage,
        "fault kind '{}' is not one of the communicator's: wrong_count, swapped_collectives, "
-       "skipped_collective, rank_crash, stuck_rank",
+       "skipped_collective, rank_crash, stuck_rank, pause, slow_link, flapping_link",
        name);
 }
 
@@ -79,6 +82,9 @@ bool FaultInjector::fits(const CommFault& fault, const SimCommunicator& communic
       return !fault.communicator.empty() || is_payload(call);
     case CommFaultKind::rank_crash:
     case CommFaultKind::stuck_rank:
+    case CommFaultKind::pause:
+    case CommFaultKind::slow_link:
+    case CommFaultKind::flapping_link:
       return true;
   }
   return false;
@@ -112,6 +118,9 @@ Ticket FaultInjector::post(SimCommunicator& communicator, CollectiveCall call) {
   if (strikes(CommFaultKind::stuck_rank, communicator, call)) {
     scheduler_.hang(rank_, call.site);  // FAULT: stuck_rank
   }
+  if (strikes(CommFaultKind::pause, communicator, call)) {
+    scheduler_.pause(rank_, held_.fault.delay_ns, "is paused", call.site);  // FAULT: pause
+  }
   if (strikes(CommFaultKind::wrong_count, communicator, call)) {
     chosen_count(call, communicator.rank(), communicator.ranks()) += 1;  // FAULT: wrong_count
   }
@@ -121,7 +130,28 @@ Ticket FaultInjector::post(SimCommunicator& communicator, CollectiveCall call) {
   if (strikes(CommFaultKind::swapped_collectives, communicator, call)) {
     return hold(communicator, std::move(call));
   }
-  return communicator.submit(std::move(call));
+  const Delay delay = link_delay(communicator, call);  // FAULT: slow_link, flapping_link
+  return communicator.submit(std::move(call), delay);
+}
+
+// These strike call after call of their step.
+Delay FaultInjector::link_delay(const SimCommunicator& communicator, const CollectiveCall& call) {
+  Delay delay;
+  for (CommFault& fault : pending_) {
+    const bool flaps = fault.kind == CommFaultKind::flapping_link;
+    if (!flaps && fault.kind != CommFaultKind::slow_link) continue;
+    if (!fits(fault, communicator, call) || fault.skip_calls-- > 0) continue;
+    if (!flaps || fault.struck % 2 == 0) delay.ns += fault.delay_ns;
+    delay.why = flaps ? "waits for its flapping link" : "waits for its slow link";
+    delay.scheduler = &scheduler_;
+    ++fault.struck;
+  }
+  return delay;
+}
+
+const CommFault* FaultInjector::unstruck() const {
+  const auto found = std::ranges::find(pending_, 0, &CommFault::struck);
+  return found == pending_.end() ? nullptr : &*found;
 }
 
 Ticket FaultInjector::hold(SimCommunicator& communicator, CollectiveCall call) {

@@ -17,13 +17,14 @@ class FaultInjector {
   void set_step(int64_t step) { step_ = step; }
   // Ends a swap that found no second call: the first is posted as it was. Before host waits.
   void flush();
-  // The faults that have not struck.
-  const std::vector<CommFault>& pending() const { return pending_; }
+  // A fault that has not struck; null when all have.
+  const CommFault* unstruck() const;
 
  private:
   bool strikes(CommFaultKind kind, const SimCommunicator& communicator, const CollectiveCall& call);
   bool fits(const CommFault& fault, const SimCommunicator& communicator,
             const CollectiveCall& call) const;
+  Delay link_delay(const SimCommunicator& communicator, const CollectiveCall& call);
   Ticket hold(SimCommunicator& communicator, CollectiveCall call);
   bool swaps_with_held(const SimCommunicator& communicator, const CollectiveCall& call) const;
   Ticket post_swapped(SimCommunicator& communicator, CollectiveCall call);

@@ -32,6 +32,17 @@ bool join(VectorClock& clock, const VectorClock& other) {
   return learnt;
 }
 
+// ", in dispatch of layer 2, backward, micro-batch 0"; empty outside a training step.
+std::string place_text(const WorkPlace& place) {
+  if (place.stage == WorkStage::none) return "";
+  std::string text = fmt::format(", in {}", work_stage_name(place.stage));
+  if (place.layer >= 0) text += fmt::format(" of layer {}", place.layer);
+  if (place.micro_batch >= 0) {
+    text += fmt::format(", {}, micro-batch {}", work_pass_name(place.pass), place.micro_batch);
+  }
+  return text;
+}
+
 bool writes(Access access) { return access != Access::read; }
 
 }  // namespace
@@ -44,13 +55,14 @@ RaceDetector::RaceDetector(int ranks, LeftOutWait left_out_wait)
   }
 }
 
-void RaceDetector::add_stream(const Stream& stream, int rank) {
+void RaceDetector::add_stream(const Stream& stream, int rank, const WorkPlace& place) {
   const std::lock_guard lock(mutex_);
   auto added = std::make_unique<StreamState>();
   added->stream = &stream;
   added->rank = ranks_[static_cast<size_t>(rank)].get();
   added->timeline = timelines_++;
   added->rank->streams.push_back(added.get());
+  added->rank->place = &place;
   streams_[&stream] = std::move(added);
 }
 
@@ -99,6 +111,7 @@ void RaceDetector::declare(const Stream& stream, const char* op_name,
         std::make_shared<Note>(Note{.op_name = op_name,
                                     .view = access.view,
                                     .site = site,
+                                    .place = *s.rank->place,
                                     .timeline = stream.name(),
                                     .access = access.access,
                                     .number = task.sequence,
@@ -209,6 +222,7 @@ void RaceDetector::host_touches(int rank, const MemoryAccess& access) {
       std::make_shared<Note>(Note{.op_name = "host",
                                   .view = access.view,
                                   .site = {},
+                                  .place = host.place == nullptr ? WorkPlace{} : *host.place,
                                   .timeline = fmt::format("rank {} host", rank),
                                   .access = access.access,
                                   .number = tick,
@@ -298,8 +312,8 @@ void RaceDetector::report_race(const Note& later, const Note& earlier) const {
     const char* verb = note.access == Access::read    ? "reads"
                        : note.access == Access::write ? "writes"
                                                       : "reads and writes";
-    return fmt::format("'{}' (number {} of '{}'{}) {} bytes {} to {} of {}", note.op_name,
-                       note.number, note.timeline,
+    return fmt::format("'{}' (number {} of '{}'{}{}) {} bytes {} to {} of {}", note.op_name,
+                       note.number, note.timeline, place_text(note.place),
                        note.site.line() == 0 ? "" : ", posted at " + describe_site(note.site), verb,
                        begin - note.begin, end - note.begin, note.view);
   };

@@ -38,7 +38,7 @@ class RaceDetector final : public StreamObserver {
  public:
   RaceDetector(int ranks, LeftOutWait left_out_wait);
 
-  void add_stream(const Stream& stream, int rank);
+  void add_stream(const Stream& stream, int rank, const WorkPlace& place);
   void declare(const Stream& stream, const char* op_name, std::span<const MemoryAccess> accesses,
                std::source_location site) override;
   bool keeps_wait(const Stream& stream, const Event& event, std::source_location site) override;
@@ -64,6 +64,7 @@ class RaceDetector final : public StreamObserver {
     const char* op_name = "";
     const char* view = "";
     std::source_location site;
+    WorkPlace place;  // where the trainer was when it enqueued the task
     std::string timeline;
     Access access = Access::read;
     uint64_t number = 0;  // of the task in its stream
@@ -101,7 +102,8 @@ class RaceDetector final : public StreamObserver {
   };
   struct RankState {
     int timeline = 0;
-    VectorClock clock;  // the host's
+    const WorkPlace* place = nullptr;  // of the trainer's host code
+    VectorClock clock;                 // the host's
     uint64_t version = 1;
     uint64_t orders = 0;
     std::map<uintptr_t, Cell> cells;

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <deque>
 #include <thread>
+#include <utility>
 
+#include "fmt/format.h"
 #include "sim/virtual_time.h"
 
 namespace cambium::sim {
@@ -158,7 +160,8 @@ bool Scheduler::run_in_rank_order() {
       if (failed_rank_ >= 0) return false;
     }
     if (all_finished()) return true;
-    if (ran == 0 && ready_streams_.count() == 0) return false;
+    std::vector<int> woken;
+    if (ran == 0 && ready_streams_.count() == 0 && !advance_clock(woken)) return false;
     compute_phase();
     if (failed_rank_ >= 0) return false;
   }
@@ -171,7 +174,10 @@ bool Scheduler::run_explored() {
   while (!all_finished()) {
     const int64_t streams = ready_streams_.count();
     const auto fibers = std::ssize(ready);
-    if (streams + fibers == 0) return false;
+    if (streams + fibers == 0) {
+      if (!advance_clock(ready)) return false;
+      continue;
+    }
     const int64_t choice = choose(ready);
     if (choice < fibers) {
       const int rank = ready[static_cast<size_t>(choice)];
@@ -266,6 +272,57 @@ void Scheduler::wait(int rank, const Event& event, std::source_location site) {
   current.event = event;
   current.site = site;
   suspend(current);
+}
+
+void Scheduler::pause(int rank, int64_t delay_ns, const char* why, std::source_location site) {
+  task(rank).state = RankState::paused;
+  task(rank).site = site;
+  sleepers_.push_back({now_ns_ + delay_ns, rank, nullptr, why});
+  suspend(task(rank));
+}
+
+int64_t Scheduler::delay(Stream& stream, int rank, int64_t delay_ns, const char* why) {
+  const std::lock_guard lock(sleepers_mutex_);
+  sleepers_.push_back({now_ns_ + delay_ns, rank, &stream, why});
+  return sleepers_.back().end_ns;
+}
+
+// NOTE: threads add sleepers in any order, so all that wake now wake together, in rank order.
+bool Scheduler::advance_clock(std::vector<int>& woken) {
+  if (sleepers_.empty()) return false;
+  std::ranges::sort(sleepers_, {}, [](const Sleeper& s) { return std::pair(s.end_ns, s.rank); });
+  const int64_t next_ns = sleepers_.front().end_ns;
+  std::vector<uint64_t> completed(tasks_.size());
+  for (const StreamRank& entry : stream_ranks_) {
+    completed[static_cast<size_t>(entry.rank)] += entry.stream->completed();
+  }
+  for (int rank = 0; rank < ranks(); ++rank) {
+    RankTask& waiting = task(rank);
+    const uint64_t now = completed[static_cast<size_t>(rank)];
+    if (std::exchange(waiting.completed, now) != now) waiting.since_ns = now_ns_;
+    if (waiting.state != RankState::waiting || next_ns - waiting.since_ns <= watchdog_ns_) continue;
+    overdue_rank_ = rank;
+    return false;
+  }
+  now_ns_ = next_ns;
+  report_.virtual_ns = now_ns_;
+  while (!sleepers_.empty() && sleepers_.front().end_ns == now_ns_) {
+    const Sleeper awake = sleepers_.front();
+    sleepers_.erase(sleepers_.begin());
+    if (awake.stream != nullptr) {
+      awake.stream->wake();
+    } else {
+      task(awake.rank).state = RankState::ready;
+      woken.push_back(awake.rank);
+    }
+  }
+  return true;
+}
+
+std::string Scheduler::overdue_cause() const {
+  const Sleeper& first = sleepers_.front();
+  return fmt::format("rank {} {} until {:.6g} s", first.rank, first.why,
+                     1e-9 * static_cast<double>(first.end_ns));
 }
 
 void Scheduler::hang(int rank, std::source_location site) {

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <source_location>
+#include <string>
 #include <vector>
 
 #include "sim/cluster.h"
@@ -21,13 +22,16 @@
 
 namespace cambium::sim {
 
-enum class RankState { ready, running, waiting, yielded, stuck, finished, failed };
+enum class RankState { ready, running, waiting, yielded, paused, stuck, finished, failed };
 
 // One rank as the scheduler sees it.
 struct RankTask {
   RankState state = RankState::ready;
   Event event;  // waited for
   std::source_location site;
+  // On the scheduler's clock: when its streams last completed anything, as far as they had come.
+  int64_t since_ns = 0;
+  uint64_t completed = 0;
   std::unique_ptr<Fiber> fiber;
   std::exception_ptr error;
 };
@@ -68,6 +72,19 @@ class Scheduler {
   // From the running fiber: lets the other ranks run.
   void yield(int rank);
 
+  // The clock of runs that compute: it stands while anything can run, and else goes to the next
+  // sleeper's end, so that injected delays take virtual time and nothing more. A rank that waits
+  // and completes nothing for longer than the watchdog allows ends the run there.
+  int64_t now_ns() const { return now_ns_; }
+  // From the running fiber (`why` is static): goes on after `delay_ns`.
+  void pause(int rank, int64_t delay_ns, const char* why, std::source_location site);
+  // From any thread: wakes `stream` after `delay_ns`. Returns when that is.
+  int64_t delay(Stream& stream, int rank, int64_t delay_ns, const char* why);
+  void set_watchdog(int64_t limit_ns) { watchdog_ns_ = limit_ns; }
+  // The rank that waited for too long, -1 when none did, and whom it waited for.
+  int overdue_rank() const { return overdue_rank_; }
+  std::string overdue_cause() const;
+
   int failed_rank() const { return failed_rank_; }
   // Unwinds every started, unfinished fiber. Waits that a stack makes while unwinding return.
   void cancel();
@@ -87,6 +104,8 @@ class Scheduler {
   int64_t choose(const std::vector<int>& ready);
   int64_t choose_by_priority(const std::vector<int64_t>& actors, const std::vector<int64_t>& among);
   int64_t priority(int64_t actor);
+  // The ranks that woke; false when nobody sleeps or a rank's wait is overdue.
+  bool advance_clock(std::vector<int>& woken);
   bool all_finished() const { return finished_ == ranks(); }
   uint64_t random(uint64_t bound);
 
@@ -95,6 +114,12 @@ class Scheduler {
     int rank = 0;
   };
   std::vector<StreamRank>::const_iterator find_stream(const Stream& stream) const;
+  struct Sleeper {
+    int64_t end_ns = 0;
+    int rank = 0;
+    Stream* stream = nullptr;  // null: the rank's fiber
+    const char* why = "";
+  };
 
   std::vector<RankTask> tasks_;
   Workers& workers_;
@@ -115,6 +140,10 @@ class Scheduler {
   std::atomic<int> draining_{0};  // threads that may add to ready_streams_
   std::atomic<int64_t> tasks_run_{0};
   std::mutex failure_mutex_;
+  int64_t now_ns_ = 0, watchdog_ns_ = INT64_MAX;
+  int overdue_rank_ = -1;
+  std::mutex sleepers_mutex_;
+  std::vector<Sleeper> sleepers_;
   ClusterReport report_;
 };
 

@@ -6,6 +6,7 @@
 
 #include "fmt/format.h"
 #include "sim/comm_faults.h"
+#include "sim/order_hazards.h"
 #include "sim/race_detector.h"
 #include "sim/virtual_time.h"
 #include "src/comm/call_check.h"
@@ -13,13 +14,15 @@
 namespace cambium::sim {
 
 Group::Group(std::string name, std::vector<int> members, const ClusterOptions& options,
-             Workers& workers, RaceDetector* races, std::vector<DeviceSlots>& slots)
+             Workers& workers, RaceDetector* races, OrderHazards* order_hazards,
+             std::vector<DeviceSlots>& slots)
     : name_(std::move(name)),
       members_(std::move(members)),
       order_(options.reduction_order),
       poison_(options.poison),
       workers_(workers),
       races_(races),
+      order_hazards_(order_hazards),
       slots_(slots),
       time_(options.time),
       joined_(members_.size()),
@@ -50,6 +53,8 @@ Transfer& Group::new_transfer(int member) {
   transfer.stage_ = 0;
   transfer.arrived_ = false;
   transfer.holds_slot_ = false;
+  transfer.delay = {};
+  transfer.delayed_until_ns_ = 0;
   return transfer;
 }
 
@@ -62,6 +67,7 @@ void Group::bind(Transfer& transfer, CollectiveCall call) {
     bind_collective(transfer);
   }
   transfer.group = this;
+  if (order_hazards_ != nullptr) order_hazards_->launched(transfer);
 }
 
 void Group::bind_collective(Transfer& transfer) {
@@ -278,11 +284,12 @@ void declare_transfer(const CollectiveCall& call, const SimCommunicator& communi
 
 }  // namespace
 
-Ticket SimCommunicator::submit(CollectiveCall call) {
+Ticket SimCommunicator::submit(CollectiveCall call, Delay delay) {
   Stream& stream = *call.stream;
   if (stream.observer() != nullptr) declare_transfer(call, *this);
   const char* op_name = collective_name(call.kind);
   Transfer& transfer = group_.new_transfer(rank_);
+  transfer.delay = delay;
   group_.bind(transfer, std::move(call));
   if (group_.time() != nullptr) {
     VirtualRank& rank = static_cast<VirtualStream*>(stream.clock())->rank();

@@ -25,6 +25,7 @@ namespace cambium::sim {
 class Group;
 class SimCommunicator;
 class FaultInjector;
+class OrderHazards;
 class RaceDetector;
 struct Meeting;
 struct Mail;
@@ -35,6 +36,15 @@ struct DeviceSlots {
   std::vector<Stream*> waiting;
 };
 
+class Scheduler;
+
+// How long a transfer stands at its stream's head before it starts (injected faults).
+struct Delay {
+  int64_t ns = 0;
+  const char* why = "";
+  Scheduler* scheduler = nullptr;
+};
+
 // One rank's posted call: a task of its stream.
 class Transfer final : public GatedTask {
  public:
@@ -43,13 +53,15 @@ class Transfer final : public GatedTask {
   CollectiveCall call;
   Group* group = nullptr;
   int member = 0;
-  uint64_t sequence = 0;       // of a collective in its group
-  Meeting* meeting = nullptr;  // collectives
-  std::vector<Mail*> sends;    // exchange, as in call.sends
+  uint64_t sequence = 0;         // of a collective in its group
+  uint64_t launch_position = 0;  // among its rank's, from 1 (OrderHazards)
+  Meeting* meeting = nullptr;    // collectives
+  std::vector<Mail*> sends;      // exchange, as in call.sends
   std::vector<Mail*> recvs;
   bool started = false;  // reached its stream's head
   bool done = false;
-  int arrival_number = 0;               // among the members of its meeting
+  int arrival_number = 0;  // among the members of its meeting
+  Delay delay;
   std::vector<uint64_t> arrival_clock;  // what its stream knew when it started (race detection)
   // Virtual time: posted, at its stream's head, peers there, done; and the trainer's place then.
   int64_t issue_ns = 0, ready_ns = 0, moves_from_ns = 0, end_ns = 0;
@@ -58,6 +70,7 @@ class Transfer final : public GatedTask {
  private:
   void note_completed();
   bool take_slot();
+  bool is_delayed();
   bool advance_collective(Workers& workers);
   bool advance_exchange(Workers& workers);
   void run_stage(int stage, Workers& workers);
@@ -66,6 +79,7 @@ class Transfer final : public GatedTask {
   int stage_ = 0;
   bool arrived_ = false;
   bool holds_slot_ = false;
+  int64_t delayed_until_ns_ = 0;
 
   friend class Group;
 };
@@ -109,7 +123,7 @@ struct Channel {
 class Group {
  public:
   Group(std::string name, std::vector<int> members, const ClusterOptions& options, Workers& workers,
-        RaceDetector* races, std::vector<DeviceSlots>& slots);
+        RaceDetector* races, OrderHazards* order_hazards, std::vector<DeviceSlots>& slots);
   const std::string& name() const { return name_; }
   const std::vector<int>& members() const { return members_; }
   int ranks() const { return static_cast<int>(members_.size()); }
@@ -152,6 +166,7 @@ class Group {
   Poison poison_;
   Workers& workers_;
   RaceDetector* races_;
+  OrderHazards* order_hazards_;  // null when races are not looked for
   std::vector<DeviceSlots>& slots_;
   VirtualTime* time_;
   int participants_ = 0;
@@ -172,7 +187,7 @@ class SimCommunicator final : public Communicator {
       : Communicator(group.name(), member, group.ranks()), group_(group), injector_(injector) {}
   Ticket post(CollectiveCall call) override;
   // `post` without faults.
-  Ticket submit(CollectiveCall call);
+  Ticket submit(CollectiveCall call, Delay delay = {});
   Group& group() const { return group_; }
 
  private:

@@ -7,6 +7,7 @@
 #include "kernels/cuda_stream.h"
 #include "sim/race_detector.h"
 #include "sim/reduce.h"
+#include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
 #include "sim/virtual_time.h"
 
@@ -229,6 +230,7 @@ void Transfer::poison_receive_side(Workers& workers) {
 bool Transfer::advance(Workers& workers) {
   if (group == nullptr) return false;  // reserved by an injected fault and not bound yet
   if (group->time() != nullptr) return group->time()->advance_transfer(*this);
+  if (delay.ns > 0 && is_delayed()) return false;
   if (!started && !take_slot()) return false;
   if (!started && group->races() != nullptr) {
     group->races()->starts(*call.stream);
@@ -237,6 +239,16 @@ bool Transfer::advance(Workers& workers) {
   if (!started && group->poison() == Poison::on) poison_receive_side(workers);
   return call.kind == CollectiveKind::exchange ? advance_exchange(workers)
                                                : advance_collective(workers);
+}
+
+// A peer's arrival may wake the stream before its time.
+bool Transfer::is_delayed() {
+  Scheduler& scheduler = *delay.scheduler;
+  if (delayed_until_ns_ == 0) {
+    const int rank = group->members()[static_cast<size_t>(member)];
+    delayed_until_ns_ = scheduler.delay(*call.stream, rank, delay.ns, delay.why);
+  }
+  return scheduler.now_ns() < delayed_until_ns_;
 }
 
 bool Transfer::take_slot() {

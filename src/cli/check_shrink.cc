@@ -38,8 +38,9 @@ std::string join_tape(const std::vector<std::string>& parts) {
 std::string faults_set(const std::vector<FaultConfig>& faults) {
   std::vector<std::string> tables;
   for (const FaultConfig& fault : faults) {
-    tables.push_back(fmt::format("{{kind=\"{}\", rank={}, step={}, site=\"{}\"}}", fault.kind,
-                                 fault.rank, fault.step, fault.site));
+    tables.push_back(fmt::format(
+        "{{kind=\"{}\", rank={}, step={}, site=\"{}\", probability={}, seconds={}}}", fault.kind,
+        fault.rank, fault.step, fault.site, fault.probability, fault.seconds));
   }
   return "faults=[" + joined(tables) + "]";
 }

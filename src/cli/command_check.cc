@@ -7,7 +7,7 @@
 //   3. threads: 1, 2 and 4 workers give the same bits
 //   4. schedules: seeded random orders of ranks and streams give the same bits
 //   5. races: every access that an op or a transfer declares is ordered with those it conflicts
-//   with
+//      with, and all ranks launch the transfers that they share in one order
 //   6. the configured reduction mode, when it is `fast`, repeats itself bit for bit
 // Every run also proves collective matching and freedom from deadlock for its schedule. Injected
 // [[faults]] strike the layout's runs, never the one rank it is compared with.
@@ -19,6 +19,7 @@
 #include "src/cli/check_shrink.h"
 #include "src/cli/commands.h"
 #include "src/cli/launch.h"
+#include "src/config/faults.h"
 #include "src/optim/lr_schedule.h"
 #include "src/train/synthetic.h"
 #include "src/train/train_run.h"
@@ -86,7 +87,8 @@ Trace run_trace(const CheckRun& run, std::string* schedule_taken = nullptr) {
                 // Fresh memory is used again at once where races are looked for.
                 .poison = run.races == nullptr ? Poison::on : Poison::off,
                 .races = run.races,
-                .faults = run.config.faults},
+                .faults = run.config.faults,
+                .watchdog_s = run.config.run.watchdog_s},
                [&](RankEnvironment& environment) {
                  check_rank(environment, run.config, derived, source, trace);
                });
@@ -197,6 +199,16 @@ Config small_twin(const Config& config) {
   return twin;
 }
 
+void refuse_save_faults(const Config& config) {
+  for (const FaultConfig& fault : config.faults) {
+    if (fault_site(fault.kind) != FaultSite::checkpoint) continue;
+    fail(ExitCode::usage,
+         "faults.kind = {} strikes a save, and `check` makes none; next: `train` with "
+         "run.allow_faults = true",
+         fault.kind);
+  }
+}
+
 Config checked_config(const Config& given, const Derived& derived, std::string& what) {
   const double step_flops =
       derived.training_flops_per_token * static_cast<double>(derived.tokens_per_step);
@@ -213,6 +225,7 @@ Config checked_config(const Config& given, const Derived& derived, std::string& 
         config.model.top_k);
   }
   config.train.steps = std::max(config.train.steps, kCheckSteps);
+  config.faults = drawn_faults(config, {0, kCheckSteps});
   return config;
 }
 
@@ -263,6 +276,10 @@ void find_races(const Config& exact, CheckReport& report) {
   run_trace({exact, 2, 0, &races});
   report.passed.push_back(fmt::format("no race and no leaked ticket in {} accesses; {} places wait",
                                       races.accesses, races.waits.size()));
+  if (races.launches > 0) {
+    report.passed.push_back(fmt::format(
+        "every pair of ranks launches its {} shared transfers in one order", races.launches));
+  }
   for (const WaitSite& wait : races.waits) {
     if (wait.implied < wait.count) continue;
     report.passed.push_back(fmt::format("(all waits implied by others: {})", wait.name));
@@ -316,9 +333,13 @@ void run_checks(const Config& config, const CheckRequest& request, CheckReport& 
 
 CheckReport check_config(const CheckRequest& request) {
   std::string what;
+  refuse_save_faults(request.config);
   const Config config = checked_config(request.config, derive(request.config), what);
   CheckReport report;
   report.checked = fmt::format("{} ({})", what, layout_text(config));
+  for (const FaultConfig& fault : config.faults) {
+    report.passed.push_back(fmt::format("(fault: {})", describe_fault(fault)));
+  }
   try {
     run_checks(config, request, report);
   } catch (const Error& error) {

@@ -126,6 +126,12 @@ int command_plan(const PlanOptions& options) {
   if (run.machine.empty()) {
     fail(ExitCode::usage, "no machine: give --machine NAME or FILE, or plan.machine");
   }
+  if (!config.faults.empty()) {
+    fail(ExitCode::usage,
+         "plan times a step without [[faults]], '{}' is given; next: `check` or "
+         "`train` shows what it does, --set 'faults=[]' plans without",
+         config.faults.front().kind);
+  }
   if (options.ranks > 0) scale_ranks(options.ranks, config);
   Trace trace;
   if (!options.trace.empty() || !options.timeline.empty()) run.trace = &trace;

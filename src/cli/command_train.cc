@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 #include <ctime>
@@ -11,6 +12,7 @@
 #include "src/cli/commands.h"
 #include "src/cli/launch.h"
 #include "src/cli/model_source.h"
+#include "src/config/faults.h"
 #include "src/data/ngram.h"
 #include "src/train/generate.h"
 #include "src/train/report.h"
@@ -209,6 +211,15 @@ int end_run(MetricsWriter& metrics, const std::string& directory, const TrainOut
   return static_cast<int>(code);
 }
 
+void print_drawn_faults(const Config& given, const Config& drawn) {
+  const auto may_strike = [](const FaultConfig& fault) { return fault.probability > 0; };
+  if (std::ranges::none_of(given.faults, may_strike)) return;
+  fmt::print(stderr, "faults drawn from seed {}: {} strike\n", given.run.seed, drawn.faults.size());
+  for (const FaultConfig& fault : drawn.faults) {
+    fmt::print(stderr, "  {}\n", describe_fault(fault));
+  }
+}
+
 // What a run of this process is made of, on every rank.
 struct TrainPlan {
   const TrainOptions& options;
@@ -224,7 +235,11 @@ struct TrainPlan {
 // Runs this process's ranks, and returns what rank 0, or this one, ended with.
 TrainOutcome run_ranks(const TrainPlan& plan, const LoadedData& data, TrainRun run) {
   install_signal_handlers();
-  run.config = &plan.config;
+  const int64_t first_step = run.resume == nullptr ? 0 : run.resume->state().step;
+  Config config = plan.config;
+  config.faults = drawn_faults(config, {first_step, plan.last_step()});
+  print_drawn_faults(plan.config, config);
+  run.config = &config;
   run.derived = &plan.derived;
   run.train = data.train.get();
   run.validation = data.validation.get();
@@ -239,7 +254,8 @@ TrainOutcome run_ranks(const TrainPlan& plan, const LoadedData& data, TrainRun r
                 .ranks = plan.derived.ranks,
                 .device = plan.config.run.device,
                 .workers = plan.config.run.workers,
-                .faults = plan.config.faults},
+                .faults = config.faults,
+                .watchdog_s = plan.config.run.watchdog_s},
                [&](RankEnvironment& environment) {
                  const TrainOutcome own = train_rank(environment, run);
                  if (plan.job != nullptr || environment.rank() == 0) outcome = own;

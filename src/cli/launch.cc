@@ -1,6 +1,7 @@
 #include "src/cli/launch.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <thread>
 
@@ -11,16 +12,11 @@
 #include "sim/planner.h"
 #include "src/base/digest.h"
 #include "src/comm/nccl_environment.h"
+#include "src/config/faults.h"
 
 namespace cambium {
 
 namespace {
-
-bool is_comm_fault(const std::string& kind) {
-  constexpr const char* kKinds[] = {"wrong_count", "swapped_collectives", "skipped_collective",
-                                    "rank_crash", "stuck_rank"};
-  return std::ranges::find(kKinds, kind) != std::end(kKinds);
-}
 
 constexpr int64_t kCudaStackBytes = 8 << 20;  // the driver and cuBLAS run on the ranks' stacks
 constexpr int kComputeCapability = 90;        // of CMakeLists.txt: sm_90a
@@ -69,13 +65,14 @@ void add_fault(const FaultConfig& fault, sim::ClusterOptions& cluster) {
   if (fault.kind == "missing_wait") cluster.left_out_wait = {fault.site, rank};
   if (fault.kind == "slow_rank") cluster.slow_ranks.push_back(rank);
   if (fault.kind == "arrival_order_sum") cluster.reduction_order = sim::ReductionOrder::arrival;
-  if (!is_comm_fault(fault.kind)) return;
+  if (fault_site(fault.kind) != FaultSite::communicator) return;
   const FaultPlace place = fault_place(fault);
   cluster.faults.push_back({.kind = sim::comm_fault_kind(fault.kind),
                             .rank = rank,
                             .step = fault.step,
                             .communicator = place.name,
-                            .skip_calls = place.number});
+                            .skip_calls = place.number,
+                            .delay_ns = std::llround(1e9 * fault.seconds)});
 }
 
 }  // namespace
@@ -157,7 +154,7 @@ void launch_detail::launch(const LaunchOptions& options,
   if constexpr (kHasCuda) {
     if (options.job != nullptr) {
       for (const FaultConfig& fault : options.faults) {
-        if (!is_comm_fault(fault.kind)) continue;
+        if (fault_site(fault.kind) != FaultSite::communicator) continue;
         fail(ExitCode::usage, "faults.kind = {} strikes simulated ranks; next: run.transport = sim",
              fault.kind);
       }
@@ -176,6 +173,7 @@ void launch_detail::launch(const LaunchOptions& options,
   cluster.worker_threads = static_cast<int>(worker_threads(options.workers));
   cluster.schedule_seed = options.schedule_seed;
   cluster.poison = options.poison;
+  cluster.watchdog_ns = std::llround(1e9 * options.watchdog_s);
   for (const FaultConfig& fault : options.faults) add_fault(fault, cluster);
   if (options.races != nullptr) cluster.races = sim::Races::detected;
   sim::ScheduleTape replay, taken;

@@ -28,6 +28,7 @@ struct LaunchOptions {
   Poison poison = Poison::off;
   RaceReport* races = nullptr;      // not null: races are looked for, and this is what was seen
   std::vector<FaultConfig> faults;  // those of the communicator strike; others are the trainer's
+  double watchdog_s = 300;          // of virtual time that a rank may wait for a delayed one
 };
 
 namespace launch_detail {

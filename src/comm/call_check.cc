@@ -93,7 +93,9 @@ bool same_call_site(const CollectiveCall& a, const CollectiveCall& b) {
 }
 
 std::string describe_site(const std::source_location& site) {
-  return fmt::format("{}:{}", site.file_name(), site.line());
+  std::string_view file = site.file_name();  // as the compiler was given it: build/cpu/../../src
+  while (file.starts_with("../")) file.remove_prefix(3);
+  return fmt::format("{}:{}", file, site.line());
 }
 
 std::string describe_call(const CollectiveCall& call) {

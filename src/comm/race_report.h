@@ -16,6 +16,7 @@ struct WaitSite {
 
 struct RaceReport {
   int64_t accesses = 0;  // checked
+  int64_t launches = 0;  // of transfers, compared between two ranks each (sim/order_hazards.h)
   std::vector<WaitSite> waits;
 };
 

@@ -164,11 +164,12 @@ struct PlanConfig {
 
 // One injected fault (design.md section 4, `check`): the kind, and where it strikes.
 struct FaultConfig {
-  std::string kind;  // wrong_count swapped_collectives skipped_collective expert_gradient_scale
-                     // rng_rank routing_order swapped_send missing_micro_batch zigzag_half ...
+  std::string kind;  // one of fault_names() (src/config/faults.h)
   int64_t rank = 0;
   int64_t step = 1;
-  std::string site;  // a communicator, a place that waits, or "#k": the k-th fitting place
+  std::string site;        // a communicator, a place that waits, or "#k": the k-th fitting place
+  double probability = 0;  // > 0: of striking once in a run; rank and step are drawn
+  double seconds = 1;      // of virtual time: pause, slow_link, flapping_link
 };
 
 // A site "name#k": either part may be absent; k counts from 0. Exit code 2 when k is no number.
@@ -230,8 +231,8 @@ std::string schema_json();
 
 // Keys whose change between a saved and a given configuration a resume does not allow, as
 // "key = saved, now given" texts. [parallel] [run] [checkpoint] [logging] [recompute],
-// train.micro_batch_sequences and train.steps may differ; model.preset and model.path are names of
-// dimensions that are compared one by one.
+// [[faults]], train.micro_batch_sequences and train.steps may differ; model.preset and model.path
+// are names of dimensions that are compared one by one.
 std::vector<std::string> resume_differences(const Config& saved, const Config& given);
 
 }  // namespace cambium

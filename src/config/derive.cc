@@ -2,11 +2,11 @@
 #include "src/config/derive.h"
 
 #include <algorithm>
-#include <charconv>
 
 #include "fmt/format.h"
 #include "kernels/op.h"
 #include "src/base/check.h"
+#include "src/config/faults.h"
 #include "src/config/schema.h"
 #include "src/parallel/schedule.h"
 
@@ -220,31 +220,6 @@ void check_pipeline(const Config& config) {
   }
 }
 
-void check_faults(const Config& config) {
-  const int64_t ranks = config.parallel.pp * config.parallel.dp * config.parallel.cp;
-  const ParallelConfig& parallel = config.parallel;
-  const auto needs = [](const FaultConfig& fault, const char* kind, const char* key,
-                        int64_t value) {
-    if (fault.kind != kind || value > 1) return;
-    fail(ExitCode::usage, "faults.kind = {} finds nothing to strike with {} = {}: at least 2", kind,
-         key, value);
-  };
-  for (const FaultConfig& fault : config.faults) {
-    needs(fault, "swapped_send", "parallel.pp", parallel.pp);
-    needs(fault, "zigzag_half", "parallel.cp", parallel.cp);
-    needs(fault, "gradient_axis", "parallel.ep", parallel.ep);
-    if (fault.kind == "missing_wait" && fault.site.empty()) {
-      fail(ExitCode::usage,
-           "faults.kind = missing_wait needs faults.site, part of a wait's place such as "
-           "\"qwen3_moe.cc\"");
-    }
-    fault_place(fault);
-    if (fault.rank < ranks) continue;
-    fail(ExitCode::usage, "faults.rank = {} of kind {} is not below the layout's {} ranks",
-         fault.rank, fault.kind, ranks);
-  }
-}
-
 void check_balance(const Config& config) {
   const BalanceLoss loss = config.balance.loss;
   const bool layout_dependent =
@@ -335,19 +310,6 @@ void cut_intervals(const Config& config, Derived* derived) {
 
 }  // namespace
 
-FaultPlace fault_place(const FaultConfig& fault) {
-  const size_t hash = fault.site.rfind('#');
-  if (hash == std::string::npos) return {fault.site, 0};
-  const char* const end = fault.site.data() + fault.site.size();
-  FaultPlace place{fault.site.substr(0, hash), 0};
-  const auto [last, error] = std::from_chars(fault.site.data() + hash + 1, end, place.number);
-  if (error != std::errc{} || last != end || place.number < 0) {
-    fail(ExitCode::usage, "faults.site = '{}': after '#' comes the number of a place, from 0",
-         fault.site);
-  }
-  return place;
-}
-
 void check_device(const Config& config, ConfigUse use) {
   if (config.run.device == DeviceKind::cpu) return;
   if (config.numerics.compute == ComputeType::fp32) {
@@ -373,7 +335,6 @@ Derived derive(const Config& config, ConfigUse use) {
   check_layout(config);
   check_pipeline(config);
   check_balance(config);
-  check_faults(config);
   check_data(config);
   check_supported(config, use);
 
@@ -397,6 +358,7 @@ Derived derive(const Config& config, ConfigUse use) {
            derived.blocks_per_micro_batch * derived.micro_batches * config.parallel.dp);
 
   cut_intervals(config, &derived);
+  check_faults(config, derived);
   count_model(config, &derived);
   count_state(config, &derived);
   return derived;

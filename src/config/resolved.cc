@@ -12,8 +12,6 @@ KeyField field_in(const KeySpec& spec, const Config& config, size_t element) {
   return spec.field(const_cast<Config&>(config), element);
 }
 
-bool in_faults(const KeySpec& spec) { return std::string_view(spec.section) == "faults"; }
-
 // An empty model.preset means "none", which is no choice of the table: the line is left out.
 bool is_written(const KeySpec& spec, const KeyField& field) {
   const auto* text = std::get_if<std::string*>(&field);
@@ -90,25 +88,12 @@ std::string schema_json() {
 std::vector<std::string> resume_differences(const Config& saved, const Config& given) {
   std::vector<std::string> differences;
   for (const KeySpec& spec : key_specs()) {
-    if (spec.resume == ResumeRule::may_differ || in_faults(spec)) continue;
+    if (spec.resume == ResumeRule::may_differ) continue;
     const std::string before = value_toml(spec, field_in(spec, saved, 0));
     const std::string now = value_toml(spec, field_in(spec, given, 0));
     if (before != now) {
       differences.push_back(fmt::format("{} = {}, now {}", spec.key(), before, now));
     }
-  }
-  const size_t shared = std::min(saved.faults.size(), given.faults.size());
-  bool faults_differ = saved.faults.size() != given.faults.size();
-  for (size_t element = 0; element < shared; ++element) {
-    for (const KeySpec& spec : key_specs()) {
-      if (!in_faults(spec)) continue;
-      faults_differ |= value_toml(spec, field_in(spec, saved, element)) !=
-                       value_toml(spec, field_in(spec, given, element));
-    }
-  }
-  if (faults_differ) {
-    differences.push_back(fmt::format("faults = {} entries, now {} entries with other values",
-                                      saved.faults.size(), given.faults.size()));
   }
   return differences;
 }

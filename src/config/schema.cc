@@ -9,6 +9,7 @@
 
 #include "fmt/format.h"
 #include "src/base/check.h"
+#include "src/config/faults.h"
 #include "src/config/nearest.h"
 #include "src/config/presets.h"
 
@@ -33,13 +34,6 @@ constexpr const char* kRopeNames[] = {"default", "linear", "yarn"};
 constexpr const char* kQkNormNames[] = {"none", "per_head", "full_width"};
 constexpr const char* kTokenizerNames[] = {"bytes", "sentencepiece"};
 constexpr const char* kOptimizerNames[] = {"adamw"};
-constexpr const char* kFaultNames[] = {
-    "wrong_count", "swapped_collectives", "skipped_collective", "expert_gradient_scale",
-    "rng_rank",    "routing_order",       "swapped_send",       "missing_micro_batch",
-    "zigzag_half", "gradient_axis",       "missing_wait",       "rank_crash",
-    "stuck_rank",  "slow_rank",           "out_of_memory",      "nan_gradient",
-    "bit_flip",    "arrival_order_sum"};
-
 template <class Value>
 KeyField field_of(Value& value) {
   if constexpr (std::is_enum_v<Value>) {
@@ -82,6 +76,7 @@ constexpr KeyRange kFewfold{0, 100};
 constexpr KeyRange kFraction{0, 1, RangeEnds::open_above};
 constexpr KeyRange kRatio{0, 1};
 constexpr KeyRange kWeight{0, 1000};
+constexpr KeyRange kSeconds{1e-9, 1e6};
 constexpr KeyRange kSeeds{0, 9223372036854775807.0};
 constexpr Choices kNoChoices{};
 constexpr const char* kFromModel = "of the preset or path";
@@ -450,14 +445,18 @@ const KeySpec kKeys[] = {
      nullptr,
      "exponent of plan.routing = zipf: expert i is chosen with a weight of (i + 1)^-zipf"},
 
-    {"faults", "kind", in_fault<&FaultConfig::kind>, kNoRange, kFaultNames, kSame, "required",
+    {"faults", "kind", in_fault<&FaultConfig::kind>, kNoRange, fault_names(), kMay, "required",
      "which mistake"},
-    {"faults", "rank", in_fault<&FaultConfig::rank>, kRankRange, kNoChoices, kSame, nullptr,
+    {"faults", "rank", in_fault<&FaultConfig::rank>, kRankRange, kNoChoices, kMay, nullptr,
      "on which rank"},
-    {"faults", "step", in_fault<&FaultConfig::step>, kCount, kNoChoices, kSame, nullptr,
+    {"faults", "step", in_fault<&FaultConfig::step>, kCount, kNoChoices, kMay, nullptr,
      "at which step"},
-    {"faults", "site", in_fault<&FaultConfig::site>, kNoRange, kNoChoices, kSame, nullptr,
+    {"faults", "site", in_fault<&FaultConfig::site>, kNoRange, kNoChoices, kMay, nullptr,
      "where: a communicator, part of a wait's name, or #k for the k-th fitting place"},
+    {"faults", "probability", in_fault<&FaultConfig::probability>, kRatio, kNoChoices, kMay,
+     nullptr, "0: as named; else of striking once in a run, rank and step drawn from run.seed"},
+    {"faults", "seconds", in_fault<&FaultConfig::seconds>, kSeconds, kNoChoices, kMay, nullptr,
+     "of virtual time that a pause, or each transfer of a slow or flapping link, takes"},
 };
 
 // A number as text, without the fraction of whole numbers.

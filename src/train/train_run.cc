@@ -6,6 +6,7 @@
 
 #include "kernels/copy.h"
 #include "kernels/cuda_stream.h"
+#include "src/checkpoint/save_faults.h"
 #include "src/optim/lr_schedule.h"
 
 namespace cambium {
@@ -131,15 +132,17 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
     }
   }
   const std::string directory = checkpoint_directory(run.directory);
+  const auto faults = save_faults(rank.config, rank.at.rank, at_step);
+  FileSystem& files = faults != nullptr ? *faults : *run.files;
   const int64_t ranks = rank.mesh.ranks();
   if (rank.is_first()) {
     int64_t parameter_bytes = 0;
     for (const CanonicalTensor& tensor : step.model().tensors()) {
       parameter_bytes += 4 * tensor.elements();
     }
-    check_free_space(*run.files, directory, 3 * parameter_bytes);
+    check_free_space(files, directory, 3 * parameter_bytes);
   }
-  write_checkpoint_shard(*run.files, {directory, at_step, rank.at.rank, ranks}, pieces);
+  write_checkpoint_shard(files, {directory, at_step, rank.at.rank, ranks}, pieces);
   rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
   if (rank.is_first()) {
     CheckpointState state;
@@ -155,9 +158,10 @@ void save_checkpoint(TrainStep& step, const TrainRun& run, int64_t at_step) {
     if (!router.fraction_LE.empty()) {
       state.float_arrays["router.fraction"] = as_doubles(rank, router.fraction_LE);
     }
-    commit_checkpoint(*run.files, directory, ranks, state);
-    retain_checkpoints(*run.files, directory, at_step, run.config->checkpoint.keep);
+    commit_checkpoint(files, directory, ranks, state);
+    retain_checkpoints(files, directory, at_step, run.config->checkpoint.keep);
   }
+  if (faults != nullptr) faults->check_struck();
   rank.host.wait(barrier({.communicator = *rank.world, .stream = rank.comm}));
 }
 

@@ -1,9 +1,10 @@
 // Every rule between keys, with its values in the message; the numbers on known models.
 #include <algorithm>
+#include <set>
 
 #include "gtest/gtest.h"
 #include "src/base/error.h"
-#include "src/config/derive.h"
+#include "src/config/faults.h"
 #include "src/config/presets.h"
 #include "tests/tree.h"
 
@@ -74,6 +75,13 @@ const RuleRow kRules[] = {
      "nearest supported: parallel.schedule = zb_v or dualpipev, or parallel.pp = 1"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
     {{"run.transport=nccl"}, "run.transport = nccl with run.device = cpu"},
+    {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=1,probability=0.5}]"},
+     "faults.probability = 0.5 of kind rng_rank draws rank and step"},
+    {{"checkpoint.every_steps=4", "train.steps=10", "faults=[{kind='torn_write',step=9}]"},
+     "step 9 has none: checkpoints are written every 4 steps and after step 10; nearest: "
+     "faults.step = 10"},
+    {{"train.steps=1", "faults=[{kind='disk_full',site='world'}]"}, "a save has no communicator"},
+    {{"faults=[{kind='rank_crash',seconds=2}]"}, "faults.seconds = 2 is of pause"},
     {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=2}]"},
      "faults.rank = 2 of kind rng_rank is not below the layout's 2 ranks"},
     {{"parallel.dp=65536", "parallel.cp=2"}, "more than 65536 ranks"},
@@ -177,6 +185,45 @@ TEST(DeriveNumbers, LayoutsThatDivideAgreeOnBlocks) {
     }
   }
   EXPECT_EQ(layouts, 4 * 1 + 3 * 2 + 2 * 3 + 1 * 3);
+}
+
+std::vector<FaultConfig> draw(const std::string& faults, uint64_t seed, StepRange steps) {
+  const Sets sets = {"parallel.dp=4", "train.steps=12", "checkpoint.every_steps=5",
+                     "faults=[" + faults + "]"};
+  Config config = parse_config("[model]\npreset = \"tiny\"\n", "x.toml", sets);
+  config.run.seed = seed;
+  return drawn_faults(config, steps);
+}
+
+TEST(DrawnFaults, StrikeAsOftenAsToldAtPlacesOfTheSeed) {
+  int crashes = 0;
+  std::set<int64_t> ranks, steps, saves;
+  for (uint64_t seed = 1; seed <= 400; ++seed) {
+    const auto text =
+        "{kind='rank_crash',probability=0.25},{kind='torn_write',probability=1},"
+        "{kind='bit_flip',rank=2,step=3}";
+    const auto faults = draw(text, seed, {2, 12});
+    for (const FaultConfig& fault : faults) {
+      EXPECT_EQ(fault.probability, 0);
+      if (fault.kind == "torn_write") saves.insert(fault.step);
+      if (fault.kind != "rank_crash") continue;
+      ++crashes;
+      ranks.insert(fault.rank);
+      steps.insert(fault.step);
+    }
+    EXPECT_EQ(describe_fault(faults.back()), "bit_flip on rank 2 at step 3");
+    const auto again = draw(text, seed, {2, 12});
+    ASSERT_EQ(again.size(), faults.size());
+    for (size_t i = 0; i < faults.size(); ++i) {
+      EXPECT_EQ(describe_fault(again[i]), describe_fault(faults[i]));
+    }
+  }
+  EXPECT_NEAR(crashes, 100, 30);  // three standard deviations
+  EXPECT_EQ(ranks, (std::set<int64_t>{0, 1, 2, 3}));
+  EXPECT_EQ(steps, (std::set<int64_t>{3, 4, 5, 6, 7, 8, 9, 10, 11, 12}));
+  EXPECT_EQ(saves, (std::set<int64_t>{5, 10, 12}));
+  // Without a save there is nothing to strike.
+  EXPECT_TRUE(draw("{kind='torn_write',probability=1}", 1, {5, 9}).empty());
 }
 
 TEST(ConfigFiles, TheProjectsOwnAreValid) {

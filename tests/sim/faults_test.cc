@@ -129,8 +129,42 @@ TEST(CommFaults, WithoutAPlaceIsAnError) {
       << error.message;
 }
 
+// Virtual time is that of the delays on the way to the end, and passes for nothing else.
+TEST(CommFaults, DelaysTakeVirtualTimeInAnySchedule) {
+  constexpr int64_t kSecond = 1'000'000'000;
+  const struct {
+    CommFaultKind kind;
+    const char* communicator;
+    int64_t want_ns;
+  } cases[] = {
+      {CommFaultKind::pause, "", 7 * kSecond},
+      {CommFaultKind::slow_link, "world", 2 * 7 * kSecond},  // two calls of the step
+      {CommFaultKind::flapping_link, "world", 7 * kSecond},  // the first of the two
+      {CommFaultKind::slow_link, "", 5 * 7 * kSecond},
+      {CommFaultKind::flapping_link, "", 3 * 7 * kSecond},
+  };
+  for (const auto& row : cases) {
+    for (const uint64_t seed : {0, 1, 2, 3}) {
+      ClusterOptions options = with_fault({.kind = row.kind,
+                                           .rank = 1,
+                                           .step = 2,
+                                           .communicator = row.communicator,
+                                           .delay_ns = 7 * kSecond});
+      options.schedule_seed = seed;
+      EXPECT_EQ(run_cluster(options, train_like).virtual_ns, row.want_ns)
+          << comm_fault_name(row.kind) << " '" << row.communicator << "' seed " << seed;
+      options.watchdog_ns = 6 * kSecond;
+      const RunError error = run_error(options, train_like);
+      EXPECT_EQ(error.exit_code, ExitCode::watchdog) << error.message;
+      EXPECT_TRUE(error.says("longer than 6 s of virtual time: rank 1")) << error.message;
+    }
+  }
+  EXPECT_EQ(run_cluster({.ranks = 4}, train_like).virtual_ns, 0);
+}
+
 TEST(CommFaults, Names) {
-  for (const char* name : {"wrong_count", "swapped_collectives", "skipped_collective"}) {
+  for (const char* name : {"wrong_count", "swapped_collectives", "skipped_collective", "pause",
+                           "slow_link", "flapping_link"}) {
     EXPECT_STREQ(comm_fault_name(comm_fault_kind(name)), name);
   }
   EXPECT_THROW(comm_fault_kind("rng_rank"), Error);
