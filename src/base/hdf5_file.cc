@@ -459,7 +459,7 @@ void check_storage(const Hdf5Reader& reader, hid_t dataset, const std::string& n
 
 }  // namespace
 
-Hdf5DatasetInfo Hdf5Reader::any_info(const std::string& name) const {
+Hdf5DatasetInfo Hdf5Reader::dataset_info(const std::string& name, int axes) const {
   check_name(name);
   enter();
   check_link(path_, file_, name);
@@ -469,14 +469,9 @@ Hdf5DatasetInfo Hdf5Reader::any_info(const std::string& name) const {
   Hdf5DatasetInfo info;
   info.type = dataset_type(path_, object, name);
   read_extents(path_, object, name, info);
-  check_storage(*this, object, name, info);
-  return info;
-}
-
-Hdf5DatasetInfo Hdf5Reader::dataset_info(const std::string& name, int axes) const {
-  Hdf5DatasetInfo info = any_info(name);
-  if (std::ssize(info.extents) != axes)
+  if (axes != 0 && std::ssize(info.extents) != axes)
     refuse(path_, fmt::format("{} has {} axes, not {}", quoted(name), info.extents.size(), axes));
+  check_storage(*this, object, name, info);
   return info;
 }
 
@@ -490,7 +485,7 @@ Hdf5DatasetInfo Hdf5Reader::expect_type(const Hdf5DatasetInfo& info, const std::
 
 void Hdf5Reader::read_range(const std::string& name, Hdf5Type type, Hdf5Range range,
                             void* out) const {
-  const Hdf5DatasetInfo info = expect_type(any_info(name), name, type);
+  const Hdf5DatasetInfo info = expect_type(dataset_info(name, 0), name, type);
   if (range.first_index > info.element_count ||
       range.element_count > info.element_count - range.first_index)
     damaged(path_, fmt::format("{} has {} elements, fewer than expected", quoted(name),

@@ -125,8 +125,8 @@ class Hdf5Reader {
 
   enum class Presence { absent, present };
   Presence dataset_presence(const std::string& name) const;
-  // Checks everything about the dataset of `axes` axes that can be checked without reading its
-  // elements.
+  // Checks everything about the dataset of `axes` axes (0 = any number) that can be checked without
+  // reading its elements.
   Hdf5DatasetInfo dataset_info(const std::string& name, int axes = 1) const;
   void read_range(const std::string& name, Hdf5Type type, Hdf5Range range, void* out) const;
   // The whole dataset, which must be of type T.
@@ -144,7 +144,6 @@ class Hdf5Reader {
   double f64_attribute(const char* name) const;
 
  private:
-  Hdf5DatasetInfo any_info(const std::string& name) const;
   Hdf5DatasetInfo expect_type(const Hdf5DatasetInfo& info, const std::string& name,
                               Hdf5Type type) const;
   std::string path_;

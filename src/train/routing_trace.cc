@@ -10,14 +10,14 @@ namespace cambium {
 
 namespace {
 
-constexpr const char* kFormat = "cambium routing trace";
-constexpr uint64_t kVersion = 1;
-constexpr const char* kIds = "expert_ids";
-constexpr const char* kWeights = "gate_weights";
-enum Axis { kLayers, kSequences, kPositions, kChoices, kAxes };
-using Extents = std::array<uint64_t, kAxes>;
+constexpr const char* kTraceFormat = "cambium routing trace";
+constexpr uint64_t kTraceVersion = 1;
+constexpr const char* kTracedIds = "expert_ids";
+constexpr const char* kTracedWeights = "gate_weights";
+enum TraceAxis { kLayerAxis, kSequenceAxis, kPositionAxis, kChoiceAxis, kTraceAxes };
+using TraceExtents = std::array<uint64_t, kTraceAxes>;
 
-Extents extents_of(const Config& config, int64_t steps) {
+TraceExtents trace_extents(const Config& config, int64_t steps) {
   const auto count = [](int64_t value) { return static_cast<uint64_t>(value); };
   return {count(config.model.layers), count(steps * config.train.global_batch_sequences),
           count(config.train.sequence_length), count(config.model.top_k)};
@@ -62,26 +62,27 @@ TraceHeader read_header(const Hdf5Reader& file) {
          file.path(), what);
   };
   if (file.attribute_presence("format") == Hdf5Reader::Presence::absent ||
-      file.string_attribute("format") != kFormat || file.u64_attribute("version") != kVersion) {
-    damaged(fmt::format("its format is not '{}' {}", kFormat, kVersion));
+      file.string_attribute("format") != kTraceFormat ||
+      file.u64_attribute("version") != kTraceVersion) {
+    damaged(fmt::format("its format is not '{}' {}", kTraceFormat, kTraceVersion));
   }
-  const Hdf5DatasetInfo ids = file.dataset_info(kIds, kAxes);
-  const Hdf5DatasetInfo weights = file.dataset_info(kWeights, kAxes);
+  const Hdf5DatasetInfo ids = file.dataset_info(kTracedIds, kTraceAxes);
+  const Hdf5DatasetInfo weights = file.dataset_info(kTracedWeights, kTraceAxes);
   if (ids.type != Hdf5Type::i32 || weights.type != Hdf5Type::f32) {
-    damaged(fmt::format("{} holds {} and {} holds {}, not i32 and f32", kIds,
-                        hdf5_type_name(ids.type), kWeights, hdf5_type_name(weights.type)));
+    damaged(fmt::format("{} holds {} and {} holds {}, not i32 and f32", kTracedIds,
+                        hdf5_type_name(ids.type), kTracedWeights, hdf5_type_name(weights.type)));
   }
   if (ids.extents != weights.extents) {
-    damaged(fmt::format("{} has {} values, {} has {}", kIds, extents_text(ids), kWeights,
-                        extents_text(weights)));
+    damaged(fmt::format("{} has {} values, {} has {}", kTracedIds, extents_text(ids),
+                        kTracedWeights, extents_text(weights)));
   }
-  const auto extent = [&](Axis axis) { return static_cast<int64_t>(ids.extents[axis]); };
+  const auto extent = [&](TraceAxis axis) { return static_cast<int64_t>(ids.extents[axis]); };
   const auto number = [&](const char* name) {
     return static_cast<int64_t>(std::min<uint64_t>(file.u64_attribute(name), INT64_MAX));
   };
-  const TraceHeader header{extent(kLayers),     extent(kSequences),
-                           extent(kPositions),  extent(kChoices),
-                           number("experts"),   number("global_batch_sequences"),
+  const TraceHeader header{extent(kLayerAxis),    extent(kSequenceAxis),
+                           extent(kPositionAxis), extent(kChoiceAxis),
+                           number("experts"),     number("global_batch_sequences"),
                            number("first_step")};
   const int64_t batch = std::max<int64_t>(1, header.global_batch_sequences);
   if (ids.element_count == 0 || header.sequences % batch != 0) {
@@ -114,15 +115,15 @@ RoutingTraceWriter::RoutingTraceWriter(FileSystem& files, const std::string& pat
   const std::string temporary = path + ".tmp";
   if (files.kind(temporary) != EntryKind::missing) files.remove_file(temporary);
   writer_.emplace(temporary);
-  writer_->write_attribute("format", kFormat);
-  writer_->write_attribute("version", kVersion);
+  writer_->write_attribute("format", kTraceFormat);
+  writer_->write_attribute("version", kTraceVersion);
   writer_->write_attribute("first_step", static_cast<uint64_t>(range.first));
   writer_->write_attribute("global_batch_sequences",
                            static_cast<uint64_t>(config.train.global_batch_sequences));
   writer_->write_attribute("experts", static_cast<uint64_t>(config.model.experts));
-  const Extents extents = extents_of(config, range.steps);
-  writer_->create_dataset(kIds, Hdf5Type::i32, Hdf5Storage::checked, extents);
-  writer_->create_dataset(kWeights, Hdf5Type::f32, Hdf5Storage::checked, extents);
+  const TraceExtents extents = trace_extents(config, range.steps);
+  writer_->create_dataset(kTracedIds, Hdf5Type::i32, Hdf5Storage::checked, extents);
+  writer_->create_dataset(kTracedWeights, Hdf5Type::f32, Hdf5Storage::checked, extents);
 }
 
 RoutingTraceWriter::~RoutingTraceWriter() {
@@ -139,8 +140,9 @@ void RoutingTraceWriter::write_step(int64_t step, const TracedRouting& routing) 
   for (int64_t layer = 0; layer < config_.model.layers; ++layer) {
     const int64_t row = layer * range_.steps + step - range_.first;
     const Hdf5Range to{static_cast<uint64_t>(row * B * each), static_cast<uint64_t>(B * each)};
-    writer_->write_range(kIds, Hdf5Type::i32, to, routing.expert_ids.data() + layer * B * each);
-    writer_->write_range(kWeights, Hdf5Type::f32, to,
+    writer_->write_range(kTracedIds, Hdf5Type::i32, to,
+                         routing.expert_ids.data() + layer * B * each);
+    writer_->write_range(kTracedWeights, Hdf5Type::f32, to,
                          routing.gate_weights.data() + layer * B * each);
   }
   if (step + 1 == range_.first + range_.steps) commit();
@@ -177,7 +179,7 @@ std::vector<int32_t> RoutingTraceReader::read(int64_t batch_index, int64_t layer
   const int64_t step = offset < 0 ? offset + range_.steps : offset;
   const int64_t first = (layer * range_.steps + step) * B + range.first_sequence;
   std::vector<int32_t> ids(static_cast<size_t>(range.sequence_count * each));
-  file_.read_range(kIds, Hdf5Type::i32,
+  file_.read_range(kTracedIds, Hdf5Type::i32,
                    {static_cast<uint64_t>(first * each), static_cast<uint64_t>(ids.size())},
                    ids.data());
   check_choices(file_.path(), config_, layer, ids);
@@ -198,7 +200,8 @@ std::vector<std::vector<double>> traced_loads(const std::string& path, const Con
   std::vector<int32_t> ids(row);
   for (int64_t layer = 0; layer < model.layers; ++layer) {
     if (model.is_dense(layer)) continue;
-    file.read_range(kIds, Hdf5Type::i32, {static_cast<uint64_t>(layer) * row, row}, ids.data());
+    file.read_range(kTracedIds, Hdf5Type::i32, {static_cast<uint64_t>(layer) * row, row},
+                    ids.data());
     check_choices(path, config, layer, ids);
     for (const int32_t id : ids) ++loads[static_cast<size_t>(layer)][static_cast<size_t>(id)];
   }

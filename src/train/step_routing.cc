@@ -10,7 +10,7 @@ namespace {
 enum TraceTable : int64_t { kChosenIds, kChosenWeights, kTraceTables };
 
 // The layers with experts of a pipeline rank, chunk by chunk.
-std::vector<int64_t> expert_layers(const Config& config, int64_t pp_index) {
+std::vector<int64_t> layers_with_experts(const Config& config, int64_t pp_index) {
   const ParallelConfig& parallel = config.parallel;
   const int64_t chunks = schedule_chunks(parallel.schedule, parallel.pp, parallel.virtual_stages);
   const std::vector<LayerRange> stages = split_layers(config.model.layers, parallel.pp * chunks);
@@ -67,7 +67,7 @@ std::vector<int32_t> StepRouting::forced_ids(int64_t batch_index, int64_t micro_
 void StepRouting::attach(int64_t batch_index, MicroBatch& batch) {
   const Config& config = rank_.config;
   const int64_t K = config.model.top_k, choices = micro_batch_choices();
-  const std::vector<int64_t> layers = expert_layers(config, rank_.at.pp_index);
+  const std::vector<int64_t> layers = layers_with_experts(config, rank_.at.pp_index);
   const auto layer_count = static_cast<size_t>(config.model.layers);
   if (!table_.empty()) {
     batch.traced_L.resize(layer_count);
@@ -102,7 +102,7 @@ std::vector<Message> StepRouting::messages(const Buffer& table, const MeshCoordi
   const int64_t row = layout_.micro_batches * micro_batch_choices();
   std::vector<Message> messages;
   for (int64_t part = 0; part < kTraceTables; ++part) {
-    for (const int64_t layer : expert_layers(rank_.config, at.pp_index)) {
+    for (const int64_t layer : layers_with_experts(rank_.config, at.pp_index)) {
       const int64_t first = (part * rank_.config.model.layers + layer) * row;
       messages.push_back({0, table.as<int32_t>() + first, row});
     }
@@ -152,7 +152,7 @@ void StepRouting::place(const Buffer& table, const MeshCoordinates& from, Traced
   const int64_t B = config.train.global_batch_sequences;
   const ContextShare share{.ranks = rank_.mesh.cp, .index = from.cp_index};
   const int64_t local_S = S / share.ranks, row = micro_batch_choices();
-  for (const int64_t layer : expert_layers(config, from.pp_index)) {
+  for (const int64_t layer : layers_with_experts(config, from.pp_index)) {
     const int64_t count = layout_.micro_batches * row;
     const auto part = [&](TraceTable of) {
       return table.as<int32_t>() + (of * config.model.layers + layer) * count;
