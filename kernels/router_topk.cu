@@ -26,7 +26,9 @@ struct RouterForward {
   RouterShape shape;
   const float* logits_TE;
   int64_t logits_stride;
-  const float* select_bias_E;  // null without a bias
+  const float* select_bias_E;      // null without a bias
+  const int32_t* forced_index_TK;  // null where the kernel chooses
+  int64_t forced_stride;
   float* probs_TE;
   int64_t probs_stride;
   int32_t* expert_index_TK;
@@ -93,6 +95,13 @@ __device__ __forceinline__ Candidate lane_best(const float* score, const float* 
   return best;
 }
 
+// Sum over lanes 0..K-1 in lane order, the same in every lane.
+__device__ __forceinline__ float ordered_sum(float value, int K) {
+  float sum = 0;
+  for (int k = 0; k < K; ++k) sum += __shfl_sync(kAllLanes, value, k);
+  return sum;
+}
+
 template <int kSlots>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
     router_topk_kernel(const RouterForward a) {
@@ -112,16 +121,23 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
   }
   uint32_t taken = 0;
   int my_expert = 0;
-  float my_weight = 0, sum = 0;
-  for (int k = 0; k < K; ++k) {
+  float my_weight = 0;
+  if (a.forced_index_TK != nullptr) {
+    __syncwarp();  // other lanes wrote the probabilities that this one reads
+    if (lane < K) {
+      my_expert = a.forced_index_TK[t * a.forced_stride + lane];
+      my_weight = a.probs_TE[t * a.probs_stride + my_expert];
+    }
+  }
+  for (int k = 0; k < K && a.forced_index_TK == nullptr; ++k) {
     const Candidate best = warp_best(lane_best<kSlots>(score, probs, taken, E, lane));
     if (best.expert % kWarpLanes == lane) taken |= 1u << (best.expert / kWarpLanes);
-    sum += best.prob;
     if (lane == k) {
       my_expert = best.expert;
       my_weight = best.prob;
     }
   }
+  const float sum = ordered_sum(my_weight, K);
   if (lane >= K) return;
   if (a.shape.normalize == TopkNormalize::over_top_k) my_weight /= sum;
   a.expert_index_TK[t * a.index_stride + lane] = my_expert;
@@ -143,13 +159,6 @@ struct RouterBackward {
   float* d_logits_TE;
   int64_t d_logits_stride;
 };
-
-// Sum over lanes 0..K-1 in lane order, the same in every lane.
-__device__ __forceinline__ float ordered_sum(float value, int K) {
-  float sum = 0;
-  for (int k = 0; k < K; ++k) sum += __shfl_sync(kAllLanes, value, k);
-  return sum;
-}
 
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
     router_topk_backward_kernel(const RouterBackward a) {
@@ -211,6 +220,8 @@ void router_topk(const RouterTopkArgs& args, Stream& stream) {
                         args.logits_TE.pointer(),
                         args.logits_TE.row_stride,
                         args.select_bias_E.pointer(),
+                        args.forced_index_TK.pointer(),
+                        args.forced_index_TK.row_stride,
                         args.probs_TE.pointer(),
                         args.probs_TE.row_stride,
                         args.expert_index_TK.pointer(),

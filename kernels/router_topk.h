@@ -5,7 +5,9 @@
 //                     ties to the lower index
 //   weight_TK = probs of the selected, divided by their sum when `normalize` is `over_top_k`
 //
-// The bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) chooses; it never weighs.
+// The bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2) chooses; it never weighs. With
+// `forced_index_TK` nothing is chosen: expert_index_TK = forced_index_TK, whose ids are distinct
+// within a token, and probabilities, weights and gradients are as if they had been.
 // Backward: d_logits_TE = probs * (g - sum_e g_e probs_e), where g is d_weight_TK taken back
 // through the normalisation and scattered to its experts, plus d_probs_TE (balance losses).
 // Napkin, forward: 4 T E bytes read, 4 T E + 8 T K written, about 6 T E FLOPs; memory bound.
@@ -24,6 +26,7 @@ struct RouterTopkArgs {
   Out<int32_t> expert_index_TK;
   Out<float> weight_TK;
   TopkNormalize normalize = TopkNormalize::over_top_k;
+  In<int32_t> forced_index_TK = {};  // optional: replaces the choice
 };
 
 struct RouterTopkBackwardArgs {
@@ -48,6 +51,9 @@ inline void check_args(const RouterTopkArgs& a) {
   if (!a.select_bias_E.empty()) {
     check_shape("router_topk", "select_bias_E", a.select_bias_E, Shape(E));
   }
+  if (!a.forced_index_TK.empty()) {
+    check_shape("router_topk", "forced_index_TK", a.forced_index_TK, Shape(T, K));
+  }
   CHECK_LE(K, E);
   CHECK_LE(K, kMaxTopk);
   CHECK_LE(E, kMaxExperts);
@@ -64,7 +70,12 @@ inline void check_args(const RouterTopkBackwardArgs& a) {
 
 inline Cost cost(const RouterTopkArgs& a) {
   const int64_t T = a.logits_TE[0], E = a.logits_TE[1], K = a.expert_index_TK[1];
-  return {"router_topk", {T, E, K}, 6 * T * E + 2 * T * E * K, 8 * T * E + 8 * T * K, 0};
+  const bool chooses = a.forced_index_TK.empty();
+  return {"router_topk",
+          {T, E, K},
+          6 * T * E + (chooses ? 2 * T * E * K : 0),
+          8 * T * E + (chooses ? 8 : 12) * T * K,
+          0};
 }
 
 inline Cost cost(const RouterTopkBackwardArgs& a) {
@@ -76,6 +87,7 @@ template <class Visitor>
 void visit_views(const RouterTopkArgs& a, Visitor&& visit) {
   visit("logits_TE", a.logits_TE);
   visit("select_bias_E", a.select_bias_E);
+  visit("forced_index_TK", a.forced_index_TK);
   visit("probs_TE", a.probs_TE);
   visit("expert_index_TK", a.expert_index_TK);
   visit("weight_TK", a.weight_TK);

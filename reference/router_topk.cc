@@ -1,5 +1,6 @@
 #include "kernels/router_topk.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "reference/chunks.h"
@@ -36,19 +37,29 @@ void softmax_row(const float* logits, float* probs, int64_t E) {
   for (int64_t e = 0; e < E; ++e) probs[e] /= total;
 }
 
-// Selects and weighs one token. A NaN score counts as -infinity, so that indices are always valid
-// and distinct; the NaN itself stays in the probabilities and stops the step.
-void select_row(const float* probs, const float* bias, int64_t E, int64_t K,
-                TopkNormalize normalize, int32_t* index, float* weight) {
+// A NaN score counts as -infinity, so that indices are always valid and distinct; the NaN itself
+// stays in the probabilities and stops the step.
+void select_row(const float* probs, const float* bias, int64_t E, int64_t K, int32_t* index) {
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   Selection selection;
   for (int64_t e = 0; e < E; ++e) {
     const float score = bias == nullptr ? probs[e] : probs[e] + bias[e];
     selection.offer(score == score ? score : kLowest, static_cast<int32_t>(e), K);
   }
+  std::copy_n(selection.index, K, index);
+}
+
+void force_row(const int32_t* forced, int64_t E, int64_t K, int32_t* index) {
+  for (int64_t k = 0; k < K; ++k) {
+    CHECK(forced[k] >= 0 && forced[k] < E);
+    index[k] = forced[k];
+  }
+}
+
+void weigh_row(const float* probs, const int32_t* index, int64_t K, TopkNormalize normalize,
+               float* weight) {
   float sum = 0;
   for (int64_t k = 0; k < K; ++k) {
-    index[k] = selection.index[k];
     weight[k] = probs[index[k]];
     sum += weight[k];
   }
@@ -77,9 +88,13 @@ void router_topk(const RouterTopkArgs& a, Workers& workers) {
     for (int64_t t = begin; t < end; ++t) {
       float* probs = a.probs_TE.pointer() + t * a.probs_TE.row_stride;
       softmax_row(a.logits_TE.pointer() + t * a.logits_TE.row_stride, probs, E);
-      select_row(probs, a.select_bias_E.pointer(), E, K, a.normalize,
-                 a.expert_index_TK.pointer() + t * a.expert_index_TK.row_stride,
-                 a.weight_TK.pointer() + t * a.weight_TK.row_stride);
+      int32_t* index = a.expert_index_TK.pointer() + t * a.expert_index_TK.row_stride;
+      if (a.forced_index_TK.empty()) {
+        select_row(probs, a.select_bias_E.pointer(), E, K, index);
+      } else {
+        force_row(a.forced_index_TK.pointer() + t * a.forced_index_TK.row_stride, E, K, index);
+      }
+      weigh_row(probs, index, K, a.normalize, a.weight_TK.pointer() + t * a.weight_TK.row_stride);
     }
   });
 }

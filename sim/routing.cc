@@ -10,12 +10,15 @@
 #include "src/base/error.h"
 #include "src/base/fmath.h"
 #include "src/base/philox.h"
+#include "src/train/routing_trace.h"
 
 namespace cambium::sim {
 
 namespace {
 
 constexpr int64_t kSampledTokens = 512;  // of a layer: the ratio's error is below one percent
+
+constexpr double kLeastLoad = 1e-6;  // of an expert that nobody chose
 
 // A draw in (0, 1) of (seed, what, i).
 double uniform(uint64_t seed, uint64_t what, uint64_t i) {
@@ -55,7 +58,14 @@ RoutingModel::RoutingModel(const Config& config, int64_t tokens)
     return;
   }
   share_.assign(static_cast<size_t>(layers_), std::vector<double>(E, 0.0));
-  if (config.plan.routing != "zipf") read_shares(config.plan.routing);
+  if (config.plan.routing.ends_with(".h5")) {
+    share_ = traced_loads(config.plan.routing, config);
+    for (std::vector<double>& layer : share_) {
+      for (double& load : layer) load += kLeastLoad;
+    }
+  } else if (config.plan.routing != "zipf") {
+    read_shares(config.plan.routing);
+  }
   for (int64_t layer = 0; layer < layers_; ++layer) {
     std::vector<double>& share = share_[static_cast<size_t>(layer)];
     if (config.plan.routing == "zipf") {
@@ -79,7 +89,7 @@ void RoutingModel::read_shares(const std::string& path) {
   if (!file) {
     fail(ExitCode::usage,
          "plan.routing = '{}' is neither uniform nor zipf nor a readable file; next: metrics.jsonl "
-         "of a run",
+         "of a run, or a routing trace (.h5)",
          path);
   }
   bool found = false;
@@ -102,7 +112,7 @@ void RoutingModel::read_shares(const std::string& path) {
         const auto& value = row[static_cast<size_t>(e)];
         const double load_of = value.is_number() ? value.get<double>() : -1;
         if (!(load_of >= 0)) fail(ExitCode::usage, "plan.routing = '{}': a load is no count", path);
-        share_[static_cast<size_t>(layer)][static_cast<size_t>(e)] = load_of + 1e-6;
+        share_[static_cast<size_t>(layer)][static_cast<size_t>(e)] = load_of + kLeastLoad;
       }
     }
     found = true;

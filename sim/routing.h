@@ -3,7 +3,7 @@
 // A pure function of (step, layer, micro-batch, source rank), so both ends of a dispatch agree:
 //   uniform  every expert gets the same number of rows from every rank: no draw at all
 //   zipf     expert i of a layer's own order is chosen with a weight of (i + 1)^-exponent
-//   a file   metrics.jsonl of a run: the loads of its last step, layer by layer
+//   a file   metrics.jsonl of a run: the loads of its last step, layer by layer; or a routing trace
 // The last two add what chance adds: the counts of T tokens scatter as independent draws would.
 // A rank's tokens (each once, however many of its experts they go to) follow from the rows by the
 // layer's ratio of the two, measured on tokens drawn by weight without replacement.

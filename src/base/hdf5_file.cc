@@ -18,6 +18,7 @@ constexpr uint64_t kChunkBytes = 1 << 20;  // HDF5's default chunk cache holds o
 constexpr uint64_t kMaxChunkBytes = 64 << 20;
 constexpr uint64_t kMaxDeflateRatio = 200;  // elements' bytes over stored bytes, as for zstd text
 constexpr size_t kMaxStringBytes = 32 << 10;
+constexpr int kMaxAxes = 4;
 static_assert(kChunkBytes <= kMaxChunkBytes);
 
 // Closes any HDF5 handle but a file's when it goes out of scope.
@@ -253,19 +254,26 @@ void Hdf5Writer::write_attribute(const char* name, double value) {
 }
 
 void Hdf5Writer::create_dataset(const std::string& name, Hdf5Type type, Hdf5Storage storage,
-                                uint64_t element_count) {
+                                std::span<const uint64_t> extents) {
   check_name(name);
+  const int axes = static_cast<int>(extents.size());
+  CHECK(axes >= 1 && axes <= kMaxAxes);
   enter();
   const Handle creation(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
   CHECK(creation >= 0);
   CHECK(H5Pset_obj_track_times(creation, 0) >= 0);
   CHECK(H5Pset_fill_time(creation, H5D_FILL_TIME_NEVER) >= 0);
-  if (storage == Hdf5Storage::checked && element_count > 0) {
-    const hsize_t chunk = std::min<uint64_t>(element_count, kChunkBytes / hdf5_type_bytes(type));
-    CHECK(H5Pset_chunk(creation, 1, &chunk) >= 0 && H5Pset_fletcher32(creation) >= 0);
+  const std::vector<hsize_t> extent(extents.begin(), extents.end());
+  if (storage == Hdf5Storage::checked && std::ranges::count(extent, hsize_t{0}) == 0) {
+    // Whole inner axes while they fit.
+    std::vector<hsize_t> chunk(extent.size());
+    uint64_t room = kChunkBytes / hdf5_type_bytes(type);
+    for (size_t axis = extent.size(); axis-- > 0; room /= chunk[axis]) {
+      chunk[axis] = std::clamp<uint64_t>(room, 1, extent[axis]);
+    }
+    CHECK(H5Pset_chunk(creation, axes, chunk.data()) >= 0 && H5Pset_fletcher32(creation) >= 0);
   }
-  const hsize_t extent = element_count;
-  const Handle space(H5Screate_simple(1, &extent, nullptr), H5Sclose);
+  const Handle space(H5Screate_simple(axes, extent.data(), nullptr), H5Sclose);
   const Handle dataset(
       H5Dcreate2(file_, name.c_str(), native(type), space, H5P_DEFAULT, creation, H5P_DEFAULT),
       H5Dclose);
@@ -274,10 +282,28 @@ void Hdf5Writer::create_dataset(const std::string& name, Hdf5Type type, Hdf5Stor
 
 namespace {
 
-// Selects `range` of a 1-D dataspace; `space` and `memory` describe the transfer.
+// Selects `range`: rows of the outermost axis whose rows make it up.
 void select_range(hid_t space, Hdf5Range range) {
-  const hsize_t first = range.first_index, count = range.element_count;
-  CHECK(H5Sselect_hyperslab(space, H5S_SELECT_SET, &first, nullptr, &count, nullptr) >= 0);
+  hsize_t extent[kMaxAxes] = {}, start[kMaxAxes] = {}, count[kMaxAxes] = {};
+  int axis = H5Sget_simple_extent_dims(space, extent, nullptr) - 1;
+  CHECK_GE(axis, 0);
+  uint64_t row = 1;
+  for (; axis > 0; --axis) {
+    const uint64_t outer = row * extent[axis];
+    if (range.first_index % outer != 0 || range.element_count % outer != 0) break;
+    count[axis] = extent[axis];
+    row = outer;
+  }
+  uint64_t first = range.first_index / row;
+  count[axis] = range.element_count / row;
+  start[axis] = first % extent[axis];
+  CHECK_LE(start[axis] + count[axis], extent[axis]);
+  while (axis > 0) {
+    first /= extent[axis--];
+    start[axis] = first % extent[axis];
+    count[axis] = 1;
+  }
+  CHECK(H5Sselect_hyperslab(space, H5S_SELECT_SET, start, nullptr, count, nullptr) >= 0);
 }
 
 }  // namespace
@@ -372,14 +398,21 @@ uint64_t check_filters(const std::string& path, hid_t creation, const std::strin
   return ratio;
 }
 
-uint64_t element_count(const std::string& path, hid_t dataset, const std::string& name) {
+void read_extents(const std::string& path, hid_t dataset, const std::string& name,
+                  Hdf5DatasetInfo& info) {
   const Handle space(H5Dget_space(dataset), H5Sclose);
   if (space < 0) read_failed(path, quoted(name));
-  if (H5Sget_simple_extent_type(space) != H5S_SIMPLE || H5Sget_simple_extent_ndims(space) != 1)
-    refuse(path, quoted(name) + " is not one-dimensional");
-  hsize_t extent = 0;
-  if (H5Sget_simple_extent_dims(space, &extent, nullptr) != 1) read_failed(path, quoted(name));
-  return extent;
+  const int axes = H5Sget_simple_extent_ndims(space);
+  if (H5Sget_simple_extent_type(space) != H5S_SIMPLE || axes < 1 || axes > kMaxAxes)
+    refuse(path, quoted(name) + " is not an array of one to four axes");
+  hsize_t extent[kMaxAxes] = {};
+  if (H5Sget_simple_extent_dims(space, extent, nullptr) != axes) read_failed(path, quoted(name));
+  info.extents.assign(extent, extent + axes);
+  info.element_count = 1;
+  for (const uint64_t count : info.extents) {
+    if (__builtin_mul_overflow(info.element_count, count, &info.element_count))
+      damaged(path, quoted(name) + " has an impossible size");
+  }
 }
 
 // The layout, checked against the file's size before anything is allocated for the elements.
@@ -406,8 +439,13 @@ void check_storage(const Hdf5Reader& reader, hid_t dataset, const std::string& n
                               stored));
   if (layout == H5D_CHUNKED) {
     info.storage = Hdf5Storage::checked;
-    hsize_t chunk = 0;
-    if (H5Pget_chunk(creation, 1, &chunk) != 1) read_failed(path, quoted(name));
+    const int axes = static_cast<int>(info.extents.size());
+    hsize_t sides[kMaxAxes] = {};
+    if (H5Pget_chunk(creation, kMaxAxes, sides) != axes) read_failed(path, quoted(name));
+    uint64_t chunk = 1;
+    for (int axis = 0; axis < axes; ++axis) {
+      if (__builtin_mul_overflow(chunk, sides[axis], &chunk)) chunk = 0;
+    }
     if (chunk == 0 || chunk > kMaxChunkBytes / type_bytes)
       damaged(path, fmt::format("{} has chunks of {} elements", quoted(name), chunk));
     return;
@@ -421,7 +459,7 @@ void check_storage(const Hdf5Reader& reader, hid_t dataset, const std::string& n
 
 }  // namespace
 
-Hdf5DatasetInfo Hdf5Reader::dataset_info(const std::string& name) const {
+Hdf5DatasetInfo Hdf5Reader::dataset_info(const std::string& name, int axes) const {
   check_name(name);
   enter();
   check_link(path_, file_, name);
@@ -430,13 +468,15 @@ Hdf5DatasetInfo Hdf5Reader::dataset_info(const std::string& name) const {
   if (H5Iget_type(object) != H5I_DATASET) refuse(path_, quoted(name) + " is not a dataset");
   Hdf5DatasetInfo info;
   info.type = dataset_type(path_, object, name);
-  info.element_count = element_count(path_, object, name);
+  read_extents(path_, object, name, info);
+  if (axes != 0 && std::ssize(info.extents) != axes)
+    refuse(path_, fmt::format("{} has {} axes, not {}", quoted(name), info.extents.size(), axes));
   check_storage(*this, object, name, info);
   return info;
 }
 
-Hdf5DatasetInfo Hdf5Reader::expect_type(const std::string& name, Hdf5Type type) const {
-  const Hdf5DatasetInfo info = dataset_info(name);
+Hdf5DatasetInfo Hdf5Reader::expect_type(const Hdf5DatasetInfo& info, const std::string& name,
+                                        Hdf5Type type) const {
   if (info.type != type)
     damaged(path_, fmt::format("{} holds {}, not {}", quoted(name), hdf5_type_name(info.type),
                                hdf5_type_name(type)));
@@ -445,7 +485,7 @@ Hdf5DatasetInfo Hdf5Reader::expect_type(const std::string& name, Hdf5Type type) 
 
 void Hdf5Reader::read_range(const std::string& name, Hdf5Type type, Hdf5Range range,
                             void* out) const {
-  const Hdf5DatasetInfo info = expect_type(name, type);
+  const Hdf5DatasetInfo info = expect_type(dataset_info(name, 0), name, type);
   if (range.first_index > info.element_count ||
       range.element_count > info.element_count - range.first_index)
     damaged(path_, fmt::format("{} has {} elements, fewer than expected", quoted(name),

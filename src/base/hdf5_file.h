@@ -1,7 +1,8 @@
-// HDF5 files through the C API: a writer and a strict reader of 1-D datasets and root attributes.
+// HDF5 files through the C API: a writer and a strict reader of datasets and root attributes.
 //
-// Only what Cambium's own files need (design.md section 6): datasets at the root, of fixed integer
-// and float types, contiguous or chunked with fletcher32, and string, u64 and f64 attributes.
+// Only what Cambium's own files need (design.md section 6): datasets at the root, of one to four
+// axes and of fixed integer and float types, contiguous or chunked with fletcher32, and string, u64
+// and f64 attributes. Ranges count elements in row-major order, whole rows of one axis at a time.
 // The library's newest format is written, whose metadata carries checksums. Every return is
 // checked. NOTE: the file format's parser is not safe against hostile files. Callers with a
 // recorded hash verify it before opening; the reader refuses whatever could reach outside the file
@@ -42,6 +43,7 @@ struct Hdf5DatasetInfo {
   Hdf5Type type = Hdf5Type::u8;
   Hdf5Storage storage = Hdf5Storage::contiguous;
   uint64_t element_count = 0;
+  std::vector<uint64_t> extents;   // their product is element_count
   uint64_t file_offset_bytes = 0;  // contiguous and not empty: where the elements lie in the file
 };
 
@@ -87,9 +89,13 @@ class Hdf5Writer {
   void write_attribute(const char* name, uint64_t value);
   void write_attribute(const char* name, double value);
 
-  // A dataset of `element_count` elements, to be filled by write_range.
+  // A dataset of one axis of `element_count` elements, or of several, to be filled by write_range.
   void create_dataset(const std::string& name, Hdf5Type type, Hdf5Storage storage,
-                      uint64_t element_count);
+                      uint64_t element_count) {
+    create_dataset(name, type, storage, std::span<const uint64_t>(&element_count, 1));
+  }
+  void create_dataset(const std::string& name, Hdf5Type type, Hdf5Storage storage,
+                      std::span<const uint64_t> extents);
   void write_range(const std::string& name, Hdf5Type type, Hdf5Range range, const void* data);
   // Both in one call.
   template <class T>
@@ -119,13 +125,14 @@ class Hdf5Reader {
 
   enum class Presence { absent, present };
   Presence dataset_presence(const std::string& name) const;
-  // Checks everything about the dataset that can be checked without reading its elements.
-  Hdf5DatasetInfo dataset_info(const std::string& name) const;
+  // Checks everything about the dataset of `axes` axes (0 = any number) that can be checked without
+  // reading its elements.
+  Hdf5DatasetInfo dataset_info(const std::string& name, int axes = 1) const;
   void read_range(const std::string& name, Hdf5Type type, Hdf5Range range, void* out) const;
   // The whole dataset, which must be of type T.
   template <class T>
   std::vector<T> read_dataset(const std::string& name) const {
-    const Hdf5DatasetInfo info = expect_type(name, hdf5_type_of<T>());
+    const Hdf5DatasetInfo info = expect_type(dataset_info(name), name, hdf5_type_of<T>());
     std::vector<T> elements(info.element_count);
     read_range(name, info.type, {0, info.element_count}, elements.data());
     return elements;
@@ -137,7 +144,8 @@ class Hdf5Reader {
   double f64_attribute(const char* name) const;
 
  private:
-  Hdf5DatasetInfo expect_type(const std::string& name, Hdf5Type type) const;
+  Hdf5DatasetInfo expect_type(const Hdf5DatasetInfo& info, const std::string& name,
+                              Hdf5Type type) const;
   std::string path_;
   uint64_t file_bytes_ = 0;
   int64_t file_ = -1;

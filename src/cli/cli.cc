@@ -120,6 +120,13 @@ int run_train(const Invocation& invocation) {
                  "bracket this step for a GPU profiler, with NVTX ranges of stages and ops")
       ->type_name("STEP")
       ->check(positive());
+  CLI::Option* const trace =
+      app.add_option("--trace-routing", options.trace_routing,
+                     "write the experts and weights of every token of the last step (HDF5)")
+          ->type_name("FILE");
+  app.add_option("--trace-steps", options.trace_steps, "how many last steps --trace-routing keeps")
+      ->needs(trace)
+      ->check(positive());
   app.footer(example("cambium train configs/quickstart.toml --set train.steps=100 --out runs/a"));
   parse(app, invocation);
   return command_train(options);

@@ -196,6 +196,8 @@ Config small_twin(const Config& config) {
   twin.train.global_batch_sequences =
       parallel.dp * std::min(per_rank, std::max(enough, need.least));
   twin.model.max_positions = std::max(model.max_positions, twin.train.sequence_length);
+  twin.balance.routing = RoutingChoice::learned;  // a trace, or a rotation, is of the given sizes
+  twin.balance.routing_file.clear();
   return twin;
 }
 
@@ -218,7 +220,7 @@ Config checked_config(const Config& given, const Derived& derived, std::string& 
     config = small_twin(given);
     what = fmt::format(
         "a small twin: layers {}, hidden {}, heads {}/{} of {}, expert width {}, vocabulary {}, "
-        "sequences {} of {}; experts {}, top-k {} and the layout as given",
+        "sequences {} of {}; experts {}, top-k {} and the layout as given, routing learned",
         config.model.layers, config.model.hidden, config.model.heads, config.model.kv_heads,
         config.model.head_dim, config.model.expert_hidden, config.model.vocab,
         config.train.global_batch_sequences, config.train.sequence_length, config.model.experts,

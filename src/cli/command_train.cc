@@ -230,6 +230,11 @@ struct TrainPlan {
     const int64_t steps = config.train.steps;
     return options.stop_after_step > 0 ? std::min(options.stop_after_step, steps) : steps;
   }
+  // Steps whose routing is traced, of a run that has done `done`.
+  StepRange traced_steps(int64_t done) const {
+    const int64_t steps = std::min(options.trace_steps, last_step() - done);
+    return {last_step() - steps + 1, steps};
+  }
 };
 
 // Runs this process's ranks, and returns what rank 0, or this one, ended with.
@@ -246,6 +251,9 @@ TrainOutcome run_ranks(const TrainPlan& plan, const LoadedData& data, TrainRun r
   run.validation_batches = data.validation_batches;
   run.last_step = plan.last_step();
   run.profile_step = plan.options.profile_step;
+  if (!plan.options.trace_routing.empty()) {
+    run.trace_from = plan.traced_steps(run.resume == nullptr ? 0 : run.resume->state().step).first;
+  }
   run.stop_signal = &stop_signal_received;
   const auto gpus = static_cast<double>(plan.job == nullptr ? 1 : plan.job->ranks());
   run.peak_flops_per_s = gpus * peak_flops_per_s(plan.config.run.device);
@@ -287,6 +295,17 @@ int train_other_rank(const TrainPlan& plan) {
                                                                : ExitCode::done);
 }
 
+void print_trace(const RoutingTraceWriter& trace, const std::string& path,
+                 const TrainOutcome& outcome) {
+  const int64_t first = trace.range().first, last = first + trace.range().steps - 1;
+  if (trace.is_complete()) {
+    fmt::print("routing trace: {}, steps {} to {}\n", path, first, last);
+  } else {
+    fmt::print(stderr, "routing trace: stopped after step {} of {} to {}: '{}' is not written\n",
+               outcome.step, first, last, path);
+  }
+}
+
 int train_first_rank(const TrainPlan& plan) {
   const Config& config = plan.config;
   const TrainOptions& options = plan.options;
@@ -309,6 +328,15 @@ int train_first_rank(const TrainPlan& plan) {
   const RunRecord record = run_record(config, plan.derived, transport, resolved);
   write_run_record(directory, record);
   const int64_t first_step = reader == nullptr ? 0 : reader->state().step;
+  std::optional<RoutingTraceWriter> trace;
+  if (!options.trace_routing.empty()) {
+    const StepRange range = plan.traced_steps(first_step);
+    if (range.steps < 1) {
+      fail(ExitCode::usage, "--trace-routing: the run is at step {} of {}: none is left to trace",
+           first_step, plan.last_step());
+    }
+    trace.emplace(files, options.trace_routing, config, range);
+  }
   MetricsWriter metrics(directory, first_step,
                         config.logging.tensorboard ? EventFiles::on : EventFiles::off);
   Progress progress(
@@ -325,9 +353,11 @@ int train_first_rank(const TrainPlan& plan) {
                          .directory = directory,
                          .files = &files,
                          .resume = reader,
+                         .routing_trace = trace.has_value() ? &*trace : nullptr,
                          .metrics = &metrics,
                          .progress = &progress});
     progress.finish();
+    if (trace.has_value()) print_trace(*trace, options.trace_routing, outcome);
     if (outcome.reason != StopReason::signal) {
       finish_outputs(config, directory, files, data, outcome, record);
     }
@@ -344,6 +374,7 @@ int command_train(const TrainOptions& options) {
   const Config config = load_config(options.config.path, options.config.sets);
   const Derived derived = derive(config);
   refuse_faults(config);
+  if (config.balance.routing == RoutingChoice::replay) RoutingTraceReader{config};
   if (options.profile_step > 0 && config.run.device != DeviceKind::cuda) {
     fail(ExitCode::usage,
          "--profile brackets a step for a GPU profiler, but run.device = cpu; next: run.device = "

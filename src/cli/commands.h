@@ -23,13 +23,15 @@ struct ConfigSource {
 };
 
 // cambium train CONFIG.toml [--set a.b=c]... [--out DIR] [--resume] [--stop-after-step N]
-// [--profile STEP]
+// [--profile STEP] [--trace-routing FILE [--trace-steps N]]
 struct TrainOptions {
   ConfigSource config;
   std::string out;  // overrides run.out when not empty
   ResumeChoice resume = ResumeChoice::fresh;
   int64_t stop_after_step = 0;  // 0 = train.steps
   int64_t profile_step = 0;     // 0 = none
+  std::string trace_routing;    // file; empty = none
+  int64_t trace_steps = 1;      // the last ones of the run
   Environment environment;
 };
 int command_train(const TrainOptions& options);

@@ -20,6 +20,7 @@ enum class ReductionMode { exact, fast };
 enum class DeviceKind { cpu, cuda };
 enum class Transport { automatic, sim, nccl };
 enum class BalanceLoss { none, sequence, global_batch, global_batch_lagged, micro_batch };
+enum class RoutingChoice { learned, even, replay };
 enum class ScheduleKind { constant, cosine, wsd };
 enum class RecomputeMode { none, swiglu, full_layer };
 enum class DecayRule { matrices, all };
@@ -123,7 +124,9 @@ struct BalanceConfig {
   BalanceLoss loss = BalanceLoss::none;
   double loss_weight = 0.01;
   double z_loss_weight = 0.0;
-  double bias_update_rate = 0.0;  // 0 = no selection bias
+  double bias_update_rate = 0.0;                   // 0 = no selection bias
+  RoutingChoice routing = RoutingChoice::learned;  // of training steps
+  std::string routing_file;                        // of routing = replay
 };
 
 struct RecomputeConfig {
@@ -158,7 +161,7 @@ struct RunConfig {
 
 struct PlanConfig {
   std::string machine;
-  std::string routing = "uniform";  // or "zipf", or the metrics.jsonl of a run
+  std::string routing = "uniform";  // or "zipf", or metrics.jsonl or a routing trace of a run
   double zipf = 0.7;                // exponent of routing = "zipf"
 };
 
@@ -205,6 +208,7 @@ const char* choice_name(ReductionMode value);
 const char* choice_name(DeviceKind value);
 const char* choice_name(Transport value);
 const char* choice_name(BalanceLoss value);
+const char* choice_name(RoutingChoice value);
 const char* choice_name(ScheduleKind value);
 const char* choice_name(RecomputeMode value);
 const char* choice_name(DecayRule value);

@@ -232,6 +232,24 @@ void check_balance(const Config& config) {
   }
 }
 
+void check_routing(const Config& config) {
+  const BalanceConfig& balance = config.balance;
+  if (balance.routing == RoutingChoice::replay && balance.routing_file.empty()) {
+    fail(ExitCode::usage,
+         "balance.routing = replay needs balance.routing_file: a trace that `cambium train "
+         "--trace-routing FILE` wrote");
+  }
+  if (balance.routing != RoutingChoice::replay && !balance.routing_file.empty()) {
+    fail(ExitCode::usage,
+         "balance.routing_file = '{}' is read by balance.routing = replay alone, not by {}",
+         balance.routing_file, choice_name(balance.routing));
+  }
+  if (balance.routing == RoutingChoice::even) {
+    check_multiple({"model.experts", config.model.experts, "train.sequence_length",
+                    config.train.sequence_length});
+  }
+}
+
 // What other parts of this build cannot do yet: refused, never downgraded.
 void check_supported(const Config& config, ConfigUse use) {
   const ParallelConfig& parallel = config.parallel;
@@ -335,6 +353,7 @@ Derived derive(const Config& config, ConfigUse use) {
   check_layout(config);
   check_pipeline(config);
   check_balance(config);
+  check_routing(config);
   check_data(config);
   check_supported(config, use);
 

@@ -26,6 +26,7 @@ constexpr const char* kDeviceNames[] = {"cpu", "cuda"};
 constexpr const char* kTransportNames[] = {"auto", "sim", "nccl"};
 constexpr const char* kBalanceNames[] = {"none", "sequence", "global_batch", "global_batch_lagged",
                                          "micro_batch"};
+constexpr const char* kRoutingNames[] = {"learned", "even", "replay"};
 constexpr const char* kScheduleKindNames[] = {"constant", "cosine", "wsd"};
 constexpr const char* kRecomputeNames[] = {"none", "swiglu", "full_layer"};
 constexpr const char* kDecayNames[] = {"matrices", "all"};
@@ -73,6 +74,7 @@ constexpr KeyRange kLayerNumber{0, 65535};
 constexpr KeyRange kStretch{1, 1e6};
 constexpr KeyRange kTurns{1e-3, 1e6};
 constexpr KeyRange kFewfold{0, 100};
+constexpr KeyRange kTenfold{0, 10};
 constexpr KeyRange kFraction{0, 1, RangeEnds::open_above};
 constexpr KeyRange kRatio{0, 1};
 constexpr KeyRange kWeight{0, 1000};
@@ -212,14 +214,8 @@ const KeySpec kKeys[] = {
      kSame,
      kFromFamily,
      "added to the mean square in RMSNorm"},
-    {"model",
-     "init_std",
-     in_section<kModel, &Model::init_std>,
-     {0, 10},
-     kNoChoices,
-     kSame,
-     "of the path, else 0.02",
-     "standard deviation of the initial weights"},
+    {"model", "init_std", in_section<kModel, &Model::init_std>, kTenfold, kNoChoices, kSame,
+     "of the path, else 0.02", "standard deviation of the initial weights"},
     {"model", "normalize_top_k", in_section<kModel, &Model::normalize_top_k>, kNoRange, kNoChoices,
      kSame, kFromFamily, "divide the selected experts' weights by their sum"},
     {"model", "tie_embeddings", in_section<kModel, &Model::tie_embeddings>, kNoRange, kNoChoices,
@@ -362,14 +358,16 @@ const KeySpec kKeys[] = {
      kSame, nullptr, "weight of the load-balance loss"},
     {"balance", "z_loss_weight", in_section<kBalance, &Balance::z_loss_weight>, kWeight, kNoChoices,
      kSame, nullptr, "weight of the squared log-sum-exp of the router's logits"},
-    {"balance",
-     "bias_update_rate",
-     in_section<kBalance, &Balance::bias_update_rate>,
-     {0, 10},
-     kNoChoices,
-     kSame,
+    {"balance", "bias_update_rate", in_section<kBalance, &Balance::bias_update_rate>, kTenfold,
+     kNoChoices, kSame, nullptr, "step of the selection bias, once per training step; 0 = no bias"},
+    {"balance", "routing", in_section<kBalance, &Balance::routing>, kNoRange, kRoutingNames, kSame,
      nullptr,
-     "step of the selection bias, once per training step; 0 = no bias"},
+     "who chooses a training step's experts: the router, a rotation that loads all alike, or a "
+     "recorded trace; weights are the router's in any case"},
+    {"balance", "routing_file", in_section<kBalance, &Balance::routing_file>, kNoRange, kNoChoices,
+     kSame, nullptr,
+     "the trace of balance.routing = replay, of `cambium train --trace-routing`; a trace of fewer "
+     "steps than the run starts again"},
 
     {"recompute", "mode", in_section<kRecompute, &RecomputeConfig::mode>, kNoRange, kRecomputeNames,
      kMay, nullptr, "what backward computes again; swiglu: what it does in any case"},
@@ -434,15 +432,10 @@ const KeySpec kKeys[] = {
      nullptr, "machine name or file"},
     {"plan", "routing", in_section<kPlan, &PlanConfig::routing>, kNoRange, kNoChoices, kSame,
      nullptr,
-     "how tokens choose experts: uniform, zipf, or the metrics.jsonl of a run, whose last loads "
-     "count"},
-    {"plan",
-     "zipf",
-     in_section<kPlan, &PlanConfig::zipf>,
-     {0, 10},
-     kNoChoices,
-     kSame,
-     nullptr,
+     "how tokens choose experts: uniform, zipf, or a run's metrics.jsonl, whose last loads count, "
+     "or "
+     "routing trace"},
+    {"plan", "zipf", in_section<kPlan, &PlanConfig::zipf>, kTenfold, kNoChoices, kSame, nullptr,
      "exponent of plan.routing = zipf: expert i is chosen with a weight of (i + 1)^-zipf"},
 
     {"faults", "kind", in_fault<&FaultConfig::kind>, kNoRange, fault_names(), kMay, "required",
@@ -573,6 +566,7 @@ const char* choice_name(ReductionMode value) { return name_at(kReductionNames, v
 const char* choice_name(DeviceKind value) { return name_at(kDeviceNames, value); }
 const char* choice_name(Transport value) { return name_at(kTransportNames, value); }
 const char* choice_name(BalanceLoss value) { return name_at(kBalanceNames, value); }
+const char* choice_name(RoutingChoice value) { return name_at(kRoutingNames, value); }
 const char* choice_name(ScheduleKind value) { return name_at(kScheduleKindNames, value); }
 const char* choice_name(RecomputeMode value) { return name_at(kRecomputeNames, value); }
 const char* choice_name(DecayRule value) { return name_at(kDecayNames, value); }

@@ -19,6 +19,12 @@
 
 namespace cambium {
 
+// Where a layer's choice of experts is kept for a trace.
+struct TracedChoice {
+  Out<int32_t> expert_index_TK;
+  Out<float> weight_TK;
+};
+
 // Tensors of one micro-batch that every layer reads.
 struct MicroBatch {
   int64_t index = 0;            // within the step, of this data rank
@@ -32,6 +38,11 @@ struct MicroBatch {
   double balance_gradient_scale = 0;  // per sequence, times N (design.md section 3)
   double z_gradient_scale = 0;        // per token, times N
   InOut<float> metric_leaf_BM;        // this micro-batch's rows of the metrics table
+  // By layer, of the layers here: experts that balance.routing forces (in `forced_index`), and
+  // where choices are traced. Empty where neither happens (src/train/step_routing.h).
+  Buffer forced_index;
+  std::vector<In<int32_t>> forced_index_LTK;
+  std::vector<TracedChoice> traced_L;
 };
 
 // Columns of the metrics table. In exact mode every layer has its own balance and z columns, so

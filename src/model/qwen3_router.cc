@@ -109,6 +109,20 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
   }
 }
 
+// The choice into the trace of the step, where there is one.
+void trace_choice(const LayerContext& c, const MicroBatch& batch, const LayerState& s) {
+  if (batch.traced_L.empty() || c.keep == Keep::recomputing) return;
+  const TracedChoice& to = batch.traced_L[c.layer];
+  const auto keep = [&](const Buffer& from, void* data) {
+    const Shape bytes(from.size_bytes());
+    copy_bytes(
+        {.from_N = {from.as<uint8_t>(), bytes}, .to_N = {static_cast<uint8_t*>(data), bytes}},
+        c.rank.ops);
+  };
+  keep(s.expert_index_TK, to.expert_index_TK.data);
+  keep(s.weight_TK, to.weight_TK.data);
+}
+
 }  // namespace
 
 void mlp_norm_forward(const LayerContext& c, int64_t tokens, LayerState& s) {
@@ -138,14 +152,18 @@ void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   if (!c.router.select_bias_LE.empty()) {
     bias = {c.router.select_bias_LE.f32() + c.layer * x.E, Shape(x.E)};
   }
+  In<int32_t> forced;
+  if (!batch.forced_index_LTK.empty()) forced = batch.forced_index_LTK[c.layer];
   router_topk(
       {.logits_TE = in_f32(logits_TE, Shape(x.T, x.E)),
        .select_bias_E = bias,
        .probs_TE = out_f32(s.probs_TE, Shape(x.T, x.E)),
        .expert_index_TK = out_i32(s.expert_index_TK, Shape(x.T, x.K)),
        .weight_TK = out_f32(s.weight_TK, Shape(x.T, x.K)),
-       .normalize = c.model.normalize_top_k ? TopkNormalize::over_top_k : TopkNormalize::none},
+       .normalize = c.model.normalize_top_k ? TopkNormalize::over_top_k : TopkNormalize::none,
+       .forced_index_TK = forced},
       ops);
+  trace_choice(c, batch, s);
   balance_forward(c, batch, logits_TE, s);
 }
 

@@ -268,6 +268,8 @@ TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run) {
     if (now == run.profile_step && rank.is_first()) start_profile(rank, profile);
     rank.step = now;
     environment.set_step(now);
+    const bool traces = run.trace_from > 0 && now >= run.trace_from;
+    if (traces) step.routing().start_trace();
     step.accumulate(*run.train, done);
     const bool digest = now % digest_every == 0 || now == run.last_step;
     const StepResult result = step.update(now, learning_rate(config, *run.derived, now),
@@ -276,6 +278,10 @@ TrainOutcome train_rank(RankEnvironment& environment, const TrainRun& run) {
     rank.ops.timer = nullptr;
     profile.reset();
     done = now;
+    if (traces) {
+      const TracedRouting routing = step.routing().collect();
+      if (rank.is_first()) run.routing_trace->write_step(now, routing);
+    }
     const bool stopping = stop_requested(rank, run);
     const bool last = done == run.last_step || stopping;
     validation = std::numeric_limits<double>::quiet_NaN();

@@ -11,6 +11,7 @@
 #include "src/checkpoint/checkpoint.h"
 #include "src/train/metrics_writer.h"
 #include "src/train/progress.h"
+#include "src/train/routing_trace.h"
 #include "src/train/train_step.h"
 
 namespace cambium {
@@ -28,8 +29,10 @@ struct TrainRun {
   CheckpointReader* resume = nullptr;  // null = start at step 0
   int64_t last_step = 0;               // stop_after_step or train.steps
   const volatile std::sig_atomic_t* stop_signal = nullptr;
-  double peak_flops_per_s = 0;  // of all GPUs of the run; 0 = no MFU
-  int64_t profile_step = 0;     // rank 0's step that a profiler records; 0 = none
+  double peak_flops_per_s = 0;                  // of all GPUs of the run; 0 = no MFU
+  int64_t profile_step = 0;                     // rank 0's step that a profiler records; 0 = none
+  int64_t trace_from = 0;                       // the first step whose routing is traced; 0 = none
+  RoutingTraceWriter* routing_trace = nullptr;  // rank 0's
   MetricsWriter* metrics = nullptr;
   Progress* progress = nullptr;
 };

@@ -51,6 +51,7 @@ TrainStep::TrainStep(Rank& rank, const ModelConfig& model)
     : rank_(rank),
       model_(rank, model),
       layout_(rank.config),
+      routing_(rank, layout_),
       training_(config_schedule(rank.config, layout_.micro_batches, SchedulePass::training)),
       evaluation_(config_schedule(rank.config, layout_.micro_batches, SchedulePass::forward_only)) {
   const int64_t loads = model.layers * model.experts;
@@ -106,17 +107,19 @@ MicroBatch TrainStep::upload_micro_batch(const SequenceSource& source, int64_t b
   const double sequences = static_cast<double>(config.train.global_batch_sequences);
   const double positions = sequences * static_cast<double>(config.train.sequence_length);
   const double count = static_cast<double>(targets_);
-  return model_.upload(
-      {.token_T = &batch.token_T,
-       .target_T = &batch.target_T,
-       .position_T = &batch.position_T,
-       .document_start_T = masks ? &batch.document_start_T : nullptr,
-       .document_start_S = masks ? &document_start_S : nullptr,
-       .sequence_length = config.train.sequence_length,
-       .index = micro_batch,
-       .balance_gradient_scale = config.balance.loss_weight * count / sequences,
-       .z_gradient_scale = config.balance.z_loss_weight * count / positions},
-      {metric_table_.f32() + micro_batch * blocks * columns, Shape(blocks, columns)});
+  MicroBatch made =
+      model_.upload({.token_T = &batch.token_T,
+                     .target_T = &batch.target_T,
+                     .position_T = &batch.position_T,
+                     .document_start_T = masks ? &batch.document_start_T : nullptr,
+                     .document_start_S = masks ? &document_start_S : nullptr,
+                     .sequence_length = config.train.sequence_length,
+                     .index = micro_batch,
+                     .balance_gradient_scale = config.balance.loss_weight * count / sequences,
+                     .z_gradient_scale = config.balance.z_loss_weight * count / positions},
+                    {metric_table_.f32() + micro_batch * blocks * columns, Shape(blocks, columns)});
+  if (pass_ == SchedulePass::training) routing_.attach(batch_index, made);
+  return made;
 }
 
 void TrainStep::accumulate(const SequenceSource& source, int64_t batch_index) {
@@ -359,7 +362,9 @@ StepResult TrainStep::update(int64_t step, double learning_rate, WithDigests wit
 TrainStep::Evaluation TrainStep::evaluate(const SequenceSource& source, int64_t batch_index,
                                           float* logits_TV) {
   begin(batch_index, source);
+  pass_ = SchedulePass::forward_only;
   PipelinePass(*this, source, batch_index).evaluate(evaluation_, logits_TV);
+  pass_ = SchedulePass::training;
   reduce_metrics();
   host_metrics_ = rank_.download<float>(gathered_metrics_);
   rank_.finish_step();

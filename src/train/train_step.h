@@ -18,6 +18,7 @@
 #include "src/model/model.h"
 #include "src/parallel/batch_layout.h"
 #include "src/parallel/schedule.h"
+#include "src/train/step_routing.h"
 
 namespace cambium {
 
@@ -67,6 +68,7 @@ class TrainStep {
   Model& model() { return model_; }
   Rank& rank() { return rank_; }
   const BatchLayout& layout() const { return layout_; }
+  StepRouting& routing() { return routing_; }
 
   // The start of a step and of each of its micro-batches: parts of `accumulate`, for benchmarks.
   void begin(int64_t batch_index, const SequenceSource& source);
@@ -105,7 +107,9 @@ class TrainStep {
   Rank& rank_;
   Model model_;
   BatchLayout layout_;
+  StepRouting routing_;
   Schedule training_, evaluation_;
+  SchedulePass pass_ = SchedulePass::training;
   int64_t targets_ = 0;  // N
   // [micro-batch][block of this rank][column], and those of all ranks.
   Buffer metric_table_, gathered_metrics_;

@@ -44,6 +44,56 @@ std::string last_step_line(const std::string& run) {
   return last.substr(0, last.find("\"step_ms\"")) + last.substr(last.find("\"digest\""), 45);
 }
 
+std::string file_bytes(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// The file is of the last steps, in global order: the layout, a stop and a resume leave no mark.
+TEST(Train, RoutingTraceOfALayoutIsThatOfOneRankByteForByte) {
+  const ScratchDirectory scratch;
+  const std::string config = small_config(scratch), one = scratch.path() + "/one.h5";
+  const std::string four = scratch.path() + "/sub/four.h5", run = scratch.path() + "/four";
+  const auto traced = [&](std::vector<std::string> arguments, const std::string& file) {
+    arguments.insert(arguments.begin(), {"train", config});
+    arguments.insert(arguments.end(), {"--trace-routing", file, "--trace-steps", "2"});
+    const BinaryRun ended = run_binary(arguments);
+    EXPECT_EQ(ended.exit_code, 0) << ended.output;
+    return ended.output;
+  };
+  const std::string single = "parallel={dp=1,ep=1}";
+  EXPECT_NE(traced({"--out", scratch.path() + "/one", "--set", single}, one).find("steps 5 to 6"),
+            std::string::npos);
+  EXPECT_EQ(run_binary({"train", config, "--out", run, "--stop-after-step", "4"}).exit_code, 0);
+  traced({"--out", run, "--resume"}, four);
+  EXPECT_GT(file_bytes(one).size(), 2u * 2 * 2 * 8 * 32 * 2 * 4);
+  EXPECT_TRUE(file_bytes(four) == file_bytes(one));
+  EXPECT_FALSE(std::filesystem::exists(four + ".tmp"));
+  const BinaryRun late =
+      run_binary({"train", config, "--out", run, "--resume", "--trace-routing", four});
+  EXPECT_EQ(late.exit_code, 2) << late.output;
+  EXPECT_NE(late.output.find("none is left to trace"), std::string::npos) << late.output;
+}
+
+TEST(Train, ResumeRefusesAnotherRouting) {
+  const ScratchDirectory scratch;
+  const std::string config = small_config(scratch), run = scratch.path() + "/run";
+  EXPECT_EQ(run_binary({"train", config, "--out", run, "--stop-after-step", "2", "--trace-routing",
+                        scratch.path() + "/t.h5"})
+                .exit_code,
+            0);
+  const BinaryRun other =
+      run_binary({"train", config, "--out", run, "--resume", "--set", "balance.routing=even"});
+  EXPECT_EQ(other.exit_code, 2);
+  EXPECT_NE(other.output.find("balance.routing"), std::string::npos) << other.output;
+  const BinaryRun shape =
+      run_binary({"train", config, "--out", run + "2", "--set", "balance.routing=replay", "--set",
+                  "balance.routing_file=" + scratch.path() + "/t.h5", "--set", "model.top_k=3"});
+  EXPECT_EQ(shape.exit_code, 2);
+  EXPECT_NE(shape.output.find("model.top_k = 2, not 3"), std::string::npos) << shape.output;
+  EXPECT_FALSE(std::filesystem::exists(run + "2"));
+}
+
 TEST(Train, WritesEveryOutputAndResumesBitExactInOtherLayouts) {
   const ScratchDirectory scratch;
   const std::string config = small_config(scratch), a = scratch.path() + "/a";

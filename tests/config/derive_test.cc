@@ -56,6 +56,10 @@ const RuleRow kRules[] = {
     {{"data.train=a.txt", "data.tokenizer_vocab=1000"},
      "data.tokenizer_vocab = 1000 is above model.vocab = 512"},
     {{"balance.loss=micro_batch"}, "balance.loss = micro_batch depends on the layout"},
+    {{"balance.routing=replay"}, "balance.routing = replay needs balance.routing_file"},
+    {{"balance.routing_file=a.h5"}, "read by balance.routing = replay alone, not by learned"},
+    {{"balance.routing=even", "model.experts=5", "model.top_k=2"},
+     "train.sequence_length = 128 is not a multiple of model.experts = 5; nearest: 125 or 130"},
     {{"balance.loss=global_batch"}, "use balance.loss = global_batch_lagged"},
     {{"parallel.pp=2", "parallel.schedule=dualpipev", "parallel.dp=4"},
      "parallel.schedule = dualpipev with parallel.pp = 2 needs 4 micro-batches of each data rank, "

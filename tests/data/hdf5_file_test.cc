@@ -177,6 +177,35 @@ TEST_F(Hdf5FileTest, AFileBeingWrittenIsRefusedWithTheLockingVariable) {
   EXPECT_NE(read_exit_code("x"), 0);
 }
 
+// Rows of an inner axis, in any order, land where row-major numbers say; chunks are whole or not.
+TEST_F(Hdf5FileTest, ArraysOfSeveralAxesKeepRowMajorOrder) {
+  const std::vector<uint64_t> extents = {3, 10, 250, 100};  // a chunk holds 10 rows of 250 x 100
+  const uint64_t rows = 3 * 10, row = 250 * 100;
+  std::vector<int32_t> values(rows * row);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<int32_t>(i * 7);
+  std::vector<std::string> files;
+  for (const char* name : {"a.h5", "b.h5"}) {
+    Hdf5Writer writer((directory_ / name).string());
+    writer.create_dataset("x", Hdf5Type::i32, Hdf5Storage::checked, extents);
+    for (uint64_t r = 0; r < rows; r += 2) {  // pairs of rows: not a whole outer row
+      writer.write_range("x", Hdf5Type::i32, {r * row, 2 * row}, values.data() + r * row);
+    }
+    writer.close();
+    std::ifstream file(directory_ / name, std::ios::binary);
+    files.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+  }
+  EXPECT_TRUE(files[0] == files[1]);
+  const Hdf5Reader reader((directory_ / "a.h5").string());
+  EXPECT_EQ(reader.dataset_info("x", 4).extents, extents);
+  EXPECT_THROW(reader.dataset_info("x", 2), Error);
+  std::vector<int32_t> part(3 * 100);
+  reader.read_range("x", Hdf5Type::i32, {23 * row + 100 * 17, part.size()}, part.data());
+  EXPECT_TRUE(std::equal(part.begin(), part.end(), values.begin() + 23 * row + 100 * 17));
+  std::vector<int32_t> all(values.size());
+  reader.read_range("x", Hdf5Type::i32, {0, all.size()}, all.data());
+  EXPECT_TRUE(all == values);
+}
+
 // ---- Files that no writer of ours makes.
 
 TEST_F(Hdf5FileTest, RefusesLinks) {

@@ -64,6 +64,20 @@ inline std::vector<double> weight_oracle(const std::vector<double>& probs_TE,
   return weight_TK;
 }
 
+// K distinct experts for each token, of any probability: what a recorded choice may be.
+inline std::vector<double> forced_choice(TestRandom& random, const RouterTopkCase& c) {
+  std::vector<double> index_TK;
+  for (int64_t t = 0; t < c.T; ++t) {
+    std::vector<int64_t> order(static_cast<size_t>(c.E));
+    for (int64_t e = 0; e < c.E; ++e) order[e] = e;
+    for (int64_t k = 0; k < c.K; ++k) {
+      std::swap(order[k], order[random.integer(k, c.E - 1)]);
+      index_TK.push_back(static_cast<double>(order[k]));
+    }
+  }
+  return index_TK;
+}
+
 // What the backward differentiates: <d_weight, weight> + <d_probs, probs>, the choice held fixed.
 inline double router_loss_oracle(const std::vector<double>& logits_TE,
                                  const std::vector<double>& index_TK,

@@ -1,5 +1,5 @@
-// Parity of the router: oracle, ties, bias, NaN, D1, D2, finite differences; CUDA against the
-// reference.
+// Parity of the router: oracle, ties, bias, NaN, forced choices, D1, D2, finite differences; CUDA
+// against the reference.
 #include "tests/ops/router_topk_cases.h"
 
 #include "tests/ops/cuda_test.h"
@@ -11,21 +11,29 @@ namespace {
 double router_bound(int64_t E) { return tolerance(8, E); }
 
 struct RouterTensors {
-  TestTensor logits_TE, bias_E, probs_TE, index_TK, weight_TK;
+  TestTensor logits_TE, bias_E, probs_TE, index_TK, weight_TK, forced_TK;
   RouterTensors(const RouterTopkCase& c, uint64_t seed)
       : logits_TE(Shape(c.T, c.E), DType::f32, c.E + 3),
         bias_E(Shape(c.E)),
         probs_TE(Shape(c.T, c.E), DType::f32, c.E + 1),
         index_TK(Shape(c.T, c.K), DType::i32, c.K + 1),
-        weight_TK(Shape(c.T, c.K), DType::f32, c.K + 2) {
+        weight_TK(Shape(c.T, c.K), DType::f32, c.K + 2),
+        forced_TK(Shape(c.T, c.K), DType::i32, c.K + 5) {
     TestRandom random(seed);
     logits_TE.fill_normal(random);
     bias_E.fill_normal(random, 0.1);
+    forced_TK.assign(forced_choice(random, c));
+  }
+  RouterTopkArgs forced(TopkNormalize normalize) {
+    RouterTopkArgs a = args(normalize, false);
+    a.forced_index_TK = forced_TK.in<int32_t>();
+    return a;
   }
   RouterTopkArgs args(TopkNormalize normalize, bool has_bias) {
     return {logits_TE.in<float>(),  has_bias ? bias_E.in<float>() : In<float>(),
             probs_TE.out<float>(),  index_TK.out<int32_t>(),
-            weight_TK.out<float>(), normalize};
+            weight_TK.out<float>(), normalize,
+            In<int32_t>()};
   }
 };
 
@@ -82,6 +90,43 @@ TEST(RouterTopk, LargeLogitsAndNanKeepValidIndices) {
   EXPECT_TRUE(bits_equal(r.index_TK, std::vector<double>{5, 0, 1, 0, 1, 2, 0, 1, 2}));
   EXPECT_EQ(r.weight_TK.at(0), 1);
   EXPECT_TRUE(std::isnan(r.weight_TK.at(3)));  // what is not a number stays visible
+}
+
+TEST(RouterTopk, ForcedExpertsAreTakenAndWeighed) {
+  for (const RouterTopkCase& c : kRouterTopkCases) {
+    SCOPED_TRACE(testing::Message() << c.T << " tokens, " << c.K << " of " << c.E);
+    for (const TopkNormalize normalize : kNormalizations) {
+      RouterTensors r(c, c.E);
+      run_op(router_topk, r.forced(normalize));
+      const std::vector<double> probs = softmax_oracle(r.logits_TE.values(), c.E);
+      EXPECT_TRUE(within(r.probs_TE, probs, router_bound(c.E)));
+      EXPECT_TRUE(bits_equal(r.index_TK, r.forced_TK.values()));
+      EXPECT_TRUE(within(r.weight_TK,
+                         weight_oracle(probs, r.forced_TK.values(), c.E, c.K, normalize),
+                         router_bound(c.E)));
+    }
+  }
+}
+
+// Forcing what was chosen changes no bit: what replay and recomputation rest on.
+TEST(RouterTopk, ForcingTheOwnChoiceKeepsTheBits) {
+  for (const RouterTopkCase& c : kRouterTopkCases) {
+    for (const TopkNormalize normalize : kNormalizations) {
+      RouterTensors chosen(c, 21), again(c, 21);
+      run_op(router_topk, chosen.args(normalize, true));
+      again.forced_TK.assign(chosen.index_TK.values());
+      run_op(router_topk, again.forced(normalize));
+      EXPECT_TRUE(bits_equal(again.index_TK, chosen.index_TK.values()));
+      EXPECT_TRUE(bits_equal(again.probs_TE, chosen.probs_TE.values()));
+      EXPECT_TRUE(bits_equal(again.weight_TK, chosen.weight_TK.values()));
+    }
+  }
+}
+
+TEST(RouterTopk, ForcedExpertOutsideTheLayerIsCaught) {
+  RouterTensors r({4, 8, 2}, 22);
+  r.forced_TK.set(3, 8);
+  EXPECT_THROW(run_op(router_topk, r.forced(TopkNormalize::none)), Error);
 }
 
 std::vector<std::vector<std::byte>> router_rows(const RouterTensors& from,
@@ -185,6 +230,29 @@ TEST(RouterTopk, BackwardAgreesWithFiniteDifferences) {
   }
 }
 
+// The gradient reaches the forced experts' probabilities, chosen or not.
+TEST(RouterTopk, ForcedBackwardAgreesWithFiniteDifferences) {
+  const RouterTopkCase c{6, 11, 3};
+  for (const TopkNormalize normalize : kNormalizations) {
+    RouterBackwardTensors r(c, normalize, 18);
+    run_op(router_topk, r.forward.forced(normalize));
+    RouterTopkBackwardArgs args = r.args(normalize, true);
+    args.d_logits_in_TE = In<float>();
+    run_op(router_topk_backward, args);
+    TestRandom random(19);
+    const auto error_against = [&](const std::vector<double>& index_TK) {
+      return finite_difference_error(
+          [&](const std::vector<double>& logits) {
+            return router_loss_oracle(logits, index_TK, r.d_weight_TK.values(),
+                                      r.d_probs_TE.values(), c.E, c.K, normalize);
+          },
+          r.forward.logits_TE.values(), r.d_logits_TE.values(), random);
+    };
+    EXPECT_LT(error_against(r.forward.forced_TK.values()), 1e-5);
+    EXPECT_GT(error_against(topk_oracle(r.forward.probs_TE.values(), c.E, c.K)), 1e-3);
+  }
+}
+
 TEST(RouterTopk, MustFailWrongNormalisationOrOrderIsDetected) {
   const RouterTopkCase c{16, 8, 2};
   RouterTensors r(c, 10);
@@ -228,6 +296,26 @@ TEST(RouterTopk, CudaAgreesWithTheReference) {
         EXPECT_TRUE(within(gpu.probs_TE, reference.probs_TE.values(), router_bound(c.E)));
         EXPECT_TRUE(within(gpu.weight_TK, reference.weight_TK.values(), router_bound(c.E)));
       }
+    }
+  }
+}
+
+TEST(RouterTopk, CudaForcedExpertsFollowTheReference) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const RouterTopkCase& c : kRouterTopkCases) {
+    SCOPED_TRACE(testing::Message() << c.T << " tokens, " << c.K << " of " << c.E);
+    for (const TopkNormalize normalize : kNormalizations) {
+      RouterTensors reference(c, 23), gpu(c, 23), chosen(c, 23);
+      run_op(router_topk, reference.forced(normalize));
+      run_cuda_op(router_topk, gpu.forced(normalize));
+      EXPECT_TRUE(bits_equal(gpu.index_TK, reference.forced_TK.values()));
+      EXPECT_TRUE(within(gpu.probs_TE, reference.probs_TE.values(), router_bound(c.E)));
+      EXPECT_TRUE(within(gpu.weight_TK, reference.weight_TK.values(), router_bound(c.E)));
+      // Forcing the own choice changes no bit on the GPU either.
+      run_cuda_op(router_topk, chosen.args(normalize, false));
+      gpu.forced_TK.assign(chosen.index_TK.values());
+      run_cuda_op(router_topk, gpu.forced(normalize));
+      EXPECT_TRUE(bits_equal(gpu.weight_TK, chosen.weight_TK.values()));
     }
   }
 }
