@@ -131,6 +131,8 @@ struct BalanceConfig {
 
 struct RecomputeConfig {
   RecomputeMode mode = RecomputeMode::none;
+  bool norms = false;      // both norms of a layer, from their inputs
+  bool attention = false;  // qkv, q/k norm, RoPE and attention, from the first norm's output
 };
 
 struct NumericsConfig {

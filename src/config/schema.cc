@@ -370,7 +370,14 @@ const KeySpec kKeys[] = {
      "steps than the run starts again"},
 
     {"recompute", "mode", in_section<kRecompute, &RecomputeConfig::mode>, kNoRange, kRecomputeNames,
-     kMay, nullptr, "what backward computes again; swiglu: what it does in any case"},
+     kMay, nullptr,
+     "what backward computes again; swiglu: what it does in any case; full_layer: every stage, "
+     "from the layer's input and the stored choice of experts"},
+    {"recompute", "norms", in_section<kRecompute, &RecomputeConfig::norms>, kNoRange, kNoChoices,
+     kMay, nullptr, "backward norms a layer's inputs again instead of keeping the results"},
+    {"recompute", "attention", in_section<kRecompute, &RecomputeConfig::attention>, kNoRange,
+     kNoChoices, kMay, nullptr,
+     "backward computes q, k, v and attention again instead of keeping them"},
 
     {"numerics", "compute", in_section<kNumerics, &Numerics::compute>, kNoRange, kComputeNames,
      kSame, "fp32 on cpu, bf16 on cuda",

@@ -32,9 +32,13 @@ class Model::ForwardPass {
   void end_layer() {
     if (call_.state != nullptr && model_.recomputes()) {
       LayerState& saved = call_.state->layers[layer_ - here_.layers.first];
-      Buffer input_TD = std::move(saved.x_TD);
-      saved = LayerState{};
-      saved.x_TD = std::move(input_TD);
+      LayerState kept;
+      kept.x_TD = std::move(saved.x_TD);
+      kept.expert_index_TK = std::move(saved.expert_index_TK);
+      saved = std::move(kept);
+    } else if (call_.state != nullptr) {
+      release_recomputed(model_.layer_context(layer_),
+                         call_.state->layers[layer_ - here_.layers.first]);
     }
     passing_ = LayerState{};
     model_.drop_layer(layer_);
@@ -81,6 +85,7 @@ class Model::BackwardPass {
       Buffer input_TD = std::move(saved().x_TD);
       model_.layer_forward(batch(), layer_, std::move(input_TD), saved(), Keep::recomputing);
     }
+    recompute_norms(model_.layer_context(layer_), batch(), saved());
     if (call_.weights == WeightGradients::now) model_.begin_layer(layer_, batch());
   }
   void end_layer() {

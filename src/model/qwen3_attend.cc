@@ -53,9 +53,8 @@ void bias_forward(const LayerContext& c, const ParamTensor* bias, const Buffer& 
   add_bias({.bias_N = gain(c, bias), .y_TN = {y_TN.data(), c.dtype(), shape}}, c.rank.ops);
 }
 
-void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
-  const Extents x(c, batch.tokens);
-  OpContext& ops = c.rank.ops;
+void attn_norm_forward(const LayerContext& c, int64_t tokens, LayerState& s) {
+  const Extents x(c, tokens);
   s.attn_rstd_T = floats(c, x.T, "attention norm rstd");
   s.normed_TD = c.real(Shape(x.T, x.D), "normed input");
   rms_norm({.x_TD = c.in(s.x_TD, Shape(x.T, x.D)),
@@ -63,7 +62,12 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
             .y_TD = c.out(s.normed_TD, Shape(x.T, x.D)),
             .rstd_T = out_f32(s.attn_rstd_T, Shape(x.T)),
             .epsilon = static_cast<float>(c.model.norm_epsilon)},
-           ops);
+           c.rank.ops);
+}
+
+void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
+  const Extents x(c, batch.tokens);
+  OpContext& ops = c.rank.ops;
   s.qkv_TC = c.real(Shape(x.T, x.C), "qkv");
   linear({.x_TK = c.in(s.normed_TD, Shape(x.T, x.D)),
           .w_NK = c.dense.weight(*c.tensors.qkv, Shape(x.C, x.D)),
@@ -112,22 +116,47 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
              .scale = attention_scale(x.Q),
              .share = context_share(c.rank)},
             ops);
+}
+
+void attention_out_forward(const LayerContext& c, int64_t tokens, LayerState& s) {
+  const Extents x(c, tokens);
   s.sum_TD = c.real(Shape(x.T, x.D), "residual stream");
   linear({.x_TK = c.in(s.o_TC, Shape(x.T, x.H * x.Q)),
           .w_NK = c.dense.weight(*c.tensors.attn_out, Shape(x.D, x.H * x.Q)),
           .residual_TN = c.in(s.x_TD, Shape(x.T, x.D)),
           .y_TN = c.out(s.sum_TD, Shape(x.T, x.D))},
-         ops);
+         c.rank.ops);
   bias_forward(c, c.tensors.attn_out_bias, s.sum_TD, Shape(x.T, x.D));
 }
 
 }  // namespace
 
+void release_recomputed(const LayerContext& c, LayerState& s) {
+  const RecomputeConfig& recompute = c.rank.config.recompute;
+  if (recompute.norms) {
+    for (Buffer* done : {&s.normed_TD, &s.mlp_normed_TD}) done->reset();
+  }
+  if (!recompute.attention) return;
+  for (Buffer* done : {&s.qkv_TC, &s.q_THQ, &s.k_TGQ, &s.q_rstd, &s.k_rstd, &s.o_TC, &s.lse_TH,
+                       &s.k_SC, &s.v_SC}) {
+    done->reset();
+  }
+}
+
+void recompute_norms(const LayerContext& c, const MicroBatch& batch, LayerState& s) {
+  if (!s.normed_TD.empty()) return;
+  c.enter(WorkStage::attend, WorkPass::backward, batch.index);
+  attn_norm_forward(c, batch.tokens, s);
+  mlp_norm_forward(c, batch.tokens, s);
+}
+
 void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s) {
   c.enter(WorkStage::attend, WorkPass::forward, batch.index);
   s.micro_batch = batch.index;
   s.x_TD = std::move(x_TD);
+  attn_norm_forward(c, batch.tokens, s);
   attention_forward(c, batch, s);
+  attention_out_forward(c, batch.tokens, s);
   mlp_norm_forward(c, batch.tokens, s);
   if (c.is_dense()) return;
   router_forward(c, batch, s);
@@ -267,6 +296,7 @@ Buffer attend_backward(const LayerContext& c, const MicroBatch& batch, LayerStat
       c.is_dense() ? mlp_backward(c, batch, s, g) : router_backward(c, batch, s, g);
   Buffer d_sum_TD = norm_backward(c, batch, g, *c.tensors.mlp_norm, d_mlp_normed, s.sum_TD,
                                   s.mlp_rstd_T, g.d_out_TD);
+  if (s.o_TC.empty()) attention_forward(c, batch, s);
   Buffer d_qkv = attention_backward_qkv(c, batch, s, g, d_sum_TD);
   const Buffer d_normed = c.real(Shape(x.T, x.D), "d normed input");
   linear_dgrad({.d_y_TN = c.in(d_qkv, Shape(x.T, x.C)),

@@ -150,6 +150,11 @@ struct LayerState {
   Buffer mlp_gate_up_TN, shared_gate_T, shared_TD;
 };
 
+// What recompute.norms and recompute.attention do not keep between the passes, and the norms again;
+// attend_backward computes attention again where it is missing.
+void release_recomputed(const LayerContext& c, LayerState& s);
+void recompute_norms(const LayerContext& c, const MicroBatch& batch, LayerState& s);
+
 // Forward stages; a dense layer has `attend_forward` and `mlp_forward` alone. `attend_forward`
 // takes the layer's input, `aggregate_forward` returns its output.
 void attend_forward(const LayerContext& c, const MicroBatch& batch, Buffer x_TD, LayerState& s);

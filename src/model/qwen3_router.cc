@@ -146,6 +146,9 @@ void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
           .y_TN = out_f32(logits_TE, Shape(x.T, x.E))},
          ops);
   s.probs_TE = floats(c, x.T * x.E, "router probs");
+  // A second forward takes the experts that the first one chose.
+  const bool stored = !s.expert_index_TK.empty();
+  const Buffer chosen = stored ? std::move(s.expert_index_TK) : Buffer();
   s.expert_index_TK = ints(c, x.T * x.K, "expert index");
   s.weight_TK = floats(c, x.T * x.K, "routing weight");
   In<float> bias;
@@ -154,6 +157,7 @@ void router_forward(const LayerContext& c, const MicroBatch& batch, LayerState& 
   }
   In<int32_t> forced;
   if (!batch.forced_index_LTK.empty()) forced = batch.forced_index_LTK[c.layer];
+  if (stored) forced = in_i32(chosen, Shape(x.T, x.K));
   router_topk(
       {.logits_TE = in_f32(logits_TE, Shape(x.T, x.E)),
        .select_bias_E = bias,
