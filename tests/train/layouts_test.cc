@@ -78,21 +78,88 @@ TEST(Layouts, OtherModelsAndBatchesToo) {
   }
 }
 
-// Backward computes every layer again from its input: the same bits, with less memory.
+// Backward computes parts of a layer, or all of it, again: the same bits with less memory, and the
+// declared operations alone happen twice.
 TEST(Layouts, RecomputationKeepsTheBits) {
   Config config = tiny_config();
   config.balance.z_loss_weight = 1e-3;
   config.model.layers = 4;
   config.model.max_positions = config.train.sequence_length =
       256;  // whose activations outweigh what a step's end needs
+  struct Row {
+    RecomputeConfig recompute;
+    std::vector<const char*> twice;
+  };
+  const Row rows[] = {
+      {{.norms = true}, {"rms_norm"}},
+      {{.attention = true}, {"attention", "qk_norm_rope"}},
+      {{.norms = true, .attention = true}, {"rms_norm", "attention", "qk_norm_rope"}},
+      {{.mode = RecomputeMode::full_layer},
+       {"rms_norm", "attention", "qk_norm_rope", "z_loss", "grouped_up"}},
+  };
   for (const TestLayout& layout :
-       {TestLayout{1, 1, 8, Sharding::none, 1}, TestLayout{4, 2, 1, Sharding::zero1, 2}}) {
-    Config kept = with_layout(config, layout), again = kept;
-    again.recompute.mode = RecomputeMode::full_layer;
-    const RunTrace want = run_trace(kept, kSteps), run = run_trace(again, kSteps);
-    expect_same_bits(run, want, layout_name(layout));
-    EXPECT_LT(run.ranks[0].peak_bytes, want.ranks[0].peak_bytes);
+       {TestLayout{1, 1, 8, Sharding::none, 1}, TestLayout{4, 2, 1, Sharding::zero1, 2},
+        TestLayout{2, 2, 1, Sharding::full, 1, 2, 1, PipelineSchedule::dualpipev},
+        TestLayout{1, 1, 1, Sharding::none, 1, 2, 2, PipelineSchedule::zb_v}}) {
+    const Config kept = with_layout(config, layout);
+    const RunTrace want = run_trace(kept, kSteps);
+    for (const Row& row : rows) {
+      Config again = kept;
+      again.recompute = row.recompute;
+      const RunTrace run = run_trace(again, kSteps);
+      expect_same_bits(run, want, layout_name(layout));
+      if (layout.pp == 1) EXPECT_LT(run.ranks[0].peak_bytes, want.ranks[0].peak_bytes);
+      for (const auto& [op, use] : want.ranks[0].ops) {
+        const bool is_twice =
+            std::ranges::any_of(row.twice, [&](const char* name) { return op == name; });
+        const int64_t flops = run.ranks[0].ops.at(op).flops;
+        if (op == "rms_norm" && is_twice) {  // all but the final norm
+          EXPECT_GT(flops, use.flops) << op;
+          EXPECT_LE(flops, 2 * use.flops) << op;
+        } else if (is_twice) {
+          EXPECT_EQ(flops, 2 * use.flops) << op;
+        } else if (row.recompute.mode == RecomputeMode::none && op != "linear") {
+          EXPECT_EQ(flops, use.flops) << op;
+        }
+      }
+    }
   }
+}
+
+// The router's weights change between a forward pass and its repetition: the experts do not.
+TEST(Layouts, ARecomputedLayerNeverChoosesAgain) {
+  const Config config = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
+  const SyntheticSequences source(config);
+  launch_ranks({.ranks = 1, .workers = 1}, [&](RankEnvironment& environment) {
+    Rank rank(config, environment);
+    TrainStep step(rank, config.model);
+    Model& model = step.model();
+    model.initialize(1);
+    step.begin(0, source);
+    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+    const auto choice_of = [&](LayerState& state, Keep keep) {
+      model.layer_forward(batch, 0, model.embed(batch), state, keep);
+      const int64_t count = batch.tokens * config.model.top_k;
+      const auto* choice = rank.download<int32_t>(state.expert_index_TK);
+      rank.host.wait(rank.compute.record());
+      return std::vector<int32_t>(choice, choice + count);
+    };
+    LayerState first, other;
+    const std::vector<int32_t> chosen = choice_of(first, Keep::for_backward);
+    const ParamGroup& group = *model.groups()[0];
+    for (const ParamPiece& piece : group.stored_pieces()) {
+      if (piece.tensor->canonical.role != TensorRole::router) continue;
+      std::vector<float> values(static_cast<size_t>(piece.elements));
+      fill_normal(values.data(), 0, piece.elements, 1.0f, 99, 1);
+      model.groups()[0]->set_weights(piece, values);
+    }
+    model.groups()[0]->refresh_compute_copy();
+    EXPECT_NE(choice_of(other, Keep::for_backward), chosen);
+    LayerState again;
+    again.expert_index_TK = std::move(first.expert_index_TK);
+    EXPECT_EQ(choice_of(again, Keep::recomputing), chosen);
+    rank.finish_step();
+  });
 }
 
 TEST(Layouts, AnotherSeedGivesOtherBits) {
