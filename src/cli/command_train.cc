@@ -231,7 +231,7 @@ struct TrainPlan {
     return options.stop_after_step > 0 ? std::min(options.stop_after_step, steps) : steps;
   }
   // Steps whose routing is traced, of a run that has done `done`.
-  StepRange traced_steps(int64_t done) const {
+  TracedSteps traced_steps(int64_t done) const {
     const int64_t steps = std::min(options.trace_steps, last_step() - done);
     return {last_step() - steps + 1, steps};
   }
@@ -330,7 +330,7 @@ int train_first_rank(const TrainPlan& plan) {
   const int64_t first_step = reader == nullptr ? 0 : reader->state().step;
   std::optional<RoutingTraceWriter> trace;
   if (!options.trace_routing.empty()) {
-    const StepRange range = plan.traced_steps(first_step);
+    const TracedSteps range = plan.traced_steps(first_step);
     if (range.steps < 1) {
       fail(ExitCode::usage, "--trace-routing: the run is at step {} of {}: none is left to trace",
            first_step, plan.last_step());

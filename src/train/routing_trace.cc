@@ -109,7 +109,7 @@ void check_choices(const std::string& path, const Config& config, int64_t layer,
 }  // namespace
 
 RoutingTraceWriter::RoutingTraceWriter(FileSystem& files, const std::string& path,
-                                       const Config& config, StepRange range)
+                                       const Config& config, TracedSteps range)
     : files_(files), path_(path), config_(config), range_(range) {
   files.make_directories(parent_directory(path));
   const std::string temporary = path + ".tmp";

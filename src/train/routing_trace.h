@@ -25,7 +25,7 @@ struct TracedRouting {
   std::vector<float> gate_weights;
 };
 
-struct StepRange {
+struct TracedSteps {
   int64_t first = 1, steps = 0;
 };
 
@@ -33,9 +33,9 @@ struct StepRange {
 class RoutingTraceWriter {
  public:
   RoutingTraceWriter(FileSystem& files, const std::string& path, const Config& config,
-                     StepRange range);
+                     TracedSteps range);
   ~RoutingTraceWriter();
-  const StepRange& range() const { return range_; }
+  const TracedSteps& range() const { return range_; }
   bool is_complete() const { return !writer_.has_value(); }
   // Steps come in order; the last one commits the file.
   void write_step(int64_t step, const TracedRouting& routing);
@@ -45,7 +45,7 @@ class RoutingTraceWriter {
   FileSystem& files_;
   std::string path_;
   Config config_;
-  StepRange range_;
+  TracedSteps range_;
   std::optional<Hdf5Writer> writer_;
 };
 
@@ -61,7 +61,7 @@ class RoutingTraceReader {
  private:
   Config config_;
   Hdf5Reader file_;
-  StepRange range_;
+  TracedSteps range_;
 };
 
 // Choices of every expert in every layer of a trace, for `plan.routing`; exit 2 or 30 as above.
