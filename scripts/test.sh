@@ -2,7 +2,8 @@
 # test.sh [--full]: set-up and tests. Exit 0 only when everything that ran passed.
 #
 # Without options: the commit tier. The cpu preset, its tests and tidy, and the source format.
-# --full: also the cuda preset with its GPU tests and the sanitizer presets; what .ci/run calls.
+# --full: also the cuda preset with its GPU tests, the sanitizer presets, ATE-Bench and the small
+# twins of all examples; what .ci/run calls.
 # Whatever is left out is printed as `skipped: why`; with CI=true a missing toolkit is a failure.
 set -euo pipefail
 export LC_ALL=C.UTF-8
@@ -86,6 +87,14 @@ ate_proofs() {
   return "$status"
 }
 
+# The small twin of every example for several hosts (tests/cli/examples_test.cc does the others).
+example_twins() {
+  local config
+  for config in configs/*-2x8.toml configs/*-8x8.toml; do
+    build/cpu/cambium check "$config" || return 1
+  done
+}
+
 sanitizer_tests() { build "$1" "small_$1" && ctest --preset "$1"; }
 
 bash scripts/setup.sh
@@ -101,7 +110,10 @@ if [ "$full" = yes ]; then
   stage "tsan" sanitizer_tests tsan
 fi
 stage "cpu" cpu_tests
-if [ "$full" = yes ]; then stage "ate" ate_proofs; fi
+if [ "$full" = yes ]; then
+  stage "examples" example_twins
+  stage "ate" ate_proofs
+fi
 
 for reason in ${skips[@]+"${skips[@]}"}; do echo "skipped: $reason"; done
 for name in ${failures[@]+"${failures[@]}"}; do echo "failed: $name"; done

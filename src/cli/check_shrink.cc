@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "fmt/format.h"
-#include "src/config/derive.h"
 
 namespace cambium {
 
@@ -73,10 +72,8 @@ class Shrinker {
   bool fails(const Sets& added, int64_t seeds, const std::string& schedule) {
     if (++repro_.runs > kMostRuns) return false;
     try {
-      const Config config = config_with(added);
-      derive(config);
       const CheckReport report =
-          request_.verdict({.config = config, .seeds = seeds, .schedule = schedule});
+          request_.verdict({.config = config_with(added), .seeds = seeds, .schedule = schedule});
       schedule_ = report.schedule;
       return report.exit_code == request_.failed.exit_code;
     } catch (const Error&) {

@@ -10,15 +10,18 @@
 //      with, and all ranks launch the transfers that they share in one order
 //   6. the configured reduction mode, when it is `fast`, repeats itself bit for bit
 // Every run also proves collective matching and freedom from deadlock for its schedule. Injected
-// [[faults]] strike the layout's runs, never the one rank it is compared with.
+// [[faults]] strike the layout's runs, never the one rank it is compared with. Layouts for GPUs are
+// checked before there is a GPU: a build without CUDA kernels takes the reference, and says so.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
 
+#include "kernels/op.h"
 #include "src/cli/check_shrink.h"
 #include "src/cli/commands.h"
 #include "src/cli/launch.h"
+#include "src/config/derive.h"
 #include "src/config/faults.h"
 #include "src/optim/lr_schedule.h"
 #include "src/train/synthetic.h"
@@ -184,7 +187,7 @@ Config small_twin(const Config& config) {
   model.expert_hidden = 40;
   if (model.shared_expert_hidden > 0) model.shared_expert_hidden = 56;
   model.vocab = std::min<int64_t>(model.vocab, 211);
-  twin.data.tokenizer_vocab = 0;  // no text is read
+  twin.data.train.clear();  // no text is read: the tokenizer has no say in the vocabulary
   twin.numerics.block_tokens = 16;
   twin.train.sequence_length = 32 * config.parallel.cp;
   // At least one micro-batch more than ranks need, so that accumulation is exercised.
@@ -225,6 +228,11 @@ Config checked_config(const Config& given, const Derived& derived, std::string& 
         config.model.head_dim, config.model.expert_hidden, config.model.vocab,
         config.train.global_batch_sequences, config.train.sequence_length, config.model.experts,
         config.model.top_k);
+  }
+  if (!kHasCuda && config.run.device == DeviceKind::cuda) {
+    config.run.device = DeviceKind::cpu;
+    config.run.transport = Transport::sim;
+    what += ", on the CPU's reference as this build has no CUDA kernels";
   }
   config.train.steps = std::max(config.train.steps, kCheckSteps);
   config.faults = drawn_faults(config, {0, kCheckSteps});
@@ -336,7 +344,8 @@ void run_checks(const Config& config, const CheckRequest& request, CheckReport& 
 CheckReport check_config(const CheckRequest& request) {
   std::string what;
   refuse_save_faults(request.config);
-  const Config config = checked_config(request.config, derive(request.config), what);
+  const Derived derived = derive(request.config, ConfigUse::planned);
+  const Config config = checked_config(request.config, derived, what);
   CheckReport report;
   report.checked = fmt::format("{} ({})", what, layout_text(config));
   for (const FaultConfig& fault : config.faults) {

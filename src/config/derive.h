@@ -46,7 +46,7 @@ struct Derived {
 // Positions of the texts that YaRN's angles were trained on.
 int64_t rope_original_positions(const ModelConfig& model);
 
-// `planned`: shapes alone are run, so that a GPU need not be there, nor kernels for it.
+// `planned`: by `plan` and `check`; a GPU need not be there, nor kernels for it.
 enum class ConfigUse { trained, planned };
 Derived derive(const Config& config, ConfigUse use = ConfigUse::trained);
 

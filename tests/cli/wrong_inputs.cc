@@ -208,6 +208,7 @@ const WrongInput kWrongInputs[] = {
     {"check $Q --schedule fifo:1", 2, "no schedule"},
     {"check $Q --seeds -1", 2, "seeds"},
     {"train $Q --set run.device=cuda", 2, "numerics\\.compute = fp32.*numerics\\.compute = bf16"},
+    {"check $Q --set run.device=cuda", 2, "numerics\\.compute = fp32.*numerics\\.compute = bf16"},
     {"eval x --device tpu", 2, "--device.*tpu"},
     // Corpora, tokenizers, directories.
     {"train $S --set data.train=$T/nosuch.txt", 32, "data\\.train.*nosuch\\.txt"},
