@@ -95,13 +95,14 @@ TEST(Examples, TheTwinOfOneHostHasOneRanksBits) {
   const BinaryRun run = check_one_host({});
   EXPECT_EQ(run.exit_code, 0) << run.output;
   EXPECT_NE(run.output.find("a small twin"), std::string::npos) << run.output;
-  EXPECT_NE(run.output.find("dp 8, cp 1, ep 8"), std::string::npos) << run.output;
+  EXPECT_NE(run.output.find("pp 2, dp 4, cp 1, ep 4"), std::string::npos) << run.output;
   const bool says_reference = run.output.find("no CUDA kernels") != std::string::npos;
   EXPECT_EQ(says_reference, !kHasCuda) << run.output;
 }
 
 TEST(Examples, AFaultOfTheTwinIsFoundAndMadeSmaller) {
-  const BinaryRun run = check_one_host({"--set", "faults=[{kind=\"rng_rank\",rank=1}]"});
+  const BinaryRun run =
+      check_one_host({"--set", "parallel.pp=1", "--set", "faults=[{kind=\"rng_rank\",rank=1}]"});
   EXPECT_EQ(run.exit_code, 51) << run.output;
   EXPECT_NE(run.output.find("--set 'model.layers=1' --schedule fifo"), std::string::npos)
       << run.output;
