@@ -23,8 +23,14 @@ mkdir -p "$target"
 if [ -d "$source" ]; then
   git -C "$source" archive --format=tar "$commit" | tar -x -C "$target"
 else
-  git clone -q --no-checkout "$source" "$target.git"
-  git -C "$target.git" archive --format=tar "$commit" | tar -x -C "$target"
+  git init -q --bare "$target.git"
+  if ! git -C "$target.git" fetch -q --depth 1 "$source" "$commit"; then
+    rm -rf "$target.git"
+    echo "cannot fetch $commit of $source: no network, or it moved" >&2
+    echo "next: clone it where there is one, and give --framework NAME=DIR" >&2
+    exit 31
+  fi
+  git -C "$target.git" archive --format=tar FETCH_HEAD | tar -x -C "$target"
   rm -rf "$target.git"
 fi
 cd "$target"
@@ -157,7 +163,8 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
   child.arguments = agent_arguments(
       spec, read_file(spec.home + "/preamble.md") + read_file(spec.task.directory + "/task.md"));
   child.directory = work;
-  child.environment = {"ATE_WORK=" + work, "CCACHE_BASEDIR=" + work, "CCACHE_NOHASHDIR=1"};
+  child.environment = {"ATE_WORK=" + work, "ATE_FRAMEWORK=" + record.framework,
+                       "CCACHE_BASEDIR=" + work, "CCACHE_NOHASHDIR=1"};
   child.stdout_path = directory + "/transcript.jsonl";
   child.stderr_path = directory + "/agent.stderr";
   child.times_path = directory + "/transcript.times";
@@ -217,7 +224,8 @@ Grade grade_attempt(const std::string& home, const std::string& directory_given)
     child.arguments = {"bash", ".ate/grade/grade.sh"};
     child.directory = copy;
     child.environment = {"CCACHE_BASEDIR=" + copy, "CCACHE_NOHASHDIR=1",
-                         "ATE_ANSWER=" + copy + "/.ate/answer"};
+                         "ATE_ANSWER=" + copy + "/.ate/answer",
+                         "ATE_FRAMEWORK=" + record.framework};
     child.stdout_path = child.stderr_path = directory + "/grade.log";
     child.limit_s = task.grade_limit_s;
     const ChildResult result = run_child(child);

@@ -1,5 +1,6 @@
 // ate: ATE-Bench. Measures what a coding agent spends to understand, operate and extend a training
-// framework, and grades by running hidden checks. Exit 0 done; 2 usage; 51 a proof does not hold.
+// framework, and grades by running hidden checks. Exit 0 done; 2 usage; 31 a framework is out of
+// reach; 51 a proof does not hold.
 #include <unistd.h>
 
 #include <cstdio>
@@ -46,6 +47,7 @@ int run_command(const Options& options) {
       (options.agent.name == "generic" || options.agent.name == "scripted")) {
     throw std::runtime_error("--agent " + options.agent.name + " needs --command");
   }
+  bool prepared = true;
   for (int index = 0; index < options.repeat; ++index) {
     AttemptSpec spec = {task,         framework, options.agent,  options.home,
                         own_binary(), "",        options.limit_s};
@@ -58,11 +60,13 @@ int run_command(const Options& options) {
     const Grade grade = grade_attempt(options.home, spec.directory);
     fmt::print("{}: {}, {}\n", spec.directory, record.outcome,
                grade.success ? "success" : "no success");
+    prepared = prepared && record.outcome != "prepare_failed";
+    if (!prepared) fmt::print(stderr, "{}\n", record.detail);
     for (const CheckResult& check : grade.checks) {
       fmt::print("  {} {} {}\n", check.passed ? "PASS" : "FAIL", check.name, check.detail);
     }
   }
-  return 0;
+  return prepared ? 0 : 31;
 }
 
 int grade_command(const Options& options) {
@@ -86,10 +90,12 @@ int report_command(const Options& options) {
 
 int prove_command(const Options& options) {
   const ProofSpec spec = {options.home, own_binary(), options.out, options.framework};
+  const std::string framework = load_framework(options.home, options.framework).name;
   bool good = true;
   int count = 0;
   for (const Task& task : list_tasks(options.home)) {
     if (!options.task.empty() && task.name != options.task) continue;
+    if (std::count(task.frameworks.begin(), task.frameworks.end(), framework) == 0) continue;
     good = prove_task(task, spec) && good;
     ++count;
   }
@@ -106,7 +112,8 @@ int main_checked(int count, char** values) {
   auto* list = app.add_subcommand("list", "tasks, by suite");
   auto* run = app.add_subcommand("run", "attempts of one task: copy, agent, capture, grade");
   run->add_option("task", options.task)->required();
-  run->add_option("--framework", options.framework, "a directory, or a name in frameworks/");
+  run->add_option("--framework", options.framework,
+                  "a name in frameworks/, a directory, or NAME=DIR");
   run->add_option("--agent", options.agent.name, "claude, codex, generic, scripted")->required();
   run->add_option("--model", options.agent.model, "passed to the agent");
   run->add_option("--command", options.agent.command,

@@ -105,8 +105,9 @@ void run_shell(const std::string& script, const std::vector<std::string>& argume
   const std::string output = read_file(name);
   std::filesystem::remove(name);
   if (result.exit_code != 0 || result.timed_out) {
-    throw std::runtime_error("`" + script + "` in " + directory + " ended with " +
-                             std::to_string(result.exit_code) + ":\n" + output);
+    const bool is_short = script.find('\n') == std::string::npos;
+    throw std::runtime_error((is_short ? "`" + script + "`" : "a script") + " in " + directory +
+                             " ended with " + std::to_string(result.exit_code) + ":\n" + output);
   }
 }
 

@@ -2,8 +2,8 @@
 # Facts and citations are verified against the code of this copy, so they stay true when lines move.
 #
 # LIST: a JSON array of {"name", "file": regex of the cited path, "line": regex that the cited line
-# must match, "value": null or [path, regex whose group 1 is the fact]}. The answer file holds
-# {name: {"cite": "path:line", "value": "..."}}. A regex that finds nothing in the code is the
+# must match, "near": regex found in the 16 lines before it (optional), "value": null or [path, regex
+# whose group 1 is the fact]}. The answer file holds {name: {"cite": "path:line", "value": "..."}}. A regex that finds nothing in the code is the
 # grader's own failure: exit 1.
 import json, os, re, sys
 
@@ -23,13 +23,17 @@ def grade(question):
     lines = open(path).read().split("\n")
     if not line.isdigit() or not 1 <= int(line) <= len(lines):
         return "cites no line"
-    if not re.search(question["line"], lines[int(line) - 1]):
+    if not shows(question, lines, int(line)):
         return "the cited line does not show it"
     if question["value"]:
         want = fact(question)
         if str(answer.get("value", "")).strip() != want:
             return "another value than the code's"
     return ""
+
+def shows(question, lines, number):
+    before = "\n".join(lines[max(0, number - 17):number - 1])
+    return re.search(question["line"], lines[number - 1]) and re.search(question.get("near", ""), before)
 
 def fact(question):
     path, pattern = question["value"]
@@ -42,8 +46,9 @@ def matches(question):  # every place that a right answer may cite
         for name in names:
             path = os.path.join(folder, name)[2:]
             if re.fullmatch(question["file"], path):
-                for number, text in enumerate(open(path).read().split("\n"), 1):
-                    if re.search(question["line"], text):
+                lines = open(path, errors="replace").read().split("\n")
+                for number in range(1, len(lines) + 1):
+                    if shows(question, lines, number):
                         yield f"{path}:{number}"
 
 if sys.argv[2:] == ["solve"]:  # a solution's way: answers with places and facts from the code

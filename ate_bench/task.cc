@@ -66,8 +66,12 @@ std::vector<Task> list_tasks(const std::string& home) {
 
 Framework load_framework(const std::string& home, const std::string& name) {
   Framework framework;
-  const bool is_directory = name.find('/') != std::string::npos || name == ".";
-  framework.name = is_directory ? "cambium" : name;
+  const size_t equals = name.find('=');  // NAME=DIR: a clone of NAME
+  const std::string directory = equals == std::string::npos ? name : name.substr(equals + 1);
+  const bool is_directory = directory.find('/') != std::string::npos || directory == ".";
+  framework.name = equals != std::string::npos ? name.substr(0, equals)
+                   : is_directory              ? "cambium"
+                                               : name;
   framework.directory = home + "/frameworks/" + framework.name;
   const std::string path = framework.directory + "/framework.toml";
   if (!fs::exists(path)) {
@@ -78,7 +82,7 @@ Framework load_framework(const std::string& home, const std::string& name) {
   framework.source = text_at(table, "source", path);
   framework.commit = text_at(table, "commit", path);
   framework.hidden = list_at(table, "hidden");
-  if (is_directory) framework.source = fs::absolute(name);
+  if (is_directory) framework.source = fs::absolute(directory);
   if (framework.source == ".") framework.source = fs::absolute(home).parent_path();
   return framework;
 }

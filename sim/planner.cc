@@ -94,6 +94,7 @@ void plan_rank(RankEnvironment& environment, const Config& config, RankPlan& pla
   plan.host_ns = times.host_ns;
   plan.transfer_ns = times.transfer_ns;
   plan.extrapolated_ns = times.extrapolated_ns;
+  plan.op_ns = times.op_ns;
   count_calls(rank, plan);
 }
 

@@ -142,6 +142,7 @@ void VirtualRank::charge(const Cost& cost, Stream& stream) {
     host_ns_ += launch;
   }
   if (time.is_extrapolated) times_.extrapolated_ns += time.ns;
+  times_.op_ns[cost.op] += time.ns;
   stream.charge({cost.op, host_ns_, time.ns, place_, time.bound});
 }
 

@@ -9,6 +9,7 @@
 // everything before it is known. All else is known at once, and costs no event.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <queue>
 #include <unordered_map>
@@ -27,12 +28,13 @@ class VirtualRank;
 // What one rank did since `restart`.
 struct RankTimes {
   int64_t step_ns = 0;
-  int64_t busy_ns = 0;      // compute stream
-  int64_t exposed_ns = 0;   // compute waits for a transfer that moves
-  int64_t peers_ns = 0;     // ... for a transfer whose other ranks are not there yet
-  int64_t pipeline_ns = 0;  // ... for a message between pipeline ranks
-  int64_t host_ns = 0;      // ... for the host
-  int64_t transfer_ns = 0;  // transfers moving, overlapped or not
+  int64_t busy_ns = 0;                   // compute stream
+  int64_t exposed_ns = 0;                // compute waits for a transfer that moves
+  int64_t peers_ns = 0;                  // ... for a transfer whose other ranks are not there yet
+  int64_t pipeline_ns = 0;               // ... for a message between pipeline ranks
+  int64_t host_ns = 0;                   // ... for the host
+  int64_t transfer_ns = 0;               // transfers moving, overlapped or not
+  std::map<std::string, int64_t> op_ns;  // by op, overlapped or not
   int64_t extrapolated_ns = 0;
 };
 

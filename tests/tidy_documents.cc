@@ -229,6 +229,33 @@ void check_document(const SourceFile& document, Surroundings& around, Findings& 
   check_commands(document, around, findings);
 }
 
+// A skill says what it needs, what to do, and ends in commands that pass or fail, which are run.
+void check_skill(const SourceFile& document, const std::string& name, Findings& findings) {
+  constexpr const char* kParts[] = {"## Prerequisites", "## Steps", "## PASS or FAIL",
+                                    "<!-- run -->", "description: "};
+  const auto has = [&](const std::string& part) {
+    return std::any_of(document.lines.begin(), document.lines.end(),
+                       [&](const std::string& line) { return starts_with(line, part); });
+  };
+  for (const char* part : kParts) {
+    if (!has(part))
+      findings.add(document, 1, "skill-part", std::string("add a line '") + part + "'");
+  }
+  if (!has("name: " + name)) findings.add(document, 1, "skill-part", "name it as its folder");
+}
+
+void check_skills(Surroundings& around, Findings& findings) {
+  const fs::path folder = around.root / ".agents/skills";
+  if (!fs::is_directory(folder)) return;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename();
+    const SourceFile document =
+        make_source(".agents/skills/" + name + "/SKILL.md", read_text(entry.path() / "SKILL.md"));
+    check_skill(document, name, findings);
+    check_document(document, around, findings);
+  }
+}
+
 }  // namespace
 
 void Findings::add(const SourceFile& source, size_t line, const std::string& rule,
@@ -272,6 +299,7 @@ void check_documents(const fs::path& root, Findings& findings) {
     if (!fs::exists(root / name)) continue;
     check_document(make_source(name, read_text(root / name)), around, findings);
   }
+  check_skills(around, findings);
 }
 
 bool documents_self_test() {
@@ -290,6 +318,9 @@ bool documents_self_test() {
   good = good && rules_of("```sh\nscripts/no_such.sh\n```\n") == only("missing-path");
   good = good && rules_of(std::string(151, '\n')) == only("agents-length");
   good = good && rules_of("`src/base/error.h` `src/base/*.h` `RUN/x.json` `a = b/c`\n").empty();
+  Findings skill;
+  check_skill(make_source("SKILL.md", "name: other\n## Steps\n"), "mine", skill);
+  good = good && skill.rules() == only("skill-part");
   good = good && run_command(around.root, "exit 3").status != 0;
   good = good && run_command(around.root, "true").status == 0;
   if (!good) std::printf("tidy: self-test of the documents fails\n");

@@ -1,5 +1,6 @@
 // cambium plan: step time, memory and exposed communication of a layout on a machine, before any of
 // its hours is spent. The trainer's own code runs with shapes alone (sim/planner.h).
+#include <algorithm>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -61,6 +62,14 @@ nlohmann::json rank_json(const RankPlan& rank) {
 void print_plan_json(const PlanReport& report) {
   nlohmann::json ranks = nlohmann::json::array();
   for (const RankPlan& rank : report.by_rank) ranks.push_back(rank_json(rank));
+  nlohmann::json ops = nlohmann::json::array();
+  for (const OpShare& share : report.ops()) {
+    ops.push_back({{"op", share.op},
+                   {"calls", share.totals.calls},
+                   {"time_ns", share.time_ns},
+                   {"flops", share.totals.flops},
+                   {"bytes", share.totals.bytes}});
+  }
   const nlohmann::json object{{"machine", report.machine},
                               {"ranks", report.ranks},
                               {"simulated_ranks", report.by_rank.size()},
@@ -74,8 +83,23 @@ void print_plan_json(const PlanReport& report) {
                               {"peak_bytes", report.fullest().peak_bytes},
                               {"device_bytes", report.device_bytes},
                               {"fits", report.fits()},
+                              {"ops", ops},
                               {"by_rank", ranks}};
   fmt::print("{}\n", object.dump());
+}
+
+// The most expensive ops: what to look at first.
+void print_ops(const PlanReport& report) {
+  constexpr int64_t kShown = 5;
+  const std::vector<OpShare> ops = report.ops();
+  int64_t all_ns = 1;
+  for (const OpShare& share : ops) all_ns += share.time_ns;
+  for (int64_t i = 0; i < std::min<int64_t>(kShown, std::ssize(ops)); ++i) {
+    fmt::print("  {:<16}{:<24}{:5.1f} %, {} calls, {:.3f} ms a rank\n", i == 0 ? "ops' time" : "",
+               ops[i].op, 100 * static_cast<double>(ops[i].time_ns) / static_cast<double>(all_ns),
+               ops[i].totals.calls,
+               ms(ops[i].time_ns) / static_cast<double>(report.by_rank.size()));
+  }
 }
 
 void print_plan_text(const Config& config, const PlanReport& report) {
@@ -96,6 +120,7 @@ void print_plan_text(const Config& config, const PlanReport& report) {
   if (report.links_extrapolated) {
     fmt::print("  NOTE: some transfers are smaller or larger than those measured\n");
   }
+  print_ops(report);
   const RankPlan& fullest = report.fullest();
   fmt::print(
       "  memory          {:.3f} GB at the peak of rank {} ({:.3f} with holes), of {:.1f} GB\n",

@@ -12,6 +12,24 @@ const RankPlan& PlanReport::fullest() const {
   return *std::ranges::max_element(by_rank, {}, &RankPlan::reserved_bytes);
 }
 
+std::vector<OpShare> PlanReport::ops() const {
+  std::map<std::string, OpShare> by_op;
+  for (const RankPlan& rank : by_rank) {
+    for (const auto& [op, totals] : rank.ops) {
+      OpShare& share = by_op[op];
+      share.op = op;
+      share.totals.calls += totals.calls;
+      share.totals.flops += totals.flops;
+      share.totals.bytes += totals.bytes;
+    }
+    for (const auto& [op, time_ns] : rank.op_ns) by_op.at(op).time_ns += time_ns;
+  }
+  std::vector<OpShare> shares;
+  for (auto& [op, share] : by_op) shares.push_back(std::move(share));
+  std::ranges::stable_sort(shares, std::ranges::greater(), &OpShare::time_ns);
+  return shares;
+}
+
 void ShapeOnlySequences::fill(int64_t, SequenceRange range, Batch& batch) const {
   const auto tokens = static_cast<size_t>(range.sequence_count * config_.train.sequence_length);
   batch = Batch{};

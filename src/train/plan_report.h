@@ -29,7 +29,15 @@ struct RankPlan {
   WorkPlace peak_place;
   std::string peak_what;
   std::map<std::string, OpTotals> ops;
+  std::map<std::string, int64_t> op_ns;     // by op, on the machine
   std::map<std::string, CommTotals> calls;  // by communicator and kind: "expert all_to_all_v"
+};
+
+// What all simulated ranks spend in one op in a step.
+struct OpShare {
+  std::string op;
+  OpTotals totals;
+  int64_t time_ns = 0;
 };
 
 struct PlanReport {
@@ -45,6 +53,7 @@ struct PlanReport {
   std::vector<RankPlan> by_rank;
   bool fits() const;
   const RankPlan& fullest() const;
+  std::vector<OpShare> ops() const;  // the most expensive one first
 };
 
 enum class Folding { off, on };

@@ -19,14 +19,26 @@ TEST(PlanCommand, JsonHasItsKeysAndTheTraceTheFiveStages) {
                                     "parallel.dp=4", "--set", "parallel.ep=2"});
   ASSERT_EQ(run.exit_code, 0) << run.output;
   const nlohmann::json plan = nlohmann::json::parse(run.output);
-  for (const char* key : {"machine", "ranks", "simulated_ranks", "step_ms", "tokens_per_s_per_rank",
-                          "mfu", "exposed_communication", "pipeline_bubble", "extrapolated",
-                          "links_extrapolated", "peak_bytes", "device_bytes", "fits", "by_rank"}) {
+  for (const char* key :
+       {"machine", "ranks", "simulated_ranks", "step_ms", "tokens_per_s_per_rank", "mfu",
+        "exposed_communication", "pipeline_bubble", "extrapolated", "links_extrapolated",
+        "peak_bytes", "device_bytes", "fits", "ops", "by_rank"}) {
     EXPECT_TRUE(plan.contains(key)) << key;
   }
   EXPECT_EQ(plan["ranks"], 8);
   EXPECT_GT(plan["pipeline_bubble"].get<double>(), 0);
   ASSERT_EQ(plan["by_rank"].size(), 8u);
+  // Ops of all ranks, the dearest first; on the compute streams they are what keeps ranks busy.
+  int64_t busy_ns = 0, ops_ns = 0, last_ns = INT64_MAX;
+  for (const auto& rank : plan["by_rank"]) busy_ns += rank["busy_ns"].get<int64_t>();
+  for (const auto& op : plan["ops"]) {
+    const auto time_ns = op["time_ns"].get<int64_t>();
+    EXPECT_LE(time_ns, last_ns);
+    EXPECT_GT(op["calls"].get<int64_t>(), 0) << op;
+    ops_ns += last_ns = time_ns;
+  }
+  EXPECT_GT(plan["ops"].size(), 20u);
+  EXPECT_NEAR(static_cast<double>(ops_ns) / static_cast<double>(busy_ns), 1, 0.05);
   for (const auto& rank : plan["by_rank"]) {
     int64_t sum = 0;
     for (const auto& [name, bytes] : rank["peak_by_class"].items()) sum += bytes.get<int64_t>();

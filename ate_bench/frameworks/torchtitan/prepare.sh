@@ -1,0 +1,3 @@
+# Trains with a PyTorch nightly where it is installed (its README).
+. "$(dirname "${BASH_SOURCE[0]}")/../python_environment.sh"
+python_environment uv pip install -q --python .venv torch -r requirements.txt .

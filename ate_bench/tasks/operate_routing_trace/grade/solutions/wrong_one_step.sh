@@ -1,0 +1,3 @@
+# The default: the last step alone.
+STEPS=1
+. "$(dirname "$0")/right.sh"

@@ -1,0 +1,3 @@
+# The configuration's own seed.
+SEED=1
+. "$(dirname "$0")/right.sh"

@@ -1,0 +1,3 @@
+# The kernels that are launched most.
+KEY=launches
+. "$(dirname "$0")/right.sh"

@@ -1,0 +1,3 @@
+# The kernels whose single launch takes longest.
+KEY=mean
+. "$(dirname "$0")/right.sh"

@@ -1,0 +1,3 @@
+# The ops with the most FLOPs.
+KEY=flops
+. "$(dirname "$0")/right.sh"

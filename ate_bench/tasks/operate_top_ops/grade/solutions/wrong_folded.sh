@@ -1,0 +1,3 @@
+# Calls of one rank of each stage instead of all ranks.
+FLAGS=--fold
+. "$(dirname "$0")/right.sh"

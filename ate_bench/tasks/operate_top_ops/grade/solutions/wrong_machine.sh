@@ -1,0 +1,3 @@
+# Another machine's times.
+MACHINE=dgx-b200
+. "$(dirname "$0")/right.sh"

@@ -1,0 +1,1 @@
+python3 .ate/questions.py ".ate/grade/$ATE_FRAMEWORK.json"
