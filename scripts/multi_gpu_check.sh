@@ -117,7 +117,8 @@ fast() {
   local name=$1 config=$2
   shift 2
   nccl "$name-nccl" "$config" "$steps" numerics.reduction=fast "$@" &&
-    sim "$name-sim" "$config" "$steps" numerics.reduction=fast "$@" || return
+    sim "$name-sim" "$config" "$steps" numerics.reduction=fast numerics.fast_order=ring "$@" ||
+    return
   paste <(losses "$name-sim") <(losses "$name-nccl") | awk -v bound=$fast_bound \
     -v speed="$(tokens_per_s "$name-nccl")" -v ranks="$ranks" '
     { n++; if (NR == 1) first = $2 / $1 - 1; a[n] = $1; b[n] = $2 }
@@ -206,6 +207,23 @@ struck_in_save() {  # SIGKILL while a checkpoint's temporary directory or file s
   resumed "$name"
 }
 
+# The times of collectives between the GPUs, into a machine file that `plan` then goes by.
+links() {
+  local rank
+  port=$((port + 1))
+  processes=()
+  for ((rank = 0; rank < ranks; rank++)); do
+    RANK=$rank WORLD_SIZE=$ranks LOCAL_RANK=$rank MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
+      timeout -k 5 "$limit_s" "$bin/cambium" calibrate --links h200 --out "$work/links.toml" \
+      >"$work/rank$rank" 2>&1 &
+    processes+=($!)
+  done
+  finish || return
+  cp "$work/rank0" "$bin/links.txt" && cp "$work/links.toml" "$bin/links.toml"
+  "$bin/cambium" plan $quick --machine "$work/links.toml" --set run.device=cuda \
+    --set numerics.compute=bf16 --set "parallel.dp=$ranks" --set "parallel.ep=$ranks"
+}
+
 slice=(model.preset=qwen3-30b-a3b model.layers=2 model.vocab=512 train.sequence_length=256
   train.global_batch_sequences=4 numerics.block_tokens=64 train.eval_every_steps=0)
 quick=configs/quickstart.toml
@@ -214,6 +232,7 @@ r=$ranks
 nvidia-smi --query-gpu=index,name,driver_version --format=csv,noheader
 row "conformance on $r ranks" env CAMBIUM_COMM_RANKS="$r" "$bin/test_comm" \
   --gtest_filter='NcclConformance.*' --gtest_brief=1
+row "links of $r GPUs measured ($bin/links.toml)" links
 row "quickstart, exact, dp $r ep 1" exact q1 $quick "parallel.dp=$r" parallel.ep=1
 row "quickstart, exact, dp $r ep $r" exact q2 $quick "parallel.dp=$r" "parallel.ep=$r"
 row "the same, no accumulation" exact q3 $quick "parallel.dp=$r" "parallel.ep=$r" \

@@ -14,6 +14,8 @@ namespace cambium::sim {
 
 namespace {
 
+constexpr double kLog2OfE = 1.4426950408889634;
+
 enum class Unit { bytes, bytes_per_s, flops_per_s, time_ns, count };
 
 struct UnitName {
@@ -125,6 +127,7 @@ class MachineReader {
   }
   LinkModel link(const char* section) const;
   void op(const toml::table& entry, Machine& machine) const;
+  CollectiveCurve collective(const toml::table& entry) const;
 
   std::string path_;
   toml::table root_;
@@ -154,6 +157,36 @@ LinkModel MachineReader::link(const char* section) const {
     link.efficiency.emplace_back(log2(bytes), share);
   }
   return link;
+}
+
+CollectiveCurve MachineReader::collective(const toml::table& entry) const {
+  CollectiveCurve curve;
+  const std::string name = text(entry, "kind");
+  const std::string where = "collective " + name;
+  bool known = false;
+  for (const CollectiveKind kind : kMeasuredCollectives) {
+    if (name != collective_name(kind)) continue;
+    curve.kind = kind;
+    known = true;
+  }
+  if (!known) refuse(where, "kind is all_to_all_v, all_gather, reduce_scatter or all_reduce");
+  if (text(entry, "source").empty()) refuse(where, "has no source");
+  curve.ranks = entry["ranks"].value_or(int64_t{0});
+  if (curve.ranks < 2) refuse(where, "ranks is at least 2");
+  const toml::array* points = entry["points"].as_array();
+  if (points == nullptr || points->empty()) refuse(where, "has no points");
+  for (const toml::node& node : *points) {
+    const toml::array* pair = node.as_array();
+    if (pair == nullptr || pair->size() != 2) refuse(where, "a point is [\"4 KiB\", \"21 us\"]");
+    const double bytes = parse(where, (*pair)[0].value_or(std::string()), Unit::bytes);
+    const double ns = parse(where, (*pair)[1].value_or(std::string()), Unit::time_ns);
+    if (!(bytes >= 1) || !(ns > 0)) refuse(where, "a point's size and time are above 0");
+    if (!curve.points.empty() && curve.points.back().first >= log2(bytes)) {
+      refuse(where, "sizes must ascend");
+    }
+    curve.points.emplace_back(log2(bytes), fmath::log(ns));
+  }
+  return curve;
 }
 
 void MachineReader::op(const toml::table& entry, Machine& machine) const {
@@ -231,16 +264,51 @@ Machine MachineReader::read() {
     if (node.as_table() == nullptr) refuse("[[op]]", "is no table");
     op(*node.as_table(), machine);
   }
+  if (const toml::array* curves = root_["collective"].as_array()) {
+    for (const toml::node& node : *curves) {
+      if (node.as_table() == nullptr) refuse("[[collective]]", "is no table");
+      machine.collectives.push_back(collective(*node.as_table()));
+    }
+  }
   return machine;
 }
 
 }  // namespace
 
-Machine load_machine(const std::string& name_or_path) {
+CollectiveTime collective_time(const Machine& machine, const CollectiveSize& size) {
+  const auto distance = [&](const CollectiveCurve& curve) {
+    return std::abs(fmath::log(static_cast<double>(curve.ranks) / static_cast<double>(size.ranks)));
+  };
+  const CollectiveCurve* curve = nullptr;
+  for (const CollectiveCurve& other : machine.collectives) {
+    if (other.kind != size.kind) continue;
+    if (curve == nullptr || distance(other) < distance(*curve)) curve = &other;
+  }
+  if (curve == nullptr || size.bytes <= 0) return {};
+  CollectiveTime time{.is_measured = true};
+  const double at = log2(size.bytes);
+  const auto& points = curve->points;
+  time.is_extrapolated =
+      curve->ranks != size.ranks || at < points.front().first - 1 || at > points.back().first + 1;
+  const auto above =
+      std::ranges::lower_bound(points, at, {}, [](const auto& p) { return p.first; });
+  double log_ns = 0;
+  if (above == points.begin()) {
+    log_ns = points.front().second;
+  } else if (above == points.end()) {
+    log_ns = points.back().second + (at - points.back().first) / kLog2OfE;
+  } else {
+    const auto below = std::prev(above);
+    const double part = (at - below->first) / (above->first - below->first);
+    log_ns = below->second + part * (above->second - below->second);
+  }
+  time.ns = fmath::exp(log_ns);
+  return time;
+}
+
+std::string machine_source(const std::string& name_or_path) {
   for (const MachineFile& file : machine_files()) {
-    if (name_or_path == file.name) {
-      return parse_machine(file.text, fmt::format("sim/machines/{}.toml", file.name));
-    }
+    if (name_or_path == file.name) return file.text;
   }
   std::ifstream file(name_or_path);
   if (!file) {
@@ -251,14 +319,21 @@ Machine load_machine(const std::string& name_or_path) {
   }
   std::stringstream text;
   text << file.rdbuf();
-  return parse_machine(text.str(), name_or_path);
+  return text.str();
+}
+
+Machine load_machine(const std::string& name_or_path) {
+  const bool built_in = std::ranges::any_of(
+      machine_files(), [&](const MachineFile& file) { return name_or_path == file.name; });
+  return parse_machine(machine_source(name_or_path),
+                       built_in ? fmt::format("sim/machines/{}.toml", name_or_path) : name_or_path);
 }
 
 Machine parse_machine(const std::string& text, const std::string& path) {
   return MachineReader(text, path).read();
 }
 
-double log2(double value) { return fmath::log(value) * 1.4426950408889634; }
+double log2(double value) { return fmath::log(value) * kLog2OfE; }
 
 std::array<double, 6> log_extents(const std::array<int64_t, 6>& shape_key) {
   std::array<double, 6> logs{};

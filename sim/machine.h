@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/op.h"
+#include "src/train/measurements.h"
 
 namespace cambium::sim {
 
@@ -42,6 +43,15 @@ struct LinkModel {
       efficiency;  // log2 of a rank's bytes, share of bytes_per_s
 };
 
+// Measured times of one collective within a node, which stand for the link's model where they are:
+// between their sizes by interpolation of logarithms; below the first size its time, above the last
+// its rate.
+struct CollectiveCurve {
+  CollectiveKind kind = CollectiveKind::all_reduce;
+  int64_t ranks = 0;
+  std::vector<std::pair<double, double>> points;  // log2 of the busiest rank's bytes, log of ns
+};
+
 struct Machine {
   std::string name;
   std::string device;   // cpu | cuda
@@ -62,10 +72,12 @@ struct Machine {
   LinkModel near, far;              // within a node, and between nodes
   double copy_bytes_per_s = 0;      // a call of one rank alone
   std::map<std::string, OpTable> ops;
+  std::vector<CollectiveCurve> collectives;
 };
 
 // By name (those built in), or a file's path. An Error with exit code 2 names file, key and unit.
 Machine load_machine(const std::string& name_or_path);
+std::string machine_source(const std::string& name_or_path);  // its text
 Machine parse_machine(const std::string& text, const std::string& path);
 
 struct OpTime {
@@ -75,6 +87,20 @@ struct OpTime {
 };
 // `expert_rows` by local expert; empty for other ops.
 OpTime op_time(const Machine& machine, const Cost& cost, std::span<const int64_t> expert_rows);
+
+// Of a collective that was measured, from the curve of the nearest number of ranks:
+// another number, or a size more than a factor of two outside, is extrapolated. Else none.
+struct CollectiveTime {
+  double ns = 0;
+  bool is_measured = false;
+  bool is_extrapolated = false;
+};
+struct CollectiveSize {
+  CollectiveKind kind = CollectiveKind::all_reduce;
+  int64_t ranks = 0;
+  double bytes = 0;
+};
+CollectiveTime collective_time(const Machine& machine, const CollectiveSize& size);
 
 // Roofline time, and the measured points' ratio: what `calibrate` fits.
 double roofline_ns(const Machine& machine, const OpTable* table, const Cost& cost,

@@ -152,4 +152,33 @@ std::string machine_text(const Measurements& m) {
   return text;
 }
 
+std::string machine_text(const MeasuredLinks& m) {
+  std::string text = machine_source(m.base);
+  // Curves are written last, and `name` is the first key.
+  text = text.substr(0, text.find("[[collective]]"));
+  const size_t name = text.find("name = \""), end = text.find('\n', name);
+  if (name == std::string::npos || end == std::string::npos) {
+    fail(ExitCode::usage, "machine file {}: name is missing", m.base);
+  }
+  text.replace(name, end - name, fmt::format("name = \"{}\"", m.name));
+  while (text.ends_with('\n')) text.pop_back();
+  text += "\n";
+  std::map<std::pair<CollectiveKind, int64_t>, std::vector<const MeasuredCollective*>> curves;
+  for (const MeasuredCollective& call : m.collectives) {
+    curves[{call.kind, call.ranks}].push_back(&call);
+  }
+  for (auto& [key, calls] : curves) {
+    std::ranges::sort(calls, {}, [](const MeasuredCollective* call) { return call->bytes; });
+    text +=
+        fmt::format("\n[[collective]]\nkind = \"{}\"\nranks = {}\nsource = \"{}\"\npoints = [\n",
+                    collective_name(key.first), key.second, m.source);
+    for (const MeasuredCollective* call : calls) {
+      text += fmt::format("  [\"{:.0f} B\", \"{:.6g} us\"],\n", call->bytes, 1e-3 * call->ns);
+    }
+    text += "]\n";
+  }
+  parse_machine(text, m.base);  // what is written can be read
+  return text;
+}
+
 }  // namespace cambium::sim

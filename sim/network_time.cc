@@ -142,7 +142,10 @@ void VirtualTime::price_collective(Flow& flow) {
       far = moved / static_cast<double>(fewest);
     }
   }
-  const double near_ns = link_ns(machine_.near, near, n);
+  CollectiveTime measured;
+  if (!is_far) measured = collective_time(machine_, {call.kind, std::ssize(ranks), near});
+  link_extrapolated_ = link_extrapolated_ || measured.is_extrapolated;
+  const double near_ns = measured.is_measured ? measured.ns : link_ns(machine_.near, near, n);
   const double far_ns = is_far ? link_ns(machine_.far, far, n) : 0;
   flow.remaining_ns = std::max(near_ns, far_ns);
   for (const Transfer* member : flow.members) {

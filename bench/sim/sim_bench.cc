@@ -33,9 +33,6 @@ void sim_fiber_switch(benchmark::State& state) {
     while (!fiber.finished()) fiber.resume();
   }
   state.SetItemsProcessed(state.iterations() * kSwitches);
-  state.counters["ns_per_switch"] = benchmark::Counter(
-      1e-9 * static_cast<double>(kSwitches),
-      benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
 }
 BENCHMARK(sim_fiber_switch)->Unit(benchmark::kMillisecond);
 

@@ -178,8 +178,17 @@ int run_calibrate(const Invocation& invocation) {
       ->excludes(out);
   app.add_option("--device", options.device, "cpu or cuda; default: a GPU where there is one")
       ->check(CLI::IsMember({"cpu", "cuda"}));
+  auto* links = app.add_option("--links", options.links,
+                               "measure collectives alone, between this job's processes (torchrun, "
+                               "srun, mpirun: one GPU each), and write this machine with them")
+                    ->type_name("NAME|FILE")
+                    ->needs(out);
+  add_number(app, "--ranks", options.ranks, "of --links without a launcher: simulated ranks")
+      ->check(CLI::Range(2, 1024))
+      ->needs(links);
   app.footer(example("cambium calibrate --out laptop.toml"));
   parse(app, invocation);
+  options.environment = invocation.environment;
   return command_calibrate(options);
 }
 

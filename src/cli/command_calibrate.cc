@@ -3,7 +3,8 @@
 //
 // What is measured is the trainer's own step: every op of small configurations, timed where it runs
 // (by CUDA events on a GPU), so no op needs a benchmark of its own here. On the CPU the simulated
-// transfers are measured too; links between GPUs are not, and are taken from dgx-h200.
+// transfers are measured too; links between GPUs are taken from dgx-h200 until `--links` measures
+// them (src/cli/calibrate_links.cc).
 #include <unistd.h>
 
 #include <algorithm>
@@ -353,6 +354,7 @@ int command_calibrate(const CalibrateOptions& options) {
   if (options.out.empty() && options.check.empty()) {
     fail(ExitCode::usage, "give --out FILE to measure this machine, or --check FILE");
   }
+  if (!options.links.empty()) return calibrate_links(options);
   const DeviceKind device = chosen_device(options.device);
   if (!options.check.empty()) return check_machine(options.check, device);
   calibrate(options, device);

@@ -91,6 +91,7 @@ Trace run_trace(const CheckRun& run, std::string* schedule_taken = nullptr) {
                 .poison = run.races == nullptr ? Poison::on : Poison::off,
                 .races = run.races,
                 .faults = run.config.faults,
+                .fast_order = run.config.numerics.fast_order,
                 .watchdog_s = run.config.run.watchdog_s},
                [&](RankEnvironment& environment) {
                  check_rank(environment, run.config, derived, source, trace);
@@ -299,6 +300,7 @@ void find_races(const Config& exact, CheckReport& report) {
 void run_checks(const Config& config, const CheckRequest& request, CheckReport& report) {
   Config exact = config;
   exact.numerics.reduction = ReductionMode::exact;
+  exact.numerics.fast_order = FastOrder::rank;
   const BalanceLoss loss = config.balance.loss;
   if (loss == BalanceLoss::global_batch || loss == BalanceLoss::micro_batch) {
     // These depend on the layout by definition: exact mode refuses them.

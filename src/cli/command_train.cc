@@ -263,6 +263,7 @@ TrainOutcome run_ranks(const TrainPlan& plan, const LoadedData& data, TrainRun r
                 .device = plan.config.run.device,
                 .workers = plan.config.run.workers,
                 .faults = config.faults,
+                .fast_order = config.numerics.fast_order,
                 .watchdog_s = plan.config.run.watchdog_s},
                [&](RankEnvironment& environment) {
                  const TrainOutcome own = train_rank(environment, run);

@@ -59,13 +59,19 @@ struct PlanOptions {
 int command_plan(const PlanOptions& options);
 
 // cambium calibrate --out FILE [--device cpu|cuda]: measures this machine.
+// cambium calibrate --links BASE --out FILE [--ranks N]: machine BASE with the times of collectives
+// here, between this job's processes, or between N simulated ranks without a launcher.
 // cambium calibrate --check FILE: its predictions against configurations that it was not fitted to.
 struct CalibrateOptions {
   std::string out;
   std::string check;
   std::string device;  // "cpu" or "cuda"; empty = a GPU where there is one
+  std::string links;   // a machine's name or file
+  int64_t ranks = 4;
+  Environment environment;
 };
 int command_calibrate(const CalibrateOptions& options);
+int calibrate_links(const CalibrateOptions& options);  // src/cli/calibrate_links.cc
 
 // Where a trained model lies: a run directory, a checkpoint (step-%08d), or a Hugging Face
 // directory; the latter two take --tokenizer.

@@ -141,6 +141,11 @@ std::string device_name(DeviceKind device) {
 }
 
 std::string calibrated_machine(const Measurements& measured) { return sim::machine_text(measured); }
+std::string machine_with_collectives(const std::string& base, const std::string& name,
+                                     const std::string& source,
+                                     const std::vector<MeasuredCollective>& collectives) {
+  return sim::machine_text(sim::MeasuredLinks{base, name, source, collectives});
+}
 PlanReport plan_layout(const PlanRun& run) { return sim::plan_step(run); }
 
 int64_t worker_threads(int64_t configured) {
@@ -174,6 +179,9 @@ void launch_detail::launch(const LaunchOptions& options,
   cluster.schedule_seed = options.schedule_seed;
   cluster.poison = options.poison;
   cluster.watchdog_ns = std::llround(1e9 * options.watchdog_s);
+  if (options.fast_order == FastOrder::ring) {
+    cluster.reduction_order = sim::ReductionOrder::ring;
+  }
   for (const FaultConfig& fault : options.faults) add_fault(fault, cluster);
   if (options.races != nullptr) cluster.races = sim::Races::detected;
   sim::ScheduleTape replay, taken;

@@ -28,7 +28,8 @@ struct LaunchOptions {
   Poison poison = Poison::off;
   RaceReport* races = nullptr;      // not null: races are looked for, and this is what was seen
   std::vector<FaultConfig> faults;  // those of the communicator strike; others are the trainer's
-  double watchdog_s = 300;          // of virtual time that a rank may wait for a delayed one
+  FastOrder fast_order = FastOrder::rank;
+  double watchdog_s = 300;  // of virtual time that a rank may wait for a delayed one
 };
 
 namespace launch_detail {
@@ -38,8 +39,11 @@ void launch(const LaunchOptions& options, void (*main)(void* body, RankEnvironme
 
 // One step, shapes alone, on a machine that need not be there (sim/planner.h).
 PlanReport plan_layout(const PlanRun& run);
-// The text of a machine file (sim/machine_writer.h).
+// The text of a machine file, and of one with other measured collectives (sim/machine_writer.h).
 std::string calibrated_machine(const Measurements& measured);
+std::string machine_with_collectives(const std::string& base, const std::string& name,
+                                     const std::string& source,
+                                     const std::vector<MeasuredCollective>& collectives);
 
 // Runs body(environment) for each rank that lives in this process.
 template <class Body>

@@ -17,6 +17,7 @@ enum class Sharding { none, zero1, zero2, full };
 enum class PipelineSchedule { gpipe, one_f_one_b, interleaved_1f1b, zb_h1, zb_v, dualpipev };
 enum class ComputeType { fp32, bf16 };
 enum class ReductionMode { exact, fast };
+enum class FastOrder { rank, ring };
 enum class DeviceKind { cpu, cuda };
 enum class Transport { automatic, sim, nccl };
 enum class BalanceLoss { none, sequence, global_batch, global_batch_lagged, micro_batch };
@@ -138,6 +139,7 @@ struct RecomputeConfig {
 struct NumericsConfig {
   ComputeType compute = ComputeType::fp32;
   ReductionMode reduction = ReductionMode::exact;  // default: exact on cpu, fast on cuda
+  FastOrder fast_order = FastOrder::rank;          // of the simulator's sums in fast mode
   int64_t block_tokens = 32;
 };
 

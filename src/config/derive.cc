@@ -220,6 +220,14 @@ void check_pipeline(const Config& config) {
   }
 }
 
+void check_numerics(const Config& config) {
+  const NumericsConfig& numerics = config.numerics;
+  if (numerics.fast_order == FastOrder::rank || numerics.reduction == ReductionMode::fast) return;
+  fail(ExitCode::usage,
+       "numerics.fast_order = ring orders the sums of numerics.reduction = fast, and exact has one "
+       "order for all: use numerics.reduction = fast, or leave out numerics.fast_order");
+}
+
 void check_balance(const Config& config) {
   const BalanceLoss loss = config.balance.loss;
   const bool layout_dependent =
@@ -352,6 +360,7 @@ Derived derive(const Config& config, ConfigUse use) {
   check_model(config);
   check_layout(config);
   check_pipeline(config);
+  check_numerics(config);
   check_balance(config);
   check_routing(config);
   check_data(config);

@@ -22,6 +22,7 @@ constexpr const char* kScheduleNames[] = {"gpipe", "1f1b", "interleaved_1f1b",
                                           "zb_h1", "zb_v", "dualpipev"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
 constexpr const char* kReductionNames[] = {"exact", "fast"};
+constexpr const char* kFastOrderNames[] = {"rank", "ring"};
 constexpr const char* kDeviceNames[] = {"cpu", "cuda"};
 constexpr const char* kTransportNames[] = {"auto", "sim", "nccl"};
 constexpr const char* kBalanceNames[] = {"none", "sequence", "global_batch", "global_batch_lagged",
@@ -385,6 +386,9 @@ const KeySpec kKeys[] = {
     {"numerics", "reduction", in_section<kNumerics, &Numerics::reduction>, kNoRange,
      kReductionNames, kSame, "exact on cpu, fast on cuda",
      "exact: the same bits for every layout; fast: the transport's order"},
+    {"numerics", "fast_order", in_section<kNumerics, &Numerics::fast_order>, kNoRange,
+     kFastOrderNames, kSame, nullptr,
+     "the simulator's sums in fast mode: by rank, or as NCCL's ring adds and rounds"},
     {"numerics",
      "block_tokens",
      in_section<kNumerics, &Numerics::block_tokens>,

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/op.h"
+#include "src/comm/comm.h"
 #include "src/config/config.h"
 
 namespace cambium {
@@ -14,6 +15,17 @@ struct MeasuredOp {
   Cost cost;
   double ns = 0;
 };
+
+// A collective of `ranks` ranks of one node, of which the busiest moves `bytes` each way.
+struct MeasuredCollective {
+  CollectiveKind kind = CollectiveKind::all_reduce;
+  int64_t ranks = 0;
+  double bytes = 0;
+  double ns = 0;
+};
+constexpr CollectiveKind kMeasuredCollectives[] = {
+    CollectiveKind::all_to_all_v, CollectiveKind::all_gather, CollectiveKind::reduce_scatter,
+    CollectiveKind::all_reduce};
 
 struct Measurements {
   std::string name;     // of the machine

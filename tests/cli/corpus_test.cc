@@ -35,6 +35,8 @@ const Mutant kMutants[] = {
     {15, "kind=\"arrival_order_sum\"", 51, "same terms in another order", kFast},
 };
 
+constexpr int kLimitS = 300;  // a REPRO line is shrunk in up to 400 runs, on a machine in use
+
 BinaryRun run_repro(const std::string& output) {
   const size_t at = output.find("REPRO: cambium ");
   if (at == std::string::npos) return {};
@@ -51,7 +53,7 @@ BinaryRun run_repro(const std::string& output) {
     }
   }
   arguments.push_back(word);
-  return run_binary(arguments);
+  return run_binary(arguments, {}, kLimitS);
 }
 
 void expect_found(const Mutant& mutant, int64_t seeds) {
@@ -59,7 +61,7 @@ void expect_found(const Mutant& mutant, int64_t seeds) {
                                         fmt::format("{}", seeds)};
   for (const std::string& set : mutant.sets) arguments.insert(arguments.end(), {"--set", set});
   arguments.insert(arguments.end(), {"--set", fmt::format("faults=[{{{}}}]", mutant.fault)});
-  const BinaryRun run = run_binary(arguments);
+  const BinaryRun run = run_binary(arguments, {}, kLimitS);
   EXPECT_EQ(run.exit_code, mutant.exit_code) << mutant.number << ": " << run.output;
   EXPECT_NE(run.output.find(mutant.cause), std::string::npos) << mutant.number << run.output;
   const BinaryRun again = run_repro(run.output);

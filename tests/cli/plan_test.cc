@@ -11,6 +11,32 @@
 namespace cambium {
 namespace {
 
+// Between simulated ranks, as between processes: measured, written, and what plan then goes by.
+TEST(PlanCommand, LinksAreMeasuredIntoAMachineThatPlanReads) {
+  ScratchDirectory scratch;
+  const std::string machine = scratch.path() + "/here.toml";
+  const BinaryRun measured =
+      run_binary({"calibrate", "--links", "laptop", "--out", machine, "--ranks", "4"});
+  ASSERT_EQ(measured.exit_code, 0) << measured.output;
+  for (const char* kind : {"all_to_all_v", "all_gather", "reduce_scatter", "all_reduce"}) {
+    EXPECT_NE(measured.output.find(kind), std::string::npos) << measured.output;
+  }
+  std::stringstream text;
+  text << std::ifstream(machine).rdbuf();
+  EXPECT_NE(text.str().find("calibrate --links laptop: 4 simulated ranks"), std::string::npos);
+  const auto plan = [&](const std::string& name) {
+    const BinaryRun run =
+        run_binary({"plan", "configs/quickstart.toml", "--machine", name, "--json", "--set",
+                    "parallel.dp=4", "--set", "parallel.ep=4"});
+    EXPECT_EQ(run.exit_code, 0) << run.output;
+    return nlohmann::json::parse(run.output);
+  };
+  const auto before = plan("laptop"), after = plan(machine);
+  EXPECT_EQ(after["machine"], "here");
+  EXPECT_NE(after["step_ms"], before["step_ms"]);
+  EXPECT_EQ(after["peak_bytes"], before["peak_bytes"]);
+}
+
 TEST(PlanCommand, JsonHasItsKeysAndTheTraceTheFiveStages) {
   ScratchDirectory scratch;
   const std::string trace = scratch.path() + "/trace.json";

@@ -66,6 +66,7 @@ void make_files(const ScratchDirectory& scratch) {
   std::stringstream machine_text;
   machine_text << std::ifstream("sim/machines/laptop.toml").rdbuf();
   const std::string machine = machine_text.str();
+  scratch.write("bad_curve.toml", machine + "\n[[collective]]\nkind = \"broadcast\"\n");
   scratch.write("no_op.toml", machine.substr(0, machine.find("[[op]]")));
 }
 
@@ -203,6 +204,9 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set faults=[{kind='disk_full',step=200,site='world'}]", 2, "no communicator"},
     {"train $Q --set faults=[{kind='disk_full',step=7}]", 2, "step 7 has none.*every"},
     {"plan $Q --machine laptop --set faults=[{kind='pause'}]", 2, "without \\[\\[faults\\]\\]"},
+    {"train $Q --set numerics.fast_order=ring", 2,
+     "fast_order = ring.*numerics\\.reduction = fast"},
+    {"train $Q --set numerics.fast_order=tree", 2, "fast_order.*rank | ring"},
     {"check $Q --schedule 3", 2, "'3' is no schedule"},
     {"check $Q --schedule 9:1,3:1", 2, "no schedule.*ascending"},
     {"check $Q --schedule fifo:1", 2, "no schedule"},
@@ -225,6 +229,11 @@ const WrongInput kWrongInputs[] = {
     {"data build $T/nosuch.txt --out $T/o.h5", 32, "nosuch\\.txt"},
     {"data build $T/empty.txt --out $T/o.h5", 32, "empty\\.txt"},
     {"data build $T/novel.txt --out $T/o.h5 --tokenizer $T/nosuch.model", 31, "nosuch\\.model"},
+    {"calibrate --links laptop", 2, "--links requires --out"},
+    {"calibrate --links nosuch --out $T/a.toml", 2, "no machine 'nosuch'"},
+    {"calibrate --links laptop --ranks 1 --out $T/a.toml", 2, "--ranks"},
+    {"calibrate --links laptop --device cuda --out $T/a.toml", 2, "torchrun"},
+    {"plan $Q --machine $T/bad_curve.toml", 2, "collective broadcast: kind is"},
     {"calibrate", 2, "--out FILE.*--check FILE"},
     {"calibrate --out $T/a.toml --check $T/b.toml", 2, "--out"},
     {"calibrate --check $T/nosuch.toml --device tpu", 2, "tpu"},

@@ -97,6 +97,48 @@ TEST(VirtualTime, IsTheTimelineByHand) {
   EXPECT_EQ(trace.spans().size(), 9u);
 }
 
+// Where a collective was measured, its curve is its time; others keep the link's model.
+TEST(VirtualTime, AMeasuredCollectiveTakesItsCurvesTime) {
+  const std::string curve =
+      "[[collective]]\nkind = \"all_gather\"\nranks = 2\nsource = \"t\"\n"
+      "points = [[\"250 B\", \"1 us\"], [\"1000 B\", \"4 us\"]]\n";
+  const Machine machine = parse_machine(plain_machine("8") + curve, "plain");
+  const auto ns = [&](CollectiveKind kind, int64_t bytes) {
+    const Config config = plan_config("[parallel]\ndp = 2\n");
+    VirtualTime time(machine, config, nullptr);
+    int64_t end = 0;
+    run_cluster({.ranks = 2, .time = &time}, [&](RankEnvironment& environment) {
+      Stream& comm = environment.make_stream("comm");
+      const auto both = environment.make_communicator("both", {0, 1});
+      std::byte* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 44);
+      const auto post = [&] {
+        if (kind == CollectiveKind::all_gather) {
+          return all_gather({.communicator = *both,
+                             .stream = comm,
+                             .send = data,
+                             .recv = data + 4096,
+                             .count = bytes,
+                             .dtype = DType::u8});
+        }
+        return reduce_scatter({.communicator = *both,
+                               .stream = comm,
+                               .send = data,
+                               .recv = data + 8192,
+                               .count = bytes,
+                               .dtype = DType::u8});
+      };
+      environment.host().wait(post());
+      end = environment.host().now_ns();
+    });
+    return std::pair(end, time.links_extrapolated());
+  };
+  EXPECT_EQ(ns(CollectiveKind::all_gather, 250), std::pair(int64_t{1000}, false));
+  EXPECT_EQ(ns(CollectiveKind::all_gather, 500), std::pair(int64_t{2000}, false));
+  EXPECT_EQ(ns(CollectiveKind::all_gather, 1000), std::pair(int64_t{4000}, false));
+  EXPECT_EQ(ns(CollectiveKind::all_gather, 3000), std::pair(int64_t{12000}, true));
+  EXPECT_EQ(ns(CollectiveKind::reduce_scatter, 500), std::pair(int64_t{600}, false));
+}
+
 TEST(VirtualTime, MessagesThatMeetOnALinkShareIt) {
   const Machine machine = parse_machine(plain_machine("1"), "plain");
   const Config config = plan_config("[parallel]\ndp = 2\n");
@@ -294,6 +336,77 @@ TEST(Machines, AMeasuredShapeTakesItsMeasuredTimeAndTilesCount) {
   const double want = static_cast<double>(op_time(machine, rows, full).ns);
   EXPECT_NEAR(static_cast<double>(op_time(machine, rows, ragged).ns), want * 63 / 32, want * 0.01);
   EXPECT_TRUE(op_time(load_machine("dgx-b200"), whole, {}).is_extrapolated);
+}
+
+// Curves of collectives: written, read, interpolated between their sizes, flagged outside.
+TEST(Machines, MeasuredCollectivesTakeTheirMeasuredTime) {
+  MeasuredLinks links{"dgx-h200", "here", "a test", {}};
+  for (double bytes = 4096; bytes <= 1 << 30; bytes *= 2) {
+    links.collectives.push_back({CollectiveKind::all_reduce, 2, bytes, 9000 + bytes / 300});
+    links.collectives.push_back({CollectiveKind::all_reduce, 8, bytes, 30000 + bytes / 300});
+    links.collectives.push_back({CollectiveKind::all_to_all_v, 8, bytes, 20000 + bytes / 250});
+  }
+  const std::string text = machine_text(links);
+  const Machine machine = parse_machine(text, "here");
+  EXPECT_EQ(machine.name, "here");
+  EXPECT_EQ(machine.ops.size(), load_machine("dgx-h200").ops.size());
+  for (const MeasuredCollective& call : links.collectives) {
+    const CollectiveTime time = collective_time(machine, {call.kind, call.ranks, call.bytes});
+    EXPECT_TRUE(time.is_measured && !time.is_extrapolated);
+    EXPECT_NEAR(time.ns, call.ns, 1e-4 * call.ns);
+  }
+  const auto time = [&](CollectiveKind kind, int64_t ranks, double bytes) {
+    return collective_time(machine, {kind, ranks, bytes});
+  };
+  const CollectiveTime between = time(CollectiveKind::all_reduce, 2, 1.5e6);
+  EXPECT_NEAR(between.ns, 9000 + 1.5e6 / 300, 0.02 * 14000);
+  EXPECT_FALSE(between.is_extrapolated);
+  EXPECT_FALSE(time(CollectiveKind::all_reduce, 2, 2048).is_extrapolated);  // half the least
+  EXPECT_TRUE(time(CollectiveKind::all_reduce, 2, 1000).is_extrapolated);
+  EXPECT_NEAR(time(CollectiveKind::all_reduce, 2, 1000).ns, 9000 + 4096 / 300, 1);
+  EXPECT_NEAR(time(CollectiveKind::all_reduce, 2, 4.0 * (1 << 30)).ns, 4 * (9000 + (1 << 30) / 300),
+              1e3);  // the last one's rate
+  EXPECT_TRUE(time(CollectiveKind::all_reduce, 2, 4.0 * (1 << 30)).is_extrapolated);
+  EXPECT_TRUE(time(CollectiveKind::all_reduce, 4, 8192).is_extrapolated);  // of other ranks
+  EXPECT_FALSE(time(CollectiveKind::all_gather, 8, 8192).is_measured);
+  // A second measurement replaces the first.
+  std::ofstream(testing::TempDir() + "/links.toml") << text;
+  const Machine again =
+      parse_machine(machine_text(MeasuredLinks{testing::TempDir() + "/links.toml",
+                                               "again",
+                                               "b",
+                                               {{CollectiveKind::all_gather, 2, 4096, 5000}}}),
+                    "again");
+  ASSERT_EQ(again.collectives.size(), 1u);
+  EXPECT_EQ(again.ops.size(), machine.ops.size());
+}
+
+TEST(Machines, AWrongCurveIsRefusedWithItsKey) {
+  const std::string base = machine_source("dgx-h200");
+  const auto refusal = [&](const std::string& curve) -> std::string {
+    try {
+      parse_machine(base + "\n[[collective]]\n" + curve, "x.toml");
+    } catch (const Error& error) {
+      EXPECT_EQ(error.exit_code(), ExitCode::usage);
+      return error.what();
+    }
+    return "";
+  };
+  const std::string head = "kind = \"all_gather\"\nsource = \"s\"\nranks = 2\n";
+  EXPECT_EQ(refusal(head + "points = [[\"4 KiB\", \"9 us\"]]"), "");
+  const std::pair<std::string, const char*> rows[] = {
+      {"kind = \"broadcast\"\nsource = \"s\"\nranks = 2\npoints = []", "kind is all_to_all_v"},
+      {"kind = \"all_gather\"\nranks = 2\npoints = []", "source"},
+      {"kind = \"all_gather\"\nsource = \"s\"\nranks = 1\npoints = []", "ranks is at least 2"},
+      {head + "points = []", "no points"},
+      {head + "points = [[\"4 KiB\", 9.0]]", "a time such as"},
+      {head + "points = [[\"4 us\", \"9 us\"]]", "a size such as"},
+      {head + "points = [[\"4 KiB\", \"0 us\"]]", "above 0"},
+      {head + "points = [[\"4 KiB\", \"9 us\"], [\"1 KiB\", \"9 us\"]]", "ascend"},
+  };
+  for (const auto& [curve, message] : rows) {
+    EXPECT_NE(refusal(curve).find(message), std::string::npos) << curve << ": " << refusal(curve);
+  }
 }
 
 TEST(Machines, ACalibratedFileGivesBackWhatWasMeasured) {

@@ -186,6 +186,21 @@ TEST(LayoutTable, FastModeRepeatsItselfAndStaysClose) {
   }
 }
 
+// In ring order other roundings, repeated bit for bit; two ranks' sums have one order.
+TEST(LayoutTable, FastModeAddsAroundARingWhereAsked) {
+  const auto run = [](const TestLayout& layout, FastOrder order) {
+    Config config = with_layout(tiny_config(), layout);
+    config.numerics.reduction = ReductionMode::fast;
+    config.numerics.fast_order = order;
+    return run_trace(config, 3);
+  };
+  const TestLayout four{.dp = 4, .sharding = Sharding::none}, two{.dp = 2};
+  const RunTrace ring = run(four, FastOrder::ring);
+  expect_same_bits(run(four, FastOrder::ring), ring, "ring, again");
+  EXPECT_NE(total_hex(run(four, FastOrder::rank).steps.back()), total_hex(ring.steps.back()));
+  expect_same_bits(run(two, FastOrder::ring), run(two, FastOrder::rank), "two ranks");
+}
+
 TEST(LayoutTable, EachRankHoldsItsShareOfTheState) {
   const RankUse& one = one_rank().ranks[0];
   const auto uses = [](const TestLayout& layout) {

@@ -92,7 +92,8 @@ inline RunTrace run_trace(const Config& config, int64_t steps, int64_t workers =
                 .workers = workers,
                 .schedule_seed = schedule_seed,
                 .poison = Poison::on,
-                .faults = config.faults},
+                .faults = config.faults,
+                .fast_order = config.numerics.fast_order},
                [&](RankEnvironment& environment) {
                  Rank rank(config, environment);
                  TrainStep step(rank, config.model);
