@@ -2,8 +2,8 @@
 //
 // Results go through shared memory, so that each memory request is a whole 128-byte line: written
 // from the accumulators' layout, 8 rows of 32 bytes at a time, they take four times as many
-// requests and 13,000 cycles a tile. bf16 results lie as operand tiles do, 64 columns next to each
-// other; fp32 results of weight gradients as padded rows that the copy engine adds to memory.
+// requests and 13,000 cycles a tile. They lie there as operand tiles do, 64 columns next to each
+// other.
 #pragma once
 
 #include "kernels/grouped_tile.cuh"
@@ -197,7 +197,7 @@ __device__ __forceinline__ void write_rows(const GroupedTileParams& p, const Gro
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void write_tiles(const GroupedTileParams& p, const GroupedShared& shared,
                                             int rank) {
-  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  RowSchedule<kCluster> schedule(p.extent, shared.table, rank);
   GroupedTile tile;
   while (schedule.next(tile)) {
     for (int group = 0; group < kConsumerGroups; ++group) {
@@ -256,46 +256,6 @@ __device__ __forceinline__ void finish_down_dgrad(const GroupedTileParams& p,
   }
 }
 
-// wgrad: the copy engine adds to the expert's fp32 matrix, 64 rows and 64 columns of the tile at a
-// time, through two buffers. Transposed: the tile's rows are the matrix's columns. An element
-// belongs to one tile and is added to once: there is no order that could change its bits.
-template <Product kProduct>
-__device__ __forceinline__ void finish_wgrad(const GroupedTileParams& p, const GroupedTile& tile,
-                                             Consumer& consumer, uint32_t scratch,
-                                             const Accumulators& acc) {
-  constexpr bool kIsTransposed = kProduct == Product::wgrad_transposed;
-  constexpr int kSide = 64, kLineBytes = 4 * kSide;
-  constexpr int kPitch = kLineBytes + 16;  // the padding keeps lanes off each other's banks
-  static_assert(2 * kSide * kPitch <= kScratchBytes);
-  const int t = consumer.warp * kWarpLanes + consumer.lane, q = consumer.lane % 4;
-  const int barrier = kFilledBarrier + consumer.group;
-  const int64_t row = tile.row0 + consumer.group * kSliceRows;
-  const int64_t column_step = kIsTransposed ? p.d_w_stride : 1;
-  float* line = p.d_w + tile.expert * p.d_w_expert_stride + t * p.d_w_stride +
-                row * (kIsTransposed ? 1 : p.d_w_stride) + tile.column0 * column_step;
-#pragma unroll
-  for (int chunk = 0; chunk < kTileColumns / kSide; ++chunk) {
-    if (tile.column0 + chunk * kSide >= p.extent.columns) break;
-    const uint32_t buffer = scratch + consumer.chunks_out++ % 2 * kSide * kPitch;
-    wait_additions_read<1>();
-    named_barrier_sync(barrier, kWarpgroupThreads);
-    each_pair(chunk * kChunkGroups, [&](int g, int half, int at) {
-      const int column = 8 * g + 2 * q;
-      const int m = consumer.warp * kWarpRows + consumer.lane / 4 + 8 * half;
-      if constexpr (kIsTransposed) {
-        store_shared_float(buffer + column * kPitch + 4 * m, acc[at]);
-        store_shared_float(buffer + (column + 1) * kPitch + 4 * m, acc[at + 1]);
-      } else {
-        store_shared_floats(buffer + m * kPitch + 4 * column, acc[at], acc[at + 1]);
-      }
-    });
-    fence_async_proxy();
-    named_barrier_sync(barrier, kWarpgroupThreads);
-    if (t < kSide) add_floats(line + chunk * kSide * column_step, buffer + t * kPitch, kLineBytes);
-    commit_additions();
-  }
-}
-
 template <Product kProduct>
 __device__ __forceinline__ void finish_tile(const GroupedTileParams& p, const GroupedTile& tile,
                                             Consumer& consumer, uint32_t scratch,
@@ -305,10 +265,8 @@ __device__ __forceinline__ void finish_tile(const GroupedTileParams& p, const Gr
                       max(0, min(kWarpRows, tile.rows - first_row))};
   if constexpr (kHasWriters<kProduct>) {
     hand_over<kProduct>(p, tile, consumer, warp, first_row, acc);
-  } else if constexpr (kProduct == Product::down_dgrad) {
-    finish_down_dgrad(p, tile, warp, first_row, acc);
   } else {
-    finish_wgrad<kProduct>(p, tile, consumer, scratch, acc);
+    finish_down_dgrad(p, tile, warp, first_row, acc);
   }
 }
 
@@ -317,7 +275,7 @@ __device__ __forceinline__ void finish_tile(const GroupedTileParams& p, const Gr
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void multiply_tiles(const GroupedTileParams& p,
                                                const GroupedShared& shared, int rank) {
-  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  RowSchedule<kCluster> schedule(p.extent, shared.table, rank);
   Consumer consumer;
   GroupedTile tile;
   Accumulators acc;
@@ -329,7 +287,6 @@ __device__ __forceinline__ void multiply_tiles(const GroupedTileParams& p,
       skip_tile<kCluster>(shared, consumer, stages_of(tile));
     }
   }
-  if constexpr (kIsWgrad<kProduct>) wait_additions();
 }
 
 template <Product kProduct, int kCluster>
@@ -351,7 +308,7 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
   }
   load_offsets(p.extent, shared.table);
   __syncthreads();
-  Schedule<kProduct, kCluster>::build(p.extent, shared.table);
+  RowSchedule<kCluster>::build(p.extent, shared.table);
   __syncthreads();
   if constexpr (kCluster > 1) cluster_sync();
   if (threadIdx.x < kWarpgroupThreads) {
