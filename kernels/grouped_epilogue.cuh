@@ -57,42 +57,6 @@ struct WarpRows {
                                            chunk.pair[2 * i + 1][0], chunk.pair[2 * i + 1][1]});
     }
   }
-  // `to` is the chunk's first column in the warp's first row.
-  __device__ __forceinline__ void store(const Chunk& chunk, __nv_bfloat16* to,
-                                        int64_t stride) const {
-    __syncwarp();
-    put(chunk);
-    __syncwarp();
-#pragma unroll
-    for (int pass = 0; pass < 4; ++pass) {
-      const uint4 line = load_shared_16(line_place(pass));
-      const int row = line_row(pass);
-      if (row < rows) *reinterpret_cast<uint4*>(to + row * stride + lane % 8 * 8) = line;
-    }
-  }
-  // Rows beyond the last one read it again.
-  __device__ __forceinline__ void load(Chunk& chunk, const __nv_bfloat16* from,
-                                       int64_t stride) const {
-    uint4 line[4];
-#pragma unroll
-    for (int pass = 0; pass < 4; ++pass) {
-      const int row = max(0, min(line_row(pass), rows - 1));
-      line[pass] = *reinterpret_cast<const uint4*>(from + row * stride + lane % 8 * 8);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int pass = 0; pass < 4; ++pass) store_shared_16(line_place(pass), line[pass]);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kChunkGroups / 2; ++i) {
-      uint32_t v[4];
-      load_tiles(tile_place(i), v);
-      chunk.pair[2 * i][0] = v[0];
-      chunk.pair[2 * i][1] = v[1];
-      chunk.pair[2 * i + 1][0] = v[2];
-      chunk.pair[2 * i + 1][1] = v[3];
-    }
-  }
 };
 
 // Calls body(g, h, at): column group and row half of a chunk, index of its accumulator pair.
@@ -126,8 +90,11 @@ constexpr int kEmptiedBarrier = 4;  // + consumer group: writers arrive, consume
 // Rows scaled by their weight where there is one.
 template <Product kProduct>
 __device__ __forceinline__ void hand_over(const GroupedTileParams& p, const GroupedTile& tile,
-                                          Consumer& consumer, const WarpRows& warp, int first_row,
+                                          Consumer& consumer, uint32_t scratch,
                                           const Accumulators& acc) {
+  const int first_row = consumer.first_row();
+  const WarpRows warp{scratch + consumer.warp * kWarpScratchBytes, consumer.lane,
+                      max(0, min(kWarpRows, tile.rows - first_row))};
   const RowWeightPair weight(p.weight == nullptr ? nullptr : p.weight + tile.row0 + first_row,
                              warp);
   if (consumer.has_results_out) {
@@ -214,62 +181,6 @@ __device__ __forceinline__ void write_tiles(const GroupedTileParams& p, const Gr
   }
 }
 
-// down_dgrad: SwiGLU backward of the stored gate and up; <g, h> of the tile's columns as a partial
-// sum of the row, columns in the lane's order, then the four lanes of the row.
-__device__ __forceinline__ void finish_down_dgrad(const GroupedTileParams& p,
-                                                  const GroupedTile& tile, const WarpRows& warp,
-                                                  int first_row, const Accumulators& acc) {
-  const int64_t row = tile.row0 + first_row;
-  const RowWeightPair weight(p.weight == nullptr ? nullptr : p.weight + row, warp);
-  const __nv_bfloat16* gate_up = p.gate_up + row * p.gate_up_stride + tile.column0;
-  __nv_bfloat16* d_gate_up = p.wide + row * p.wide_stride + tile.column0;
-  __nv_bfloat16* weighted_h = p.narrow + row * p.narrow_stride + tile.column0;
-  float dot[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int c = 0; c < kTileColumns / kChunkColumns; ++c) {
-    const int column = c * kChunkColumns;
-    if (tile.column0 + column >= p.F || warp.rows == 0) break;
-    Chunk gate, up, out;
-    warp.load(gate, gate_up + column, p.gate_up_stride);
-    warp.load(up, gate_up + p.F + column, p.gate_up_stride);
-    each_pair(c * kChunkGroups, [&](int g, int half, int at) {
-      uint32_t &gate_pair = gate.pair[g][half], &up_pair = up.pair[g][half];
-      const float w = weight.of[half], g_low = acc[at], g_high = acc[at + 1];
-      const DownDgradPoint low = down_dgrad_point(low_of(gate_pair), low_of(up_pair), w, g_low);
-      const DownDgradPoint high = down_dgrad_point(high_of(gate_pair), high_of(up_pair), w, g_high);
-      dot[half] = fmaf(g_high, high.h, fmaf(g_low, low.h, dot[half]));
-      gate_pair = pack_pair(low.d_gate, high.d_gate);
-      up_pair = pack_pair(low.d_up, high.d_up);
-      out.pair[g][half] = pack_pair(low.weighted_h, high.weighted_h);
-    });
-    warp.store(gate, d_gate_up + column, p.wide_stride);
-    warp.store(up, d_gate_up + p.F + column, p.wide_stride);
-    warp.store(out, weighted_h + column, p.narrow_stride);
-  }
-  if (p.partial_dot == nullptr) return;
-  float* partial = p.partial_dot + int64_t{tile.column0 / kTileColumns} * p.R + row;
-  for (int half = 0; half < 2; ++half) {
-    dot[half] += __shfl_xor_sync(kAllLanes, dot[half], 1);
-    dot[half] += __shfl_xor_sync(kAllLanes, dot[half], 2);
-    const int at = warp.lane / 4 + 8 * half;
-    if (warp.lane % 4 == 0 && at < warp.rows) partial[at] = dot[half];
-  }
-}
-
-template <Product kProduct>
-__device__ __forceinline__ void finish_tile(const GroupedTileParams& p, const GroupedTile& tile,
-                                            Consumer& consumer, uint32_t scratch,
-                                            const Accumulators& acc) {
-  const int first_row = consumer.first_row();
-  const WarpRows warp{scratch + consumer.warp * kWarpScratchBytes, consumer.lane,
-                      max(0, min(kWarpRows, tile.rows - first_row))};
-  if constexpr (kHasWriters<kProduct>) {
-    hand_over<kProduct>(p, tile, consumer, warp, first_row, acc);
-  } else {
-    finish_down_dgrad(p, tile, warp, first_row, acc);
-  }
-}
-
 // --- The kernel ---
 
 template <Product kProduct, int kCluster>
@@ -282,7 +193,7 @@ __device__ __forceinline__ void multiply_tiles(const GroupedTileParams& p,
   while (schedule.next(tile)) {
     if (tile.rows > consumer.group * kSliceRows) {
       multiply_tile<kProduct, kCluster>(shared, consumer, stages_of(tile), acc);
-      finish_tile<kProduct>(p, tile, consumer, shared.scratch(consumer.group), acc);
+      hand_over<kProduct>(p, tile, consumer, shared.scratch(consumer.group), acc);
     } else {
       skip_tile<kCluster>(shared, consumer, stages_of(tile));
     }
@@ -314,7 +225,7 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
   if (threadIdx.x < kWarpgroupThreads) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x >= kFetchThreads<kProduct>) {
-      if constexpr (kHasWriters<kProduct>) write_tiles<kProduct, kCluster>(p, shared, rank);
+      write_tiles<kProduct, kCluster>(p, shared, rank);
     } else if constexpr (kGathersRows<kProduct>) {
       fetch_tiles_by_row<kProduct, kCluster>(p, shared, rank);
     } else {

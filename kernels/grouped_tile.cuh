@@ -5,7 +5,7 @@
 // their results in shared memory. Of a third one some warps fetch the stages, the others bring
 // results out while the next tile is multiplied. B is fetched by the copy engine, half by each CTA
 // of a cluster for both; A by the copy engine, or row by row through token indices. Weight
-// gradients have a kernel of their own (kernels/grouped_wgrad_tile.cuh).
+// gradients and the down input gradient go another way (kernels/grouped_turns.cuh).
 //
 // D2: the sum of an element runs over 16-wide steps of the contracted extent in ascending order,
 // whatever the tile, the slice or the cut of the rows. Rows beyond a tile's end are not stored.
@@ -19,11 +19,11 @@
 namespace cambium::cuda {
 
 // Which product: what lies in A and B and what happens to the result.
-enum class Product { up, down, down_dgrad, up_dgrad };
+enum class Product { up, down, up_dgrad };
 
 // A is fetched row by row, through a token index where one is given.
 template <Product kProduct>
-inline constexpr bool kGathersRows = kProduct == Product::up || kProduct == Product::down_dgrad;
+inline constexpr bool kGathersRows = kProduct == Product::up;
 // B's contracted extent is its outer one: weights in input gradients.
 template <Product kProduct>
 inline constexpr bool kIsBTransposed = !(kProduct == Product::up || kProduct == Product::down);
@@ -41,15 +41,11 @@ constexpr int kScratchBytes = kSliceRows * kTileColumns * 2;  // of each consume
 
 constexpr int kGroupedThreads = (1 + kConsumerGroups) * kWarpgroupThreads;
 
-// Threads of the first warpgroup that fetch; the others write results out, where there are any.
+// Threads of the first warpgroup that fetch; the others write results out.
 template <Product kProduct>
-inline constexpr int kFetchThreads = kProduct == Product::up  ? 2 * kWarpLanes
-                                     : kGathersRows<kProduct> ? kWarpgroupThreads
-                                                              : kWarpLanes;
+inline constexpr int kFetchThreads = kGathersRows<kProduct> ? 2 * kWarpLanes : kWarpLanes;
 template <Product kProduct>
 inline constexpr int kWriteThreads = kWarpgroupThreads - kFetchThreads<kProduct>;
-template <Product kProduct>
-inline constexpr bool kHasWriters = kFetchThreads<kProduct> < kWarpgroupThreads;
 
 // Registers per thread after the warpgroups have exchanged them: what 384 threads start with.
 constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
@@ -181,27 +177,6 @@ struct GatheredRows {
   }
 };
 
-// What the epilogue will read from memory, on its way into the L2.
-template <Product kProduct>
-__device__ __forceinline__ void prefetch_results(const GroupedTileParams& p,
-                                                 const GroupedTile& tile) {
-  constexpr int kLineBytes = 128;
-  const auto prefetch = [&](const void* first, int64_t stride_bytes, int lines, int bytes) {
-    const int per_line = bytes / kLineBytes;
-    for (int i = threadIdx.x; i < lines * per_line; i += kWarpgroupThreads) {
-      const int line = i / per_line;
-      prefetch_to_l2(static_cast<const char*>(first) + line * stride_bytes +
-                     (i - line * per_line) * kLineBytes);
-    }
-  };
-  if constexpr (kProduct == Product::down_dgrad) {
-    const int columns = min(kTileColumns, p.extent.columns - tile.column0);
-    const __nv_bfloat16* gate = p.gate_up + tile.row0 * p.gate_up_stride + tile.column0;
-    prefetch(gate, 2 * p.gate_up_stride, tile.rows, 2 * columns);
-    prefetch(gate + p.F, 2 * p.gate_up_stride, tile.rows, 2 * columns);
-  }
-}
-
 // A and B by the copy engine: one thread.
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void fetch_tiles(const GroupedTileParams& p, const GroupedShared& shared,
@@ -229,18 +204,15 @@ __device__ __forceinline__ void fetch_tiles(const GroupedTileParams& p, const Gr
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
                                                    const GroupedShared& shared, int rank) {
-  constexpr int kPrefetchStages = 6;
   RowSchedule<kCluster> schedule(p.extent, shared.table, rank);
   PipelineStage stage;
   GroupedTile tile;
   GatheredRows<kFetchThreads<kProduct>> rows;
   while (schedule.next(tile)) {
     const int slices = slices_of(tile.rows);
-    const int prefetch_k = max(0, stages_of(tile) - kPrefetchStages) * kTileDepth;
     rows.find(p, tile);
     for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance()) {
       const uint32_t full = shared.full + 8 * stage.index;
-      if (k == prefetch_k) prefetch_results<kProduct>(p, tile);
       wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
       if (threadIdx.x == 0) {
         arrive_expecting(full, b_bytes<kProduct>(p, tile));

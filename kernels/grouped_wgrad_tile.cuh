@@ -1,12 +1,9 @@
-// The tensor cores' kernel of grouped weight gradients: persistent, warp-specialised, one CTA per
-// SM.
+// Weight gradients of the grouped GEMM on the tensor cores (kernels/grouped_turns.cuh).
 //
-// A tile is 128 rows and 192 columns of an expert's matrix or of its transpose; what is summed over
-// are the expert's rows of R, 64 at a time, through four stages of 40 KB. Both operands lie as
-// memory has them, 64 of the summed rows below each other, and the matrix units transpose them. A,
-// whose rows may be gathered, comes in 16-byte copies by a warpgroup; B by the copy engine, half by
-// each CTA of a pair for both. Two warpgroups multiply whole tiles in turn: while one brings its 96
-// KB of fp32 results out, through three buffers of 8 KB and the copy engine, the other multiplies.
+// A tile belongs to an expert's matrix or to its transpose; what is summed over are the expert's
+// rows of R. Both operands lie as memory has them, the summed rows below each other, and the matrix
+// units transpose them. The 96 KB of a tile's fp32 results leave through three buffers of 8 KB and
+// the copy engine, stored or added.
 //
 // D1: an element belongs to one tile and is stored or added to once. Its sum runs over the expert's
 // rows in ascending order, 16 at a time.
@@ -14,33 +11,15 @@
 // 1.1 ms of multiplying beside 1.0 ms of memory. Stored results are 1.6 GB.
 #pragma once
 
-#include "kernels/cuda_hopper.cuh"
-#include "kernels/grouped_schedule.cuh"
+#include "kernels/grouped_turns.cuh"
 
 namespace cambium::cuda {
-
-constexpr int kWgradColumns = 192;
-constexpr int kWgradDepth = 64;
-constexpr int kWgradStages = 4;
-constexpr int kWgradCluster = 2;
-constexpr int kWgradGroups = 2;                                // warpgroups that multiply
-constexpr int kWgradPanelBytes = kWgradDepth * kSwizzleBytes;  // 64 summed rows of 64 columns
-constexpr int kWgradHalves = kTileRows / 64;
-constexpr int kWgradPanelsOfB = kWgradColumns / 64;
-constexpr int kWgradABytes = kWgradHalves * kWgradPanelBytes;
-constexpr int kWgradBBytes = kWgradPanelsOfB * kWgradPanelBytes;
-constexpr int kWgradStageBytes = kWgradABytes + kWgradBBytes;
-constexpr int kWgradBoxDepthOfB = kWgradDepth / kWgradCluster;
-constexpr int kWgradThreads = (1 + kWgradGroups) * kWarpgroupThreads;
-constexpr int kWgradProducerRegisters = 40, kWgradConsumerRegisters = 232;
-static_assert(kWgradProducerRegisters + kWgradGroups * kWgradConsumerRegisters <= 3 * 168,
-              "a warpgroup would wait for registers that do not exist");
 
 // Results leave 32 columns of a tile's half at a time: as boxes of 32 floats, 64 or, transposed,
 // 32 of them below each other.
 constexpr int kWgradChunkColumns = 32;
 constexpr int kWgradChunkBytes = 64 * kWgradChunkColumns * 4;
-constexpr int kWgradBuffers = 3;  // of each group
+constexpr int kWgradBuffers = kTurnScratchBytes / kWgradChunkBytes;
 
 enum class WgradTile { as_stored, transposed };  // the tile's rows are the matrix's rows, columns
 
@@ -48,7 +27,7 @@ template <WgradTile kTile>
 inline constexpr int kWgradBoxRows = kTile == WgradTile::transposed ? kWgradChunkColumns : 64;
 
 struct WgradTileParams {
-  CUtensorMap b_map;    // boxes of 64 columns and kWgradBoxDepthOfB rows
+  CUtensorMap b_map;    // boxes of 64 columns and kTurnBoxDepthOfB rows
   CUtensorMap d_w_map;  // boxes of 32 floats and kWgradBoxRows rows
   GroupedExtent extent;
   const __nv_bfloat16* a;
@@ -57,33 +36,6 @@ struct WgradTileParams {
   const __nv_bfloat16* b;  // for the last rows of an expert
   int64_t b_stride;
   bool adds;  // to what is there
-};
-
-// Shared memory: the stages, the groups' buffers, the barriers, the schedule's table.
-struct WgradShared {
-  static constexpr int kBuffers = kWgradStages * kWgradStageBytes;
-  static constexpr int kBarriers = kBuffers + kWgradGroups * kWgradBuffers * kWgradChunkBytes;
-  static constexpr int kTable = kBarriers + 16 * kWgradStages;
-  static constexpr int kBytes = kTable + static_cast<int>(sizeof(GroupedTable));
-  static_assert(kBytes <= 232448, "what a CTA may have");
-
-  uint32_t stages, full_0, empty_0;
-  GroupedTable& table;
-  __device__ explicit WgradShared(unsigned char* memory)
-      : stages(shared_address(memory)),
-        full_0(stages + kBarriers),
-        empty_0(full_0 + 8 * kWgradStages),
-        table(*reinterpret_cast<GroupedTable*>(memory + kTable)) {}
-  // `turn` counts stages since the kernel began.
-  __device__ static uint32_t index(uint32_t turn) { return turn % kWgradStages; }
-  __device__ static uint32_t parity(uint32_t turn) { return turn / kWgradStages % 2; }
-  __device__ uint32_t a(uint32_t turn) const { return stages + index(turn) * kWgradStageBytes; }
-  __device__ uint32_t b(uint32_t turn) const { return a(turn) + kWgradABytes; }
-  __device__ uint32_t full(uint32_t turn) const { return full_0 + 8 * index(turn); }
-  __device__ uint32_t empty(uint32_t turn) const { return empty_0 + 8 * index(turn); }
-  __device__ uint32_t buffer(int group, int chunk) const {
-    return stages + kBuffers + (group * kWgradBuffers + chunk % kWgradBuffers) * kWgradChunkBytes;
-  }
 };
 
 // --- Fetching ---
@@ -95,7 +47,7 @@ template <int kChunks>
 struct DepthRows {
   static constexpr int kWarps = kWarpgroupThreads / kWarpLanes;
   static constexpr int kRowsPerStep = kWarpLanes / kChunks;  // of a warp
-  static constexpr int kSteps = kWgradDepth / (kWarps * kRowsPerStep);
+  static constexpr int kSteps = kTurnDepth / (kWarps * kRowsPerStep);
   static constexpr uint32_t kNoRow = ~0u;
 
   __device__ static __forceinline__ int row_at(int step, int place, int warp) {
@@ -115,7 +67,7 @@ struct DepthRows {
     const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
     const int chunk = lane % kChunks, place = lane / kChunks;
     const auto* source = reinterpret_cast<const uint4*>(from) + chunk;
-    to += chunk / kSwizzleRows * kWgradPanelBytes;
+    to += chunk / kSwizzleRows * kTurnPanelBytes;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const uint32_t offset = __shfl_sync(kAllLanes, row_of_lane, step * kRowsPerStep + place);
@@ -127,35 +79,24 @@ struct DepthRows {
   }
 };
 
-// B of one whole stage, by one thread: this CTA's half of the summed rows, for both CTAs.
-__device__ __forceinline__ void fetch_wgrad_b(const WgradTileParams& p, const GroupedTile& tile,
-                                              int k, uint32_t to, uint32_t barrier, int rank) {
-  arrive_expecting(barrier, kWgradBBytes);
-  const int first = rank * kWgradBoxDepthOfB;
-  for (int panel = 0; panel < kWgradPanelsOfB; ++panel) {
-    copy_tensor_multicast(to + panel * kWgradPanelBytes + first * kSwizzleBytes, p.b_map, barrier,
-                          {tile.column0 + panel * 64, tile.depth0 + k + first, 0},
-                          (1 << kWgradCluster) - 1);
-  }
-}
-
 // By a warpgroup. The tokens of a stage are looked up while the stage before it is on its way.
 __device__ __forceinline__ void fetch_wgrad_tiles(const WgradTileParams& p,
-                                                  const WgradShared& shared, int rank) {
+                                                  const TurnShared& shared, int rank) {
   using RowsOfA = DepthRows<kTileRows / 8>;
   using RowsOfB = DepthRows<kWarpLanes>;
-  static_assert(kWgradColumns / 8 <= kWarpLanes);
-  DepthSchedule<kWgradCluster> schedule(p.extent, shared.table, rank);
+  static_assert(kTurnColumns / 8 <= kWarpLanes);
+  DepthSchedule<kTurnCluster> schedule(p.extent, shared.table, rank);
   GroupedTile tile;
   if (!schedule.next(tile)) return;
   uint32_t row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, 0);
   int k = 0;
   for (uint32_t turn = 0;; ++turn) {
-    const bool is_whole = k + kWgradDepth <= tile.depth;
-    wait_barrier(shared.empty(turn), WgradShared::parity(turn) ^ 1);
+    const bool is_whole = k + kTurnDepth <= tile.depth;
+    wait_barrier(shared.empty(turn), TurnShared::parity(turn) ^ 1);
     if (threadIdx.x == 0) {
       if (is_whole) {
-        fetch_wgrad_b(p, tile, k, shared.b(turn), shared.full(turn), rank);
+        fetch_turn_b(p.b_map, shared.b(turn), shared.full(turn), rank,
+                     {tile.column0, tile.depth0 + k, 0});
       } else {
         arrive(shared.full(turn));
       }
@@ -163,12 +104,12 @@ __device__ __forceinline__ void fetch_wgrad_tiles(const WgradTileParams& p,
     __syncwarp();
     RowsOfA::fetch(p.a + tile.row0, tile.rows / 8, row_of_lane, shared.a(turn));
     if (!is_whole) {
-      const int columns = min(kWgradColumns, p.extent.columns - tile.column0);
+      const int columns = min(kTurnColumns, p.extent.columns - tile.column0);
       RowsOfB::fetch(p.b + tile.column0, columns / 8, RowsOfB::find(tile, nullptr, p.b_stride, k),
                      shared.b(turn));
     }
     arrive_after_copies(shared.full(turn));
-    k += kWgradDepth;
+    k += kTurnDepth;
     if (k >= tile.depth) {
       if (!schedule.next(tile)) return;
       k = 0;
@@ -177,50 +118,13 @@ __device__ __forceinline__ void fetch_wgrad_tiles(const WgradTileParams& p,
   }
 }
 
-// --- Multiplying ---
-
-using WgradAccumulators = float[kWgradColumns / 2];
-
-__device__ __forceinline__ void release_wgrad_stage(uint32_t empty) {
-  const uint32_t lane = threadIdx.x % kWarpLanes;
-  if (lane < kWgradCluster) arrive_at(empty, lane);
-}
-
-// acc = A^T B over a tile's stages, which begin at `turn`.
-__device__ __forceinline__ void multiply_wgrad_tile(const WgradShared& shared, uint32_t turn,
-                                                    int stages, WgradAccumulators& top,
-                                                    WgradAccumulators& bottom) {
-  constexpr int kStep = 16, kStepBytes = kStep * kSwizzleBytes;
-  constexpr int kRowGroup = kSwizzleRows * kSwizzleBytes;
-  const uint64_t a_base = matrix_descriptor(shared.stages, kWgradPanelBytes, kRowGroup);
-  for (int i = 0; i < stages; ++i, ++turn) {
-    await_barrier(shared.full(turn), WgradShared::parity(turn));
-    fence_async_proxy();
-    const uint64_t a = a_base + (WgradShared::index(turn) * kWgradStageBytes >> 4);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kWgradDepth / kStep; ++step) {
-      const uint64_t a_step = a + (step * kStepBytes >> 4);
-      const uint64_t b_step = a_step + (kWgradABytes >> 4);
-      wgmma_64x192x16<1, 1>(top, a_step, b_step, i + step);
-      wgmma_64x192x16<1, 1>(bottom, a_step + (kWgradPanelBytes >> 4), b_step, i + step);
-    }
-    wgmma_commit();
-    if (i == 0) continue;
-    wgmma_wait<1>();
-    release_wgrad_stage(shared.empty(turn - 1));
-  }
-  wgmma_wait<0>();
-  release_wgrad_stage(shared.empty(turn - 1));
-  pin_registers(top);
-  pin_registers(bottom);
-}
+// --- Results ---
 
 // One chunk of a half into a buffer, the 16-byte pieces of 128-byte lines swizzled as the copy
 // engine expects them. A line is a row of the tile or, transposed, 32 rows of one of its columns.
 template <WgradTile kTile>
 __device__ __forceinline__ void put_wgrad_chunk(uint32_t buffer, int warp,
-                                                const WgradAccumulators& acc, int first) {
+                                                const TurnAccumulators& acc, int first) {
   const int lane = threadIdx.x % kWarpLanes, q = lane % 4;
 #pragma unroll
   for (int g = 0; g < kWgradChunkColumns / 8; ++g) {
@@ -248,9 +152,9 @@ __device__ __forceinline__ void put_wgrad_chunk(uint32_t buffer, int warp,
 // One half of a tile. Stored results are what adding to zeros would leave: never -0.
 template <WgradTile kTile>
 __device__ __forceinline__ void finish_wgrad_half(const WgradTileParams& p,
-                                                  const WgradShared& shared,
-                                                  const GroupedTile& tile, int group, int& chunk,
-                                                  int row, const WgradAccumulators& acc) {
+                                                  const TurnShared& shared, const GroupedTile& tile,
+                                                  int group, int& chunk, int row,
+                                                  const TurnAccumulators& acc) {
   constexpr int kFirstBarrier = 1;
   const int t = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   const auto bring_out = [&](uint32_t from, int inner, int middle) {
@@ -258,8 +162,8 @@ __device__ __forceinline__ void finish_wgrad_half(const WgradTileParams& p,
     p.adds ? add_tensor(p.d_w_map, from, at) : store_tensor(p.d_w_map, from, at);
   };
 #pragma unroll
-  for (int c = 0; c < kWgradColumns / kWgradChunkColumns; ++c, ++chunk) {
-    const uint32_t buffer = shared.buffer(group, chunk);
+  for (int c = 0; c < kTurnColumns / kWgradChunkColumns; ++c, ++chunk) {
+    const uint32_t buffer = shared.scratch(group) + chunk % kWgradBuffers * kWgradChunkBytes;
     if (t == 0) wait_stores_read<kWgradBuffers - 1>();
     named_barrier_sync(kFirstBarrier + group, kWarpgroupThreads);
     put_wgrad_chunk<kTile>(buffer, t / kWarpLanes, acc, c * kWgradChunkColumns / 2);
@@ -277,59 +181,30 @@ __device__ __forceinline__ void finish_wgrad_half(const WgradTileParams& p,
   }
 }
 
-// Group g multiplies every other tile, beginning with its g-th.
 template <WgradTile kTile>
-__device__ __forceinline__ void multiply_wgrad_tiles(const WgradTileParams& p,
-                                                     const WgradShared& shared, int rank) {
-  DepthSchedule<kWgradCluster> schedule(p.extent, shared.table, rank);
-  const int group =
-      __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads - 1, 0);
-  GroupedTile tile;
-  int chunk = 0;
-  uint32_t turn = 0;
-  for (int item = 0; schedule.next(tile); ++item) {
-    const int stages = ceil_divide(tile.depth, kWgradDepth);
-    if (item % kWgradGroups == group) {
-      WgradAccumulators top, bottom;  // 64 rows each
-      multiply_wgrad_tile(shared, turn, stages, top, bottom);
-      finish_wgrad_half<kTile>(p, shared, tile, group, chunk, tile.row0, top);
-      finish_wgrad_half<kTile>(p, shared, tile, group, chunk, tile.row0 + 64, bottom);
-    }
-    turn += static_cast<uint32_t>(stages);
-  }
-  wait_stores();
-}
-
-template <WgradTile kTile>
-__global__ void __launch_bounds__(kWgradThreads, 1)
+__global__ void __launch_bounds__(kTurnThreads, 1)
     grouped_wgrad_kernel(const __grid_constant__ WgradTileParams p) {
+  using Schedule = DepthSchedule<kTurnCluster>;
   extern __shared__ __align__(1024) unsigned char memory[];
-  const WgradShared shared(memory);
+  const TurnShared shared(memory);
   const int rank = static_cast<int>(cluster_rank());
-  if (threadIdx.x == 0) {
-    for (uint32_t stage = 0; stage < kWgradStages; ++stage) {
-      init_barrier(shared.full(stage), 1 + kWarpgroupThreads);
-      init_barrier(shared.empty(stage), kWarpgroupThreads / kWarpLanes * kWgradCluster);
-    }
-    fence_barrier_init();
-    prefetch_tensor_map(p.b_map);
-    prefetch_tensor_map(p.d_w_map);
-  }
-  load_offsets(p.extent, shared.table);
-  __syncthreads();
-  DepthSchedule<kWgradCluster>::build(p.extent, shared.table);
-  __syncthreads();
-  cluster_sync();
+  begin_turns<Schedule>(p.extent, shared, p.b_map);
   if (threadIdx.x < kWarpgroupThreads) {
-    give_registers<kWgradProducerRegisters>();
+    give_registers<kTurnProducerRegisters>();
     fetch_wgrad_tiles(p, shared, rank);
   } else {
-    take_registers<kWgradConsumerRegisters>();
-    multiply_wgrad_tiles<kTile>(p, shared, rank);
+    take_registers<kTurnConsumerRegisters>();
+    int chunk = 0;
+    take_turns<Schedule, 1>(
+        p.extent, shared, rank,
+        [&](const GroupedTile& tile, int group, const TurnAccumulators& top,
+            const TurnAccumulators& bottom) {
+          finish_wgrad_half<kTile>(p, shared, tile, group, chunk, tile.row0, top);
+          finish_wgrad_half<kTile>(p, shared, tile, group, chunk, tile.row0 + 64, bottom);
+        });
+    wait_stores();
   }
-  // A CTA may not leave while its peer still writes to it or signals it.
-  __syncwarp();
-  cluster_sync();
+  end_turns();
 }
 
 }  // namespace cambium::cuda

@@ -70,7 +70,7 @@ template <WgradTile kTile>
 void launch_wgrad(const GroupedWgradArgs& a, WgradTileParams& p, Stream& stream) {
   p.d_w_map = matrices_map(a, kWgradBoxRows<kTile>);
   launch_persistent("grouped_wgrad", grouped_wgrad_kernel<kTile>,
-                    {kWgradCluster, kWgradThreads, WgradShared::kBytes}, p, stream);
+                    {kTurnCluster, kTurnThreads, TurnShared::kBytes}, p, stream);
 }
 
 }  // namespace
@@ -88,8 +88,8 @@ void grouped_wgrad(const GroupedWgradArgs& a, Stream& stream) {
               .rows = static_cast<int>(by_row[1]),
               .depth = 0,
               .columns = static_cast<int>(by_map[1]),
-              .columns_of_tile = kWgradColumns};
-  p.b_map = rows_map(by_map, kWgradBoxDepthOfB);
+              .columns_of_tile = kTurnColumns};
+  p.b_map = rows_map(by_map, kTurnBoxDepthOfB);
   p.a = tile_rows(by_row);
   p.a_stride = by_row.row_stride;
   p.a_token = is_transposed ? a.x_token_R.pointer() : a.d_y_token_R.pointer();
