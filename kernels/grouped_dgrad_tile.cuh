@@ -4,7 +4,7 @@
 //
 // A warp finishes its 16 rows 64 columns at a time. Gate and up come in 16-byte copies to the
 // scratch, where their gradients take their places, so that each memory request is a whole 128-byte
-// line; the producers have asked for those lines six stages before.
+// line.
 // Napkin at 131072 x 2048 x 768: 412 GFLOP, 0.56 ms; 1.0 GB of gate, up and results, 0.25 ms.
 #pragma once
 
@@ -18,35 +18,17 @@ static_assert(4 * kDgradPieces * kWarpScratchBytes <= kTurnScratchBytes);
 
 // --- Fetching ---
 
-// The lines of gate and up that a tile's results need, on their way into the L2.
-__device__ __forceinline__ void prefetch_gate_up(const GroupedTileParams& p,
-                                                 const GroupedTile& tile) {
-  const int lines = min(kTurnColumns, p.F - tile.column0) / 64;  // of a row, gate or up
-  const __nv_bfloat16* gate = p.gate_up + tile.row0 * p.gate_up_stride + tile.column0;
-  for (int row = static_cast<int>(threadIdx.x); row < tile.rows; row += kWarpgroupThreads) {
-    for (int line = 0; line < lines; ++line) {
-      const __nv_bfloat16* at = gate + row * p.gate_up_stride + line * 64;
-      prefetch_to_l2(at);
-      prefetch_to_l2(at + p.F);
-    }
-  }
-}
-
 // By a warpgroup.
 __device__ __forceinline__ void fetch_dgrad_tiles(const GroupedTileParams& p,
                                                   const TurnShared& shared, int rank) {
-  constexpr int kPrefetchStages = 6;
   RowSchedule<kTurnCluster> schedule(p.extent, shared.table, rank);
   GroupedTile tile;
   GatheredRows<kWarpgroupThreads> rows;
   uint32_t turn = 0;
   while (schedule.next(tile)) {
     const int slices = slices_of(tile.rows);
-    const int prefetch_k =
-        max(0, ceil_divide(tile.depth, kTurnDepth) - kPrefetchStages) * kTurnDepth;
     rows.find(p, tile);
     for (int k = 0; k < tile.depth; k += kTurnDepth, ++turn) {
-      if (k == prefetch_k) prefetch_gate_up(p, tile);
       wait_barrier(shared.empty(turn), TurnShared::parity(turn) ^ 1);
       if (threadIdx.x == 0) {
         fetch_turn_b(p.b_map, shared.b(turn), shared.full(turn), rank,
@@ -61,22 +43,41 @@ __device__ __forceinline__ void fetch_dgrad_tiles(const GroupedTileParams& p,
 
 // --- Results ---
 
-// 64 columns of a warp's rows between memory and a piece of its scratch.
+// 64 columns of rows of a [R, columns] tensor.
+template <class Element>
+struct LinesOf {
+  Element* data;
+  int64_t stride;
+
+  // The lane's place in 4 rows of 128 bytes. NOTE: found anew for each call, where accumulators
+  // fill the registers: a spilled address costs more than it saves, the L1 beside the stages is
+  // little.
+  __device__ __forceinline__ Element* first(const WarpRows& warp, int row0, int column) const {
+    asm volatile("" : "+r"(row0));
+    return data + int64_t{row0 + warp.lane / 8} * stride + (column + warp.lane % 8 * 8);
+  }
+};
+
+// Between memory and a piece of the warp's scratch; rows that do not exist read as zeros.
 __device__ __forceinline__ void load_lines(const WarpRows& warp, uint32_t piece,
                                            const __nv_bfloat16* from, int64_t stride) {
 #pragma unroll
-  for (int pass = 0; pass < 4; ++pass) {
-    const int row = min(warp.line_row(pass), warp.rows - 1);  // beyond the last one: it again
-    copy_16(piece + warp.line_place(pass), from + row * stride + warp.lane % 8 * 8);
+  for (int pass = 0; pass < 4; ++pass, from += 4 * stride) {
+    uint32_t place = piece + warp.line_place(0);
+    asm volatile("" : "+l"(from), "+r"(place));
+    place = (place ^ pass % 2 << 6) + pass * 4 * kSwizzleBytes;
+    copy_16(place, from, warp.line_row(pass) < warp.rows ? 16 : 0);
   }
 }
 __device__ __forceinline__ void store_lines(const WarpRows& warp, uint32_t piece, __nv_bfloat16* to,
                                             int64_t stride) {
 #pragma unroll
-  for (int pass = 0; pass < 4; ++pass) {
-    const int row = warp.line_row(pass);
-    const uint4 line = load_shared_16(piece + warp.line_place(pass));
-    if (row < warp.rows) *reinterpret_cast<uint4*>(to + row * stride + warp.lane % 8 * 8) = line;
+  for (int pass = 0; pass < 4; ++pass, to += 4 * stride) {
+    uint32_t place = piece + warp.line_place(0);
+    asm volatile("" : "+l"(to), "+r"(place));
+    place = (place ^ pass % 2 << 6) + pass * 4 * kSwizzleBytes;
+    const uint4 line = load_shared_16(place);
+    if (warp.line_row(pass) < warp.rows) *reinterpret_cast<uint4*>(to) = line;
   }
 }
 
@@ -86,7 +87,9 @@ __device__ __forceinline__ void finish_dgrad_chunk(const WarpRows& warp,
                                                    const TurnAccumulators& acc, int first) {
 #pragma unroll
   for (int i = 0; i < kChunkGroups / 2; ++i) {
-    const uint32_t place = warp.tile_place(i);
+    uint32_t place = warp.tile_place(0);
+    asm volatile("" : "+r"(place), "+f"(dot[0]), "+f"(dot[1]));
+    place ^= i << 5;
     uint32_t gate[4], up[4], out[4];
     load_tiles(place, gate);
     load_tiles(place + kWarpScratchBytes, up);
@@ -111,27 +114,29 @@ __device__ __forceinline__ void finish_dgrad_chunk(const WarpRows& warp,
 // columns in the lane's order, then the four lanes of the row.
 __device__ __forceinline__ void finish_dgrad_half(const GroupedTileParams& p,
                                                   const GroupedTile& tile, const WarpRows& warp,
-                                                  int64_t row0, const TurnAccumulators& acc) {
+                                                  int row0, const TurnAccumulators& acc) {
   if (warp.rows == 0) return;
   const RowWeightPair weight(p.weight == nullptr ? nullptr : p.weight + row0, warp);
-  const __nv_bfloat16* gate_up = p.gate_up + row0 * p.gate_up_stride + tile.column0;
-  __nv_bfloat16* d_gate_up = p.wide + row0 * p.wide_stride + tile.column0;
-  __nv_bfloat16* weighted_h = p.narrow + row0 * p.narrow_stride + tile.column0;
+  const LinesOf<const __nv_bfloat16> gate_up{p.gate_up, p.gate_up_stride};
+  const LinesOf<__nv_bfloat16> d_gate_up{p.wide, p.wide_stride},
+      weighted_h{p.narrow, p.narrow_stride};
   float dot[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int c = 0; c < kTurnColumns / kChunkColumns; ++c) {
-    const int column = c * kChunkColumns;
-    if (tile.column0 + column >= p.F) break;
+    const int column = tile.column0 + c * kChunkColumns;
+    if (column >= p.F) break;
     __syncwarp();
-    load_lines(warp, 0, gate_up + column, p.gate_up_stride);
-    load_lines(warp, kWarpScratchBytes, gate_up + p.F + column, p.gate_up_stride);
+    load_lines(warp, 0, gate_up.first(warp, row0, column), gate_up.stride);
+    load_lines(warp, kWarpScratchBytes, gate_up.first(warp, row0, p.F + column), gate_up.stride);
     wait_copies();
     __syncwarp();
     finish_dgrad_chunk(warp, weight, dot, acc, c * kChunkColumns / 2);
     __syncwarp();
-    store_lines(warp, 0, d_gate_up + column, p.wide_stride);
-    store_lines(warp, kWarpScratchBytes, d_gate_up + p.F + column, p.wide_stride);
-    store_lines(warp, 2 * kWarpScratchBytes, weighted_h + column, p.narrow_stride);
+    store_lines(warp, 0, d_gate_up.first(warp, row0, column), d_gate_up.stride);
+    store_lines(warp, kWarpScratchBytes, d_gate_up.first(warp, row0, p.F + column),
+                d_gate_up.stride);
+    store_lines(warp, 2 * kWarpScratchBytes, weighted_h.first(warp, row0, column),
+                weighted_h.stride);
   }
   if (p.partial_dot == nullptr) return;
   float* partial = p.partial_dot + int64_t{tile.column0 / kTurnColumns} * p.R + row0;

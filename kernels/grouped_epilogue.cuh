@@ -42,12 +42,12 @@ struct WarpRows {
   // Address of the 16 bytes that the lane serves in pass `pass` of four: 4 rows of 128 bytes each.
   __device__ __forceinline__ int line_row(int pass) const { return 4 * pass + lane / 8; }
   __device__ __forceinline__ uint32_t line_place(int pass) const {
-    const int row = line_row(pass);
-    return scratch + row * kSwizzleBytes + ((lane % 8 ^ row % 8) << 4);
+    const uint32_t first = scratch + lane / 8 * kSwizzleBytes + ((lane % 8 ^ lane / 8) << 4);
+    return (first ^ pass % 2 << 6) + pass * 4 * kSwizzleBytes;
   }
   __device__ __forceinline__ uint32_t tile_place(int two_groups) const {
-    const int row = lane / 8 % 2 * 8 + lane % 8, group = 2 * two_groups + lane / 16;
-    return scratch + row * kSwizzleBytes + ((group ^ lane % 8) << 4);
+    const uint32_t row = scratch + (lane / 8 % 2 * 8 + lane % 8) * kSwizzleBytes;
+    return row + ((lane / 16 ^ lane % 8) << 4) ^ two_groups << 5;
   }
   // Into the scratch, `offset` bytes further.
   __device__ __forceinline__ void put(const Chunk& chunk, int offset = 0) const {

@@ -40,81 +40,107 @@ struct WgradTileParams {
 
 // --- Fetching ---
 
-// Rows of a stage: 64 summed rows of kChunks times 16 bytes, a lane a chunk. Each warp serves 16
-// rows; its lane j < 16 finds the j-th, as an offset in 16 bytes. Rows beyond the expert's end read
-// as zeros.
-template <int kChunks>
-struct DepthRows {
-  static constexpr int kWarps = kWarpgroupThreads / kWarpLanes;
-  static constexpr int kRowsPerStep = kWarpLanes / kChunks;  // of a warp
-  static constexpr int kSteps = kTurnDepth / (kWarps * kRowsPerStep);
-  static constexpr uint32_t kNoRow = ~0u;
+// A warp's share of a stage of A: rows 8 s + 2 w + (0 or 1) of the 64 summed ones in steps s = 0
+// ... 7, half a warp a row, a lane 16 bytes. Lane j < 16 knows which row of the tensor the j-th is.
+// NOTE: a stage is multiplied in 768 cycles: what the four warps do for it must be short, and
+// nothing in it may wait for memory.
+struct WgradRows {
+  static constexpr int kSteps = 8, kStepBytes = 8 * kSwizzleBytes;
+  int lane, warp;
+  uint32_t place;  // in a stage's A, of step 0
 
-  __device__ static __forceinline__ int row_at(int step, int place, int warp) {
-    return (step * kWarps + warp) * kRowsPerStep + place;
+  __device__ __forceinline__ WgradRows() {
+    lane = threadIdx.x % kWarpLanes;
+    warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+    const int row = 2 * warp + lane / 16, chunk = lane % 16;
+    place = chunk / 8 * kTurnPanelBytes + row * kSwizzleBytes + ((chunk % 8 ^ row) << 4);
   }
-  __device__ static __forceinline__ uint32_t find(const GroupedTile& tile, const int32_t* token,
-                                                  int64_t stride, int k) {
-    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-    const int at = k + row_at(lane / kRowsPerStep, lane % kRowsPerStep, warp);
-    if (lane >= kSteps * kRowsPerStep || at >= tile.depth) return kNoRow;
-    const int64_t row = token != nullptr ? token[tile.depth0 + at] : tile.depth0 + at;
-    return static_cast<uint32_t>(row * stride / 8);
+  // Of the stage that begins at `k`; -1 beyond the expert's end.
+  __device__ __forceinline__ int32_t find(const GroupedTile& tile, const int32_t* token,
+                                          int k) const {
+    const int at = k + lane / 2 * 8 + 2 * warp + lane % 2;
+    if (lane >= 2 * kSteps || at >= tile.depth) return -1;
+    return token != nullptr ? token[tile.depth0 + at] : tile.depth0 + at;
   }
-  // `chunks` of a row exist.
-  __device__ static __forceinline__ void fetch(const __nv_bfloat16* from, int chunks,
-                                               uint32_t row_of_lane, uint32_t to) {
-    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-    const int chunk = lane % kChunks, place = lane / kChunks;
-    const auto* source = reinterpret_cast<const uint4*>(from) + chunk;
-    to += chunk / kSwizzleRows * kTurnPanelBytes;
+  // A whole stage; `exists`: the lane's columns do.
+  __device__ __forceinline__ void fetch(const __nv_bfloat16* from, uint32_t stride_16, bool exists,
+                                        int32_t row_of_lane, uint32_t to) const {
+    const uint32_t offset_of_lane = static_cast<uint32_t>(row_of_lane) * stride_16;
+    uint32_t offset[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const uint32_t offset = __shfl_sync(kAllLanes, row_of_lane, step * kRowsPerStep + place);
-      const int at = row_at(step, place, warp);
-      const uint32_t target = to + at * kSwizzleBytes + ((chunk % 8 ^ at % 8) << 4);
-      if (chunk >= chunks) continue;
-      copy_16(target, source + (offset == kNoRow ? 0 : offset), offset == kNoRow ? 0 : 16);
+      offset[step] = __shfl_sync(kAllLanes, offset_of_lane, 2 * step + lane / 16);
+    }
+    if (!exists) return;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      copy_16(to + place + step * kStepBytes, reinterpret_cast<const uint4*>(from) + offset[step]);
+    }
+  }
+  // An expert's last rows; zeros beyond them.
+  __device__ __forceinline__ void fetch_last(const __nv_bfloat16* from, uint32_t stride_16,
+                                             bool exists, int32_t row_of_lane, uint32_t to) const {
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      const int32_t row = __shfl_sync(kAllLanes, row_of_lane, 2 * step + lane / 16);
+      const uint32_t offset = row < 0 ? 0 : static_cast<uint32_t>(row) * stride_16;
+      if (!exists) continue;
+      copy_16(to + place + step * kStepBytes, reinterpret_cast<const uint4*>(from) + offset,
+              row < 0 ? 0 : 16);
     }
   }
 };
 
-// By a warpgroup. The tokens of a stage are looked up while the stage before it is on its way.
+// B of an expert's last rows, a warp a row, a lane 16 bytes; zeros beyond them.
+__device__ __forceinline__ void fetch_last_b(const WgradTileParams& p, const GroupedTile& tile,
+                                             int k, uint32_t to) {
+  const int lane = threadIdx.x % kWarpLanes;
+  if (lane >= min(kTurnColumns, p.extent.columns - tile.column0) / 8) return;
+  const __nv_bfloat16* from = p.b + tile.column0 + lane * 8;
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) / kWarpLanes; row < kTurnDepth; row += 4) {
+    const bool exists = k + row < tile.depth;
+    const int64_t at = exists ? tile.depth0 + k + row : 0;
+    copy_16(to + lane / 8 * kTurnPanelBytes + row * kSwizzleBytes + ((lane % 8 ^ row % 8) << 4),
+            from + at * p.b_stride, exists ? 16 : 0);
+  }
+}
+
+// By a warpgroup. The rows of a stage are looked up while the stage before it is fetched.
 __device__ __forceinline__ void fetch_wgrad_tiles(const WgradTileParams& p,
                                                   const TurnShared& shared, int rank) {
-  using RowsOfA = DepthRows<kTileRows / 8>;
-  using RowsOfB = DepthRows<kWarpLanes>;
-  static_assert(kTurnColumns / 8 <= kWarpLanes);
   DepthSchedule<kTurnCluster> schedule(p.extent, shared.table, rank);
+  const WgradRows rows;
+  const auto stride_16 = static_cast<uint32_t>(p.a_stride / 8);
   GroupedTile tile;
-  if (!schedule.next(tile)) return;
-  uint32_t row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, 0);
-  int k = 0;
-  for (uint32_t turn = 0;; ++turn) {
-    const bool is_whole = k + kTurnDepth <= tile.depth;
-    wait_barrier(shared.empty(turn), TurnShared::parity(turn) ^ 1);
-    if (threadIdx.x == 0) {
-      if (is_whole) {
-        fetch_turn_b(p.b_map, shared.b(turn), shared.full(turn), rank,
-                     {tile.column0, tile.depth0 + k, 0});
-      } else {
-        arrive(shared.full(turn));
+  uint32_t turn = 0;
+  while (schedule.next(tile)) {
+    const int column = rows.lane % 16 * 8;
+    const bool exists = column < tile.rows;
+    const __nv_bfloat16* from = p.a + tile.row0 + column;
+    int32_t row_of_lane = rows.find(tile, p.a_token, 0);
+    for (int k = 0; k < tile.depth; k += kTurnDepth, ++turn) {
+      const bool is_whole = k + kTurnDepth <= tile.depth;
+      const int32_t next_row_of_lane = rows.find(tile, p.a_token, k + kTurnDepth);
+      wait_barrier(shared.empty(turn), TurnShared::parity(turn) ^ 1);
+      if (threadIdx.x == 0) {
+        if (is_whole) {
+          fetch_turn_b(p.b_map, shared.b(turn), shared.full(turn), rank,
+                       {tile.column0, tile.depth0 + k, 0});
+        } else {
+          arrive(shared.full(turn));
+        }
       }
+      __syncwarp();
+      if (is_whole) {
+        rows.fetch(from, stride_16, exists, row_of_lane, shared.a(turn));
+      } else {
+        rows.fetch_last(from, stride_16, exists, row_of_lane, shared.a(turn));
+        fetch_last_b(p, tile, k, shared.b(turn));
+      }
+      arrive_after_copies(shared.full(turn));
+      row_of_lane = next_row_of_lane;
     }
-    __syncwarp();
-    RowsOfA::fetch(p.a + tile.row0, tile.rows / 8, row_of_lane, shared.a(turn));
-    if (!is_whole) {
-      const int columns = min(kTurnColumns, p.extent.columns - tile.column0);
-      RowsOfB::fetch(p.b + tile.column0, columns / 8, RowsOfB::find(tile, nullptr, p.b_stride, k),
-                     shared.b(turn));
-    }
-    arrive_after_copies(shared.full(turn));
-    k += kTurnDepth;
-    if (k >= tile.depth) {
-      if (!schedule.next(tile)) return;
-      k = 0;
-    }
-    row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, k);
   }
 }
 
