@@ -81,6 +81,14 @@ __device__ __forceinline__ void store_lines(const WarpRows& warp, uint32_t piece
   }
 }
 
+// The 64 gate and up columns of a chunk on their way into the L2: a lane a row of one of them.
+__device__ __forceinline__ void prefetch_gate_up(const GroupedTileParams& p, const WarpRows& warp,
+                                                 int row0, int column) {
+  const int row = warp.lane % kWarpRows, second = warp.lane / kWarpRows * p.F;
+  if (row >= warp.rows || column >= p.F) return;
+  prefetch_to_l2(p.gate_up + int64_t{row0 + row} * p.gate_up_stride + column + second);
+}
+
 // 64 columns of a tile's half, in the scratch; `dot` sums g h of the lane's two rows.
 __device__ __forceinline__ void finish_dgrad_chunk(const WarpRows& warp,
                                                    const RowWeightPair& weight, float (&dot)[2],
@@ -128,6 +136,7 @@ __device__ __forceinline__ void finish_dgrad_half(const GroupedTileParams& p,
     __syncwarp();
     load_lines(warp, 0, gate_up.first(warp, row0, column), gate_up.stride);
     load_lines(warp, kWarpScratchBytes, gate_up.first(warp, row0, p.F + column), gate_up.stride);
+    prefetch_gate_up(p, warp, row0, column + kChunkColumns);
     wait_copies();
     __syncwarp();
     finish_dgrad_chunk(warp, weight, dot, acc, c * kChunkColumns / 2);
@@ -163,20 +172,24 @@ __global__ void __launch_bounds__(kTurnThreads, 1)
     take_registers<kTurnConsumerRegisters>();
     const int lane = threadIdx.x % kWarpLanes;
     const int first = static_cast<int>(threadIdx.x) % kWarpgroupThreads / kWarpLanes * kWarpRows;
-    const auto finish_half = [&](const GroupedTile& tile, int group, int half_row,
-                                 const TurnAccumulators& acc) {
-      const int row = half_row + first;
+    const auto rows_of = [&](const GroupedTile& tile, int group, int half_row) {
       const uint32_t scratch =
           shared.scratch(group) + first / kWarpRows * (kDgradPieces * kWarpScratchBytes);
-      const WarpRows warp{scratch, lane, max(0, min(kWarpRows, tile.rows - row))};
-      finish_dgrad_half(p, tile, warp, tile.row0 + row, acc);
+      return WarpRows{scratch, lane, max(0, min(kWarpRows, tile.rows - half_row - first))};
     };
-    take_turns<Schedule, 0>(p.extent, shared, rank,
-                            [&](const GroupedTile& tile, int group, const TurnAccumulators& top,
-                                const TurnAccumulators& bottom) {
-                              finish_half(tile, group, 0, top);
-                              finish_half(tile, group, 64, bottom);
-                            });
+    take_turns<Schedule, 0>(
+        p.extent, shared, rank,
+        [&](const GroupedTile& tile) {
+          for (int half_row = 0; half_row < kTileRows; half_row += 64) {
+            prefetch_gate_up(p, rows_of(tile, 0, half_row), tile.row0 + half_row + first,
+                             tile.column0);
+          }
+        },
+        [&](const GroupedTile& tile, int group, const TurnAccumulators& top,
+            const TurnAccumulators& bottom) {
+          finish_dgrad_half(p, tile, rows_of(tile, group, 0), tile.row0 + first, top);
+          finish_dgrad_half(p, tile, rows_of(tile, group, 64), tile.row0 + 64 + first, bottom);
+        });
   }
   end_turns();
 }

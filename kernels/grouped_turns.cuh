@@ -117,12 +117,13 @@ __device__ __forceinline__ void multiply_turns(const TurnShared& shared, uint32_
   pin_registers(bottom);
 }
 
-// Group g multiplies every other tile, beginning with its g-th; finish(tile, group, top, bottom).
+// Group g multiplies every other tile, beginning with its g-th, between prepare(tile) and
+// finish(tile, group, top, bottom).
 // NOTE: a barrier tells apart two fillings of a stage, no more: a group that waited for its first
 // stage while the other still multiplies would take an earlier filling for it.
-template <class Schedule, int kTransposeA, class Finish>
+template <class Schedule, int kTransposeA, class Prepare, class Finish>
 __device__ __forceinline__ void take_turns(const GroupedExtent& extent, const TurnShared& shared,
-                                           int rank, Finish&& finish) {
+                                           int rank, Prepare&& prepare, Finish&& finish) {
   Schedule schedule(extent, shared.table, rank);
   const int group =
       __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads - 1, 0);
@@ -132,6 +133,7 @@ __device__ __forceinline__ void take_turns(const GroupedExtent& extent, const Tu
   for (int item = 0; schedule.next(tile); ++item) {
     const int stages = ceil_divide(tile.depth, kTurnDepth);
     if (item % kTurnGroups == group) {
+      prepare(tile);
       TurnAccumulators top, bottom;
       await_barrier(shared.begin(group), static_cast<uint32_t>(item / kTurnGroups % 2));
       multiply_turns<kTransposeA>(shared, turn, stages, shared.begin(1 - group), top, bottom);

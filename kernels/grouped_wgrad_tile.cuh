@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kTurnThreads, 1)
     take_registers<kTurnConsumerRegisters>();
     int chunk = 0;
     take_turns<Schedule, 1>(
-        p.extent, shared, rank,
+        p.extent, shared, rank, [](const GroupedTile&) {},
         [&](const GroupedTile& tile, int group, const TurnAccumulators& top,
             const TurnAccumulators& bottom) {
           finish_wgrad_half<kTile>(p, shared, tile, group, chunk, tile.row0, top);
