@@ -20,7 +20,6 @@ namespace cambium::cuda {
 constexpr int kSwizzleBytes = 128;
 constexpr int kSwizzleRows = 8;
 constexpr int kWarpgroupThreads = 128;
-constexpr int64_t kSpinLimitCycles = int64_t{1} << 33;  // about five seconds
 
 // --- Host: tensor maps ---
 
@@ -100,31 +99,24 @@ __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t byte
                : "memory");
 }
 
-__device__ __forceinline__ bool has_completed(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
-// NOTE: a wait that lasts seconds is a bug of the pipeline; the launch fails instead of hanging.
+// Waits until the phase of this parity is complete. A phase that never completes is a bug: the
+// limit (every try may suspend the thread for a while) turns a hang into a failed launch. NOTE: the
+// loop stays inside the asm: a trap that the compiler sees as a branch keeps ptxas from using the
+// registers of setmaxnreg.
 __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
-  if (has_completed(barrier, parity)) return;
-  const int64_t start = clock64();
-  while (!has_completed(barrier, parity)) {
-    if (clock64() - start > kSpinLimitCycles) __trap();
-  }
-}
-
-// The same without a limit: for a warpgroup whose partner's waits have one. NOTE: a trap makes the
-// compiler keep all of a warpgroup's code within the registers that the kernel starts with.
-__device__ __forceinline__ void await_barrier(uint32_t barrier, uint32_t parity) {
-  while (!has_completed(barrier, parity)) {
-  }
+  asm volatile(
+      "{\n.reg .pred done, expired;\n.reg .u32 tries;\n"
+      "mov.u32 tries, 0;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "add.u32 tries, tries, 1;\n"
+      "setp.gt.u32 expired, tries, 0x4000000;\n"
+      "@expired trap;\n"
+      "bra WAIT;\n"
+      "DONE:\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 // --- Clusters, named barriers, register shares ---
@@ -200,20 +192,12 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from, uint32_t 
                : "memory");
 }
 
-// One box from shared memory to `map`, or added to what is there.
+// One box from shared memory to `map`.
 __device__ __forceinline__ void store_tensor(const CUtensorMap& map, uint32_t from,
                                              TensorCoordinate at) {
   asm volatile(
       "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
           &map),
-      "r"(from), "r"(at.inner), "r"(at.middle), "r"(at.outer)
-      : "memory");
-}
-__device__ __forceinline__ void add_tensor(const CUtensorMap& map, uint32_t from,
-                                           TensorCoordinate at) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group"
-      " [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
       "r"(from), "r"(at.inner), "r"(at.middle), "r"(at.outer)
       : "memory");
 }
@@ -244,6 +228,12 @@ __device__ __forceinline__ void fence_async_proxy() {
 
 // --- Registers of a matrix product to and from shared memory ---
 
+// Two bf16 of neighbouring columns, the lower column in the lower half.
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // Four 8 x 8 tiles of bf16: lane l gives the address of row l % 8 of tile l / 8; register i of a
 // lane holds row lane / 4, columns 2 (lane % 4) and the next of tile i.
 __device__ __forceinline__ void store_tiles(uint32_t row, const uint32_t (&v)[4]) {
@@ -271,6 +261,14 @@ __device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
                "r"(v.w)
                : "memory");
 }
+__device__ __forceinline__ float load_shared_float(uint32_t from) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ void load_shared_floats(uint32_t from, float (&v)[2]) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(from) : "memory");
+}
 __device__ __forceinline__ void store_shared_float(uint32_t to, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
 }
@@ -297,16 +295,18 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// Keeps reads and writes of accumulators on their side of a wait.
+// The compiler may not move reads or writes of these registers across this point.
 template <int kCount>
 __device__ __forceinline__ void pin_registers(float (&d)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i]));
+}
+
+// At most kPending groups of this warp still run; the accumulators named are complete.
+template <int kPending, int... kCounts>
+__device__ __forceinline__ void wgmma_wait(float (&... results)[kCounts]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  (pin_registers(results), ...);
 }
 
 // d[64, 256] = a b + (adds != 0 ? d : 0) over 16 of the contracted extent; an MN-major operand is

@@ -269,7 +269,7 @@ __device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consu
   int previous = 0;
   for (int i = 0; i < stages; ++i) {
     const PipelineStage& stage = consumer.stage;
-    await_barrier(shared.full + 8 * stage.index, stage.parity);
+    wait_barrier(shared.full + 8 * stage.index, stage.parity);
     if constexpr (kGathersRows<kProduct>) fence_async_proxy();
     const uint64_t at = static_cast<uint64_t>(stage.index * kStageBytes) >> 4;
     wgmma_fence();
@@ -296,7 +296,7 @@ template <int kCluster>
 __device__ __forceinline__ void skip_tile(const GroupedShared& shared, Consumer& consumer,
                                           int stages) {
   for (int i = 0; i < stages; ++i) {
-    await_barrier(shared.full + 8 * consumer.stage.index, consumer.stage.parity);
+    wait_barrier(shared.full + 8 * consumer.stage.index, consumer.stage.parity);
     release_stage<kCluster>(shared, consumer.stage.index, consumer.lane);
     consumer.stage.advance();
   }

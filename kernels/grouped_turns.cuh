@@ -37,7 +37,8 @@ static_assert(kTurnProducerRegisters + kTurnGroups * kTurnConsumerRegisters <= 3
 struct TurnShared {
   static constexpr int kScratch = kTurnStages * kTurnStageBytes;
   static constexpr int kBarriers = kScratch + kTurnGroups * kTurnScratchBytes;
-  static constexpr int kTable = kBarriers + 16 * kTurnStages + 8 * kTurnGroups;
+  static constexpr int kOwnBarriers = 8;
+  static constexpr int kTable = kBarriers + 16 * kTurnStages + 8 * (kTurnGroups + kOwnBarriers);
   static constexpr int kBytes = kTable + static_cast<int>(sizeof(GroupedTable));
   static_assert(kBytes <= 232448, "what a CTA may have");
 
@@ -58,6 +59,8 @@ struct TurnShared {
   __device__ uint32_t empty(uint32_t turn) const { return empty_0 + 8 * index(turn); }
   // The group may begin its next tile.
   __device__ uint32_t begin(int group) const { return begin_0 + 8 * group; }
+  // A barrier of the kernel's own.
+  __device__ uint32_t own(int i) const { return begin(kTurnGroups + i); }
   __device__ uint32_t scratch(int group) const {
     return stages + kScratch + group * kTurnScratchBytes;
   }
@@ -94,7 +97,7 @@ __device__ __forceinline__ void multiply_turns(const TurnShared& shared, uint32_
   constexpr int kRowGroup = kSwizzleRows * kSwizzleBytes;
   const uint64_t base = matrix_descriptor(shared.stages, kTurnPanelBytes, kRowGroup);
   for (int i = 0; i < stages; ++i, ++turn) {
-    await_barrier(shared.full(turn), TurnShared::parity(turn));
+    wait_barrier(shared.full(turn), TurnShared::parity(turn));
     fence_async_proxy();
     const uint64_t a = base + (TurnShared::index(turn) * kTurnStageBytes >> 4);
     wgmma_fence();
@@ -135,7 +138,7 @@ __device__ __forceinline__ void take_turns(const GroupedExtent& extent, const Tu
     if (item % kTurnGroups == group) {
       prepare(tile);
       TurnAccumulators top, bottom;
-      await_barrier(shared.begin(group), static_cast<uint32_t>(item / kTurnGroups % 2));
+      wait_barrier(shared.begin(group), static_cast<uint32_t>(item / kTurnGroups % 2));
       multiply_turns<kTransposeA>(shared, turn, stages, shared.begin(1 - group), top, bottom);
       finish(tile, group, top, bottom);
     }

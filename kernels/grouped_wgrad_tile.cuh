@@ -3,7 +3,7 @@
 // A tile belongs to an expert's matrix or to its transpose; what is summed over are the expert's
 // rows of R. Both operands lie as memory has them, the summed rows below each other, and the matrix
 // units transpose them. The 96 KB of a tile's fp32 results leave through three buffers of 8 KB and
-// the copy engine, stored or added.
+// the copy engine; what they are added to comes in the same way.
 //
 // D1: an element belongs to one tile and is stored or added to once. Its sum runs over the expert's
 // rows in ascending order, 16 at a time.
@@ -106,104 +106,168 @@ __device__ __forceinline__ void fetch_last_b(const WgradTileParams& p, const Gro
   }
 }
 
-// By a warpgroup. The rows of a stage are looked up while the stage before it is fetched.
+// One stage, by a warpgroup.
+__device__ __forceinline__ void fetch_wgrad_stage(const WgradTileParams& p,
+                                                  const TurnShared& shared, int rank,
+                                                  const GroupedTile& tile, const WgradRows& rows,
+                                                  int k, uint32_t turn, int32_t row_of_lane) {
+  const auto stride_16 = static_cast<uint32_t>(p.a_stride / 8);
+  const int column = rows.lane % 16 * 8;
+  const bool exists = column < tile.rows, is_whole = k + kTurnDepth <= tile.depth;
+  const __nv_bfloat16* from = p.a + tile.row0 + column;
+  wait_barrier(shared.empty(turn), TurnShared::parity(turn) ^ 1);
+  if (threadIdx.x == 0) {
+    if (is_whole) {
+      fetch_turn_b(p.b_map, shared.b(turn), shared.full(turn), rank,
+                   {tile.column0, tile.depth0 + k, 0});
+    } else {
+      arrive(shared.full(turn));
+    }
+  }
+  __syncwarp();
+  if (is_whole) {
+    rows.fetch(from, stride_16, exists, row_of_lane, shared.a(turn));
+  } else {
+    rows.fetch_last(from, stride_16, exists, row_of_lane, shared.a(turn));
+    fetch_last_b(p, tile, k, shared.b(turn));
+  }
+  arrive_after_copies(shared.full(turn));
+}
+
+// The rows of a stage are looked up two stages before it.
 __device__ __forceinline__ void fetch_wgrad_tiles(const WgradTileParams& p,
                                                   const TurnShared& shared, int rank) {
   DepthSchedule<kTurnCluster> schedule(p.extent, shared.table, rank);
   const WgradRows rows;
-  const auto stride_16 = static_cast<uint32_t>(p.a_stride / 8);
   GroupedTile tile;
   uint32_t turn = 0;
   while (schedule.next(tile)) {
-    const int column = rows.lane % 16 * 8;
-    const bool exists = column < tile.rows;
-    const __nv_bfloat16* from = p.a + tile.row0 + column;
-    int32_t row_of_lane = rows.find(tile, p.a_token, 0);
-    for (int k = 0; k < tile.depth; k += kTurnDepth, ++turn) {
-      const bool is_whole = k + kTurnDepth <= tile.depth;
-      const int32_t next_row_of_lane = rows.find(tile, p.a_token, k + kTurnDepth);
-      wait_barrier(shared.empty(turn), TurnShared::parity(turn) ^ 1);
-      if (threadIdx.x == 0) {
-        if (is_whole) {
-          fetch_turn_b(p.b_map, shared.b(turn), shared.full(turn), rank,
-                       {tile.column0, tile.depth0 + k, 0});
-        } else {
-          arrive(shared.full(turn));
-        }
-      }
-      __syncwarp();
-      if (is_whole) {
-        rows.fetch(from, stride_16, exists, row_of_lane, shared.a(turn));
-      } else {
-        rows.fetch_last(from, stride_16, exists, row_of_lane, shared.a(turn));
-        fetch_last_b(p, tile, k, shared.b(turn));
-      }
-      arrive_after_copies(shared.full(turn));
-      row_of_lane = next_row_of_lane;
+    int32_t even = rows.find(tile, p.a_token, 0), odd = rows.find(tile, p.a_token, kTurnDepth);
+    for (int k = 0; k < tile.depth; k += 2 * kTurnDepth) {
+      fetch_wgrad_stage(p, shared, rank, tile, rows, k, turn++, even);
+      if (k + kTurnDepth >= tile.depth) break;
+      even = rows.find(tile, p.a_token, k + 2 * kTurnDepth);
+      fetch_wgrad_stage(p, shared, rank, tile, rows, k + kTurnDepth, turn++, odd);
+      odd = rows.find(tile, p.a_token, k + 3 * kTurnDepth);
     }
   }
 }
 
 // --- Results ---
 
+// A group's chunks: 12 of each tile, one after the other through its buffers. To add, what is there
+// comes in two chunks ahead, the first two while the tile is multiplied. NOTE: the copy engine
+// could add by itself, at half the speed of loading, adding here and storing.
+struct WgradChunks {
+  static constexpr int kOfHalf = kTurnColumns / kWgradChunkColumns, kOfTile = 2 * kOfHalf;
+  static constexpr int kAhead = kWgradBuffers - 1;
+  static_assert(kTurnGroups * kWgradBuffers <= TurnShared::kOwnBarriers);
+  static_assert(kOfTile % (2 * kWgradBuffers) == 0, "each tile finds the same parities");
+  uint32_t buffers, loaded_0;
+  int t;  // thread of the group
+
+  __device__ uint32_t buffer(int chunk) const {
+    return buffers + chunk % kWgradBuffers * kWgradChunkBytes;
+  }
+  __device__ uint32_t loaded(int chunk) const { return loaded_0 + 8 * (chunk % kWgradBuffers); }
+  __device__ static uint32_t parity(int chunk) {
+    return static_cast<uint32_t>(chunk / kWgradBuffers % 2);
+  }
+  // Calls move(place in shared memory, coordinate) for each box of a chunk.
+  template <WgradTile kTile, class Move>
+  __device__ __forceinline__ void each_box(const GroupedTile& tile, int chunk, Move&& move) const {
+    const int row = tile.row0 + chunk / kOfHalf * 64;
+    const int column = tile.column0 + chunk % kOfHalf * kWgradChunkColumns;
+    if constexpr (kTile == WgradTile::as_stored) {
+      move(buffer(chunk), TensorCoordinate{column, row, tile.expert});
+    } else {
+      move(buffer(chunk), TensorCoordinate{row, column, tile.expert});
+      move(buffer(chunk) + kWgradChunkBytes / 2, TensorCoordinate{row + 32, column, tile.expert});
+    }
+  }
+  // By one thread, when the buffer's last store has been read.
+  template <WgradTile kTile>
+  __device__ __forceinline__ void load(const WgradTileParams& p, const GroupedTile& tile,
+                                       int chunk) const {
+    if (chunk >= kOfTile) return;
+    arrive_expecting(loaded(chunk), kWgradChunkBytes);
+    each_box<kTile>(tile, chunk, [&](uint32_t to, TensorCoordinate at) {
+      copy_tensor(to, p.d_w_map, loaded(chunk), at);
+    });
+  }
+  template <WgradTile kTile>
+  __device__ __forceinline__ void prepare(const WgradTileParams& p, const GroupedTile& tile) const {
+    if (t != 0 || !p.adds) return;
+    wait_stores_read<0>();
+    for (int chunk = 0; chunk < kAhead; ++chunk) load<kTile>(p, tile, chunk);
+  }
+  template <WgradTile kTile>
+  __device__ __forceinline__ void store(const WgradTileParams& p, const GroupedTile& tile,
+                                        int chunk) const {
+    if (t != 0) return;
+    each_box<kTile>(tile, chunk,
+                    [&](uint32_t from, TensorCoordinate at) { store_tensor(p.d_w_map, from, at); });
+    commit_stores();
+    if (p.adds) {
+      wait_stores_read<1>();  // all but this one: what comes two chunks later has a free buffer
+      load<kTile>(p, tile, chunk + kAhead);
+    } else {
+      wait_stores_read<kWgradBuffers - 1>();
+    }
+  }
+};
+
 // One chunk of a half into a buffer, the 16-byte pieces of 128-byte lines swizzled as the copy
 // engine expects them. A line is a row of the tile or, transposed, 32 rows of one of its columns.
+// Stored results are what adding to zeros would leave: never -0.
 template <WgradTile kTile>
-__device__ __forceinline__ void put_wgrad_chunk(uint32_t buffer, int warp,
+__device__ __forceinline__ void put_wgrad_chunk(uint32_t buffer, bool adds, int warp,
                                                 const TurnAccumulators& acc, int first) {
   const int lane = threadIdx.x % kWarpLanes, q = lane % 4;
+  const auto put = [&](uint32_t place, float value) {
+    store_shared_float(place, value + (adds ? load_shared_float(place) : 0.0f));
+  };
 #pragma unroll
   for (int g = 0; g < kWgradChunkColumns / 8; ++g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp * 16 + lane / 4 + 8 * h, column = 8 * g + 2 * q;
-      const float low = acc[first + 4 * g + 2 * h] + 0.0f;
-      const float high = acc[first + 4 * g + 2 * h + 1] + 0.0f;
+      const float low = acc[first + 4 * g + 2 * h], high = acc[first + 4 * g + 2 * h + 1];
       if constexpr (kTile == WgradTile::as_stored) {
-        store_shared_floats(buffer + row * kSwizzleBytes +
-                                ((column / 4 ^ row % kSwizzleRows) << 4) + column % 4 * 4,
-                            low, high);
+        const uint32_t place = buffer + row * kSwizzleBytes +
+                               ((column / 4 ^ row % kSwizzleRows) << 4) + column % 4 * 4;
+        float old[2] = {0.0f, 0.0f};
+        if (adds) load_shared_floats(place, old);
+        store_shared_floats(place, low + old[0], high + old[1]);
       } else {
         const uint32_t line = buffer + row / 32 * (kWgradChunkBytes / 2) + column * kSwizzleBytes;
         const int piece = row % 32 / 4;
-        store_shared_float(line + ((piece ^ column % kSwizzleRows) << 4) + row % 4 * 4, low);
-        store_shared_float(
-            line + kSwizzleBytes + ((piece ^ (column + 1) % kSwizzleRows) << 4) + row % 4 * 4,
+        put(line + ((piece ^ column % kSwizzleRows) << 4) + row % 4 * 4, low);
+        put(line + kSwizzleBytes + ((piece ^ (column + 1) % kSwizzleRows) << 4) + row % 4 * 4,
             high);
       }
     }
   }
 }
 
-// One half of a tile. Stored results are what adding to zeros would leave: never -0.
-template <WgradTile kTile>
-__device__ __forceinline__ void finish_wgrad_half(const WgradTileParams& p,
-                                                  const TurnShared& shared, const GroupedTile& tile,
-                                                  int group, int& chunk, int row,
+template <WgradTile kTile, int kHalf>
+__device__ __forceinline__ void finish_wgrad_half(const WgradTileParams& p, const GroupedTile& tile,
+                                                  int group, const WgradChunks& chunks,
                                                   const TurnAccumulators& acc) {
-  constexpr int kFirstBarrier = 1;
-  const int t = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
-  const auto bring_out = [&](uint32_t from, int inner, int middle) {
-    const TensorCoordinate at{inner, middle, tile.expert};
-    p.adds ? add_tensor(p.d_w_map, from, at) : store_tensor(p.d_w_map, from, at);
-  };
+  const int barrier = 1 + group;
 #pragma unroll
-  for (int c = 0; c < kTurnColumns / kWgradChunkColumns; ++c, ++chunk) {
-    const uint32_t buffer = shared.scratch(group) + chunk % kWgradBuffers * kWgradChunkBytes;
-    if (t == 0) wait_stores_read<kWgradBuffers - 1>();
-    named_barrier_sync(kFirstBarrier + group, kWarpgroupThreads);
-    put_wgrad_chunk<kTile>(buffer, t / kWarpLanes, acc, c * kWgradChunkColumns / 2);
-    fence_async_proxy();
-    named_barrier_sync(kFirstBarrier + group, kWarpgroupThreads);
-    if (t != 0) continue;
-    const int column = tile.column0 + c * kWgradChunkColumns;
-    if constexpr (kTile == WgradTile::as_stored) {
-      bring_out(buffer, column, row);
+  for (int c = 0; c < WgradChunks::kOfHalf; ++c) {
+    const int chunk = kHalf * WgradChunks::kOfHalf + c;
+    if (p.adds) {
+      wait_barrier(chunks.loaded(chunk), WgradChunks::parity(chunk));
     } else {
-      bring_out(buffer, row, column);
-      bring_out(buffer + kWgradChunkBytes / 2, row + 32, column);
+      named_barrier_sync(barrier, kWarpgroupThreads);
     }
-    commit_stores();
+    put_wgrad_chunk<kTile>(chunks.buffer(chunk), p.adds, chunks.t / kWarpLanes, acc,
+                           c * kWgradChunkColumns / 2);
+    fence_async_proxy();
+    named_barrier_sync(barrier, kWarpgroupThreads);
+    chunks.store<kTile>(p, tile, chunk);
   }
 }
 
@@ -214,19 +278,24 @@ __global__ void __launch_bounds__(kTurnThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   const TurnShared shared(memory);
   const int rank = static_cast<int>(cluster_rank());
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kTurnGroups * kWgradBuffers; ++i) init_barrier(shared.own(i), 1);
+  }
   begin_turns<Schedule>(p.extent, shared, p.b_map);
   if (threadIdx.x < kWarpgroupThreads) {
     give_registers<kTurnProducerRegisters>();
     fetch_wgrad_tiles(p, shared, rank);
   } else {
     take_registers<kTurnConsumerRegisters>();
-    int chunk = 0;
+    const int group = static_cast<int>(threadIdx.x) / kWarpgroupThreads - 1;
+    const WgradChunks chunks{shared.scratch(group), shared.own(group * kWgradBuffers),
+                             static_cast<int>(threadIdx.x) % kWarpgroupThreads};
     take_turns<Schedule, 1>(
-        p.extent, shared, rank, [](const GroupedTile&) {},
-        [&](const GroupedTile& tile, int group, const TurnAccumulators& top,
+        p.extent, shared, rank, [&](const GroupedTile& tile) { chunks.prepare<kTile>(p, tile); },
+        [&](const GroupedTile& tile, int of_group, const TurnAccumulators& top,
             const TurnAccumulators& bottom) {
-          finish_wgrad_half<kTile>(p, shared, tile, group, chunk, tile.row0, top);
-          finish_wgrad_half<kTile>(p, shared, tile, group, chunk, tile.row0 + 64, bottom);
+          finish_wgrad_half<kTile, 0>(p, tile, of_group, chunks, top);
+          finish_wgrad_half<kTile, 1>(p, tile, of_group, chunks, bottom);
         });
     wait_stores();
   }
