@@ -13,6 +13,7 @@
 
 namespace cambium::cuda {
 
+using DgradRegisters = TurnRegisters<40, 232>;
 constexpr int kDgradPieces = 3;  // of a warp's scratch: gate, up, weighted_h
 static_assert(4 * kDgradPieces * kWarpScratchBytes <= kTurnScratchBytes);
 
@@ -166,10 +167,10 @@ __global__ void __launch_bounds__(kTurnThreads, 1)
   const int rank = static_cast<int>(cluster_rank());
   begin_turns<Schedule>(p.extent, shared, p.b_map);
   if (threadIdx.x < kWarpgroupThreads) {
-    give_registers<kTurnProducerRegisters>();
+    DgradRegisters::give();
     fetch_dgrad_tiles(p, shared, rank);
   } else {
-    take_registers<kTurnConsumerRegisters>();
+    DgradRegisters::take();
     const int lane = threadIdx.x % kWarpLanes;
     const int first = static_cast<int>(threadIdx.x) % kWarpgroupThreads / kWarpLanes * kWarpRows;
     const auto rows_of = [&](const GroupedTile& tile, int group, int half_row) {

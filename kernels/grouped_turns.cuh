@@ -29,9 +29,13 @@ constexpr int kTurnThreads = (1 + kTurnGroups) * kWarpgroupThreads;
 constexpr int kTurnScratchBytes = 24 << 10;  // of each group, for its results
 
 // Registers per thread after the warpgroups have exchanged them: what 384 threads start with.
-constexpr int kTurnProducerRegisters = 40, kTurnConsumerRegisters = 232;
-static_assert(kTurnProducerRegisters + kTurnGroups * kTurnConsumerRegisters <= 3 * 168,
-              "a warpgroup would wait for registers that do not exist");
+template <int kProducer, int kConsumer>
+struct TurnRegisters {
+  static_assert(kProducer + kTurnGroups * kConsumer <= 3 * 168,
+                "a warpgroup would wait for registers that do not exist");
+  __device__ static __forceinline__ void give() { give_registers<kProducer>(); }
+  __device__ static __forceinline__ void take() { take_registers<kConsumer>(); }
+};
 
 // Shared memory: the stages, the groups' scratch, the barriers, the schedule's table.
 struct TurnShared {

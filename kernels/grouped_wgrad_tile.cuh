@@ -21,6 +21,9 @@ constexpr int kWgradChunkColumns = 32;
 constexpr int kWgradChunkBytes = 64 * kWgradChunkColumns * 4;
 constexpr int kWgradBuffers = kTurnScratchBytes / kWgradChunkBytes;
 
+// Fewer to fetch with, and a stage's eight addresses would wait for each other.
+using WgradRegisters = TurnRegisters<56, 224>;
+
 enum class WgradTile { as_stored, transposed };  // the tile's rows are the matrix's rows, columns
 
 template <WgradTile kTile>
@@ -283,10 +286,10 @@ __global__ void __launch_bounds__(kTurnThreads, 1)
   }
   begin_turns<Schedule>(p.extent, shared, p.b_map);
   if (threadIdx.x < kWarpgroupThreads) {
-    give_registers<kTurnProducerRegisters>();
+    WgradRegisters::give();
     fetch_wgrad_tiles(p, shared, rank);
   } else {
-    take_registers<kTurnConsumerRegisters>();
+    WgradRegisters::take();
     const int group = static_cast<int>(threadIdx.x) / kWarpgroupThreads - 1;
     const WgradChunks chunks{shared.scratch(group), shared.own(group * kWgradBuffers),
                              static_cast<int>(threadIdx.x) % kWarpgroupThreads};
