@@ -11,6 +11,7 @@
 // 1.1 ms of multiplying beside 1.0 ms of memory. Stored results are 1.6 GB.
 #pragma once
 
+#include "kernels/grad_target.h"
 #include "kernels/grouped_turns.cuh"
 
 namespace cambium::cuda {
@@ -38,7 +39,7 @@ struct WgradTileParams {
   const int32_t* a_token;  // optional
   const __nv_bfloat16* b;  // for the last rows of an expert
   int64_t b_stride;
-  bool adds;  // to what is there
+  GradMode mode;  // store or accumulate
 };
 
 // --- Fetching ---
@@ -65,8 +66,8 @@ struct WgradRows {
     if (lane >= 2 * kSteps || at >= tile.depth) return -1;
     return token != nullptr ? token[tile.depth0 + at] : tile.depth0 + at;
   }
-  // A whole stage; `exists`: the lane's columns do.
-  __device__ __forceinline__ void fetch(const __nv_bfloat16* from, uint32_t stride_16, bool exists,
+  // A whole stage; `columns` of the tile's exist.
+  __device__ __forceinline__ void fetch(const __nv_bfloat16* from, uint32_t stride_16, int columns,
                                         int32_t row_of_lane, uint32_t to) const {
     const uint32_t offset_of_lane = static_cast<uint32_t>(row_of_lane) * stride_16;
     uint32_t offset[kSteps];
@@ -74,7 +75,7 @@ struct WgradRows {
     for (int step = 0; step < kSteps; ++step) {
       offset[step] = __shfl_sync(kAllLanes, offset_of_lane, 2 * step + lane / 16);
     }
-    if (!exists) return;
+    if (lane % 16 * 8 >= columns) return;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       copy_16(to + place + step * kStepBytes, reinterpret_cast<const uint4*>(from) + offset[step]);
@@ -82,12 +83,12 @@ struct WgradRows {
   }
   // An expert's last rows; zeros beyond them.
   __device__ __forceinline__ void fetch_last(const __nv_bfloat16* from, uint32_t stride_16,
-                                             bool exists, int32_t row_of_lane, uint32_t to) const {
+                                             int columns, int32_t row_of_lane, uint32_t to) const {
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
       const int32_t row = __shfl_sync(kAllLanes, row_of_lane, 2 * step + lane / 16);
       const uint32_t offset = row < 0 ? 0 : static_cast<uint32_t>(row) * stride_16;
-      if (!exists) continue;
+      if (lane % 16 * 8 >= columns) continue;
       copy_16(to + place + step * kStepBytes, reinterpret_cast<const uint4*>(from) + offset,
               row < 0 ? 0 : 16);
     }
@@ -115,9 +116,8 @@ __device__ __forceinline__ void fetch_wgrad_stage(const WgradTileParams& p,
                                                   const GroupedTile& tile, const WgradRows& rows,
                                                   int k, uint32_t turn, int32_t row_of_lane) {
   const auto stride_16 = static_cast<uint32_t>(p.a_stride / 8);
-  const int column = rows.lane % 16 * 8;
-  const bool exists = column < tile.rows, is_whole = k + kTurnDepth <= tile.depth;
-  const __nv_bfloat16* from = p.a + tile.row0 + column;
+  const bool is_whole = k + kTurnDepth <= tile.depth;
+  const __nv_bfloat16* from = p.a + tile.row0 + rows.lane % 16 * 8;
   wait_barrier(shared.empty(turn), TurnShared::parity(turn) ^ 1);
   if (threadIdx.x == 0) {
     if (is_whole) {
@@ -129,9 +129,9 @@ __device__ __forceinline__ void fetch_wgrad_stage(const WgradTileParams& p,
   }
   __syncwarp();
   if (is_whole) {
-    rows.fetch(from, stride_16, exists, row_of_lane, shared.a(turn));
+    rows.fetch(from, stride_16, tile.rows, row_of_lane, shared.a(turn));
   } else {
-    rows.fetch_last(from, stride_16, exists, row_of_lane, shared.a(turn));
+    rows.fetch_last(from, stride_16, tile.rows, row_of_lane, shared.a(turn));
     fetch_last_b(p, tile, k, shared.b(turn));
   }
   arrive_after_copies(shared.full(turn));
@@ -200,7 +200,7 @@ struct WgradChunks {
   }
   template <WgradTile kTile>
   __device__ __forceinline__ void prepare(const WgradTileParams& p, const GroupedTile& tile) const {
-    if (t != 0 || !p.adds) return;
+    if (t != 0 || p.mode == GradMode::store) return;
     wait_stores_read<0>();
     for (int chunk = 0; chunk < kAhead; ++chunk) load<kTile>(p, tile, chunk);
   }
@@ -211,7 +211,7 @@ struct WgradChunks {
     each_box<kTile>(tile, chunk,
                     [&](uint32_t from, TensorCoordinate at) { store_tensor(p.d_w_map, from, at); });
     commit_stores();
-    if (p.adds) {
+    if (p.mode == GradMode::accumulate) {
       wait_stores_read<1>();  // all but this one: what comes two chunks later has a free buffer
       load<kTile>(p, tile, chunk + kAhead);
     } else {
@@ -224,11 +224,11 @@ struct WgradChunks {
 // engine expects them. A line is a row of the tile or, transposed, 32 rows of one of its columns.
 // Stored results are what adding to zeros would leave: never -0.
 template <WgradTile kTile>
-__device__ __forceinline__ void put_wgrad_chunk(uint32_t buffer, bool adds, int warp,
+__device__ __forceinline__ void put_wgrad_chunk(uint32_t buffer, GradMode mode, int warp,
                                                 const TurnAccumulators& acc, int first) {
   const int lane = threadIdx.x % kWarpLanes, q = lane % 4;
   const auto put = [&](uint32_t place, float value) {
-    store_shared_float(place, value + (adds ? load_shared_float(place) : 0.0f));
+    store_shared_float(place, value + (mode == GradMode::store ? 0.0f : load_shared_float(place)));
   };
 #pragma unroll
   for (int g = 0; g < kWgradChunkColumns / 8; ++g) {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void put_wgrad_chunk(uint32_t buffer, bool adds, int 
         const uint32_t place = buffer + row * kSwizzleBytes +
                                ((column / 4 ^ row % kSwizzleRows) << 4) + column % 4 * 4;
         float old[2] = {0.0f, 0.0f};
-        if (adds) load_shared_floats(place, old);
+        if (mode == GradMode::accumulate) load_shared_floats(place, old);
         store_shared_floats(place, low + old[0], high + old[1]);
       } else {
         const uint32_t line = buffer + row / 32 * (kWgradChunkBytes / 2) + column * kSwizzleBytes;
@@ -261,12 +261,12 @@ __device__ __forceinline__ void finish_wgrad_half(const WgradTileParams& p, cons
 #pragma unroll
   for (int c = 0; c < WgradChunks::kOfHalf; ++c) {
     const int chunk = kHalf * WgradChunks::kOfHalf + c;
-    if (p.adds) {
+    if (p.mode == GradMode::accumulate) {
       wait_barrier(chunks.loaded(chunk), WgradChunks::parity(chunk));
     } else {
       named_barrier_sync(barrier, kWarpgroupThreads);
     }
-    put_wgrad_chunk<kTile>(chunks.buffer(chunk), p.adds, chunks.t / kWarpLanes, acc,
+    put_wgrad_chunk<kTile>(chunks.buffer(chunk), p.mode, chunks.t / kWarpLanes, acc,
                            c * kWgradChunkColumns / 2);
     fence_async_proxy();
     named_barrier_sync(barrier, kWarpgroupThreads);

@@ -95,7 +95,7 @@ void grouped_wgrad(const GroupedWgradArgs& a, Stream& stream) {
   p.a_token = is_transposed ? a.x_token_R.pointer() : a.d_y_token_R.pointer();
   p.b = tile_rows(by_map);
   p.b_stride = by_map.row_stride;
-  p.adds = a.target.mode == GradMode::accumulate;
+  p.mode = a.target.mode;
   if (is_transposed) {
     launch_wgrad<WgradTile::transposed>(a, p, stream);
   } else {
