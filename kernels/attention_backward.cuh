@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_rows(const CUtensorMap* map, const char* s
     tma_store(map, staging + panel * panel_bytes,
               {panel * kPanelColumns, at.head, at.position, at.sequence});
   }
-  tma_store_commit();
+  commit_stores();
 }
 
 constexpr int kDeltaThreads = 256;

@@ -28,7 +28,7 @@ struct ForwardArgs {
 template <int kColumns>
 struct ForwardShared {
   static constexpr int kTileBytes = kTileRows * kColumns * 2;
-  static constexpr int kPanelBytes = kTileRows * kSwizzleRowBytes;
+  static constexpr int kPanelBytes = kTileRows * kSwizzleBytes;
   char q[kTileBytes];
   char k[kForwardStages][kTileBytes];
   char v[kForwardStages][kTileBytes];
@@ -92,14 +92,14 @@ template <int kElements>
 __device__ __forceinline__ void pack_operand(const float (&s)[kElements],
                                              uint32_t (&packed)[kElements / 2]) {
 #pragma unroll
-  for (int i = 0; i < kElements / 2; ++i) packed[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < kElements / 2; ++i) packed[i] = pack_pair(s[2 * i], s[2 * i + 1]);
 }
 
 // A whole tile of 128 rows into shared memory.
 template <int kColumns>
 __device__ __forceinline__ void load_tile(const CUtensorMap* map, uint64_t* full, char* to,
                                           TileAt at) {
-  barrier_expect(full, ForwardShared<kColumns>::kTileBytes);
+  arrive_expecting(shared_address(full), ForwardShared<kColumns>::kTileBytes);
 #pragma unroll
   for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
     tma_load(map, full, to + panel * ForwardShared<kColumns>::kPanelBytes,
@@ -116,14 +116,14 @@ __device__ __forceinline__ void forward_producer(const ForwardMaps& maps,
   for (int round = 0, index = snake_index(0); index < tiles; index = snake_index(++round)) {
     const QueryTile tile = query_tile(shape, index);
     const int group = tile.head / shape.heads();
-    barrier_wait(&shared.q_empty, round % 2 ^ 1);
+    wait_barrier(shared_address(&shared.q_empty), round % 2 ^ 1);
     load_tile<kColumns>(&maps.q, &shared.q_full, shared.q,
                         {0, tile.head, tile.first, tile.sequence});
     for (int key = tile.last_key_tile; key >= tile.first_key_tile; --key, ring.advance()) {
       const TileAt at{0, group, key * kTileRows, tile.sequence};
-      barrier_wait(&shared.k_empty[ring.stage], ring.parity ^ 1);
+      wait_barrier(shared_address(&shared.k_empty[ring.stage]), ring.parity ^ 1);
       load_tile<kColumns>(&maps.k, &shared.k_full[ring.stage], shared.k[ring.stage], at);
-      barrier_wait(&shared.v_empty[ring.stage], ring.parity ^ 1);
+      wait_barrier(shared_address(&shared.v_empty[ring.stage]), ring.parity ^ 1);
       load_tile<kColumns>(&maps.v, &shared.v_full[ring.stage], shared.v[ring.stage], at);
     }
   }
@@ -131,18 +131,18 @@ __device__ __forceinline__ void forward_producer(const ForwardMaps& maps,
 
 // One arrival for this warp.
 __device__ __forceinline__ void release(uint64_t* empty) {
-  if (threadIdx.x % kWarpLanes == 0) barrier_arrive(empty);
+  if (threadIdx.x % kWarpLanes == 0) arrive(shared_address(empty));
 }
 
 // Named barriers: 1, 2 give the tensor cores to a warpgroup, 3, 4 are a warpgroup's own.
 __device__ __forceinline__ void take_turn(int warpgroup) {
-  named_sync(1 + warpgroup, kConsumers * kWarpgroupThreads);
+  named_barrier_sync(1 + warpgroup, kConsumers * kWarpgroupThreads);
 }
 __device__ __forceinline__ void give_turn(int warpgroup) {
-  named_arrive(2 - warpgroup, kConsumers * kWarpgroupThreads);
+  named_barrier_arrive(2 - warpgroup, kConsumers * kWarpgroupThreads);
 }
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
-  named_sync(3 + warpgroup, kWarpgroupThreads);
+  named_barrier_sync(3 + warpgroup, kWarpgroupThreads);
 }
 
 // o / sum as bf16 through shared memory, and lse = largest + log(sum).
@@ -171,17 +171,17 @@ __device__ __forceinline__ void store_output(const ForwardMaps& maps, const Forw
     }
   }
   char* staging = shared.o + warpgroup * kWarpgroupRows * kColumns * 2;
-  if (is_leader) tma_store_wait_read();  // of the tile before
+  if (is_leader) wait_stores_read<0>();  // of the tile before
   warpgroup_sync(warpgroup);
   store_accumulator<kWarpgroupRows>(o, 1.0f, staging, 0);
   fence_async_proxy();
   warpgroup_sync(warpgroup);
   if (!is_leader) return;
   for (int panel = 0; panel < kColumns / kPanelColumns; ++panel) {
-    tma_store(&maps.o, staging + panel * kWarpgroupRows * kSwizzleRowBytes,
+    tma_store(&maps.o, staging + panel * kWarpgroupRows * kSwizzleBytes,
               {panel * kPanelColumns, tile.head, first, tile.sequence});
   }
-  tma_store_commit();
+  commit_stores();
 }
 
 template <int kColumns>
@@ -193,7 +193,7 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
   const int tiles = shape.query_tiles() * shape.sequences * shape.H;
   const float scale_log2 = shape.scale * kLog2E;
   const uint32_t q_operand =
-      operand_k_major(shared_address(shared.q) + warpgroup * kWarpgroupRows * kSwizzleRowBytes);
+      operand_k_major(shared_address(shared.q) + warpgroup * kWarpgroupRows * kSwizzleBytes);
   RingPosition<kForwardStages> k_ring, v_ring;
   if (warpgroup == 1) give_turn(1);
   for (int round = 0, index = snake_index(0); index < tiles; index = snake_index(++round)) {
@@ -215,8 +215,8 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
       wgmma_commit();
     };
 
-    barrier_wait(&shared.q_full, round % 2);
-    barrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
+    wait_barrier(shared_address(&shared.q_full), round % 2);
+    wait_barrier(shared_address(&shared.k_full[k_ring.stage]), k_ring.parity);
     wgmma_fence();
     start_scores();
     wgmma_wait<0>(s);
@@ -226,11 +226,11 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
     fold_scores(s, scale_log2, state, rescale);
     pack_operand(s, p);
     for (int key = tile.last_key_tile - 1; key >= tile.first_key_tile; --key) {
-      barrier_wait(&shared.k_full[k_ring.stage], k_ring.parity);
+      wait_barrier(shared_address(&shared.k_full[k_ring.stage]), k_ring.parity);
       take_turn(warpgroup);
       wgmma_fence();
       start_scores();
-      barrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
+      wait_barrier(shared_address(&shared.v_full[v_ring.stage]), v_ring.parity);
       start_output();
       give_turn(warpgroup);
       wgmma_wait<1>(s);
@@ -246,7 +246,7 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
       pack_operand(s, p);
     }
     release(&shared.q_empty);
-    barrier_wait(&shared.v_full[v_ring.stage], v_ring.parity);
+    wait_barrier(shared_address(&shared.v_full[v_ring.stage]), v_ring.parity);
     wgmma_fence();
     start_output();
     wgmma_wait<0>(o);
@@ -254,7 +254,7 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
     v_ring.advance();
     store_output(maps, args, shared, tile, warpgroup, state, o);
   }
-  if (threadIdx.x % kWarpgroupThreads == 0) tma_store_wait_read();
+  if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }
 
 template <int kColumns>
@@ -263,22 +263,22 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<ForwardShared<kColumns>*>(memory);
   if (threadIdx.x == 0) {
-    barrier_init(&shared.q_full, 1);
-    barrier_init(&shared.q_empty, kConsumerWarps);
+    init_barrier(shared_address(&shared.q_full), 1);
+    init_barrier(shared_address(&shared.q_empty), kConsumerWarps);
     for (int stage = 0; stage < kForwardStages; ++stage) {
-      barrier_init(&shared.k_full[stage], 1);
-      barrier_init(&shared.v_full[stage], 1);
-      barrier_init(&shared.k_empty[stage], kConsumerWarps);
-      barrier_init(&shared.v_empty[stage], kConsumerWarps);
+      init_barrier(shared_address(&shared.k_full[stage]), 1);
+      init_barrier(shared_address(&shared.v_full[stage]), 1);
+      init_barrier(shared_address(&shared.k_empty[stage]), kConsumerWarps);
+      init_barrier(shared_address(&shared.v_empty[stage]), kConsumerWarps);
     }
-    barrier_init_fence();
+    fence_barrier_init();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroupThreads) {
-    lower_registers<kProducerRegisters>();
+    give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) forward_producer<kColumns>(maps, args.shape, shared);
   } else {
-    raise_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters>();
     forward_consumer<kColumns>(maps, args, shared);
   }
 }

@@ -1,4 +1,5 @@
-// Hopper's asynchronous units as functions: mbarriers, TMA tiles, wgmma, named barriers.
+// What attention asks of Hopper's asynchronous units (kernels/cuda_hopper.cuh): TMA tiles of four
+// extents, wgmma shapes, descriptors in uniform registers.
 //
 // A tile in shared memory is cut into panels of 64 bf16 columns, each [rows][64] with the 128-byte
 // swizzle that TMA writes and wgmma reads: 16-byte chunk c of row r lies at chunk c ^ (r % 8).
@@ -8,88 +9,13 @@
 // Sources: PTX ISA 9.0, "Asynchronous warpgroup-level matrix instructions", "Tensor copy".
 #pragma once
 
-#include <cuda.h>
-#include <cuda_bf16.h>
-
-#include "kernels/cuda_launch.cuh"
+#include "kernels/cuda_hopper.cuh"
 
 namespace cambium::cuda {
 
 constexpr int kPanelColumns = 64;
-constexpr int kSwizzleRowBytes = 128;
-constexpr int kWarpgroupThreads = 128;
-static_assert(kPanelColumns * sizeof(__nv_bfloat16) == kSwizzleRowBytes);
+static_assert(kPanelColumns * sizeof(__nv_bfloat16) == kSwizzleBytes);
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// ---- mbarriers -------------------------------------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(arrivals));
-}
-
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-// One arrival that also announces `bytes` of TMA writes.
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-
-// Waits until the phase of this parity is complete. A phase that never completes is a bug: the
-// limit (every try may suspend the thread for a while) turns a hang into a failed launch.
-// NOTE: the loop stays inside the asm: a trap that the compiler sees as a branch keeps ptxas from
-// using the registers of setmaxnreg.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done, expired;\n.reg .u32 tries;\n"
-      "mov.u32 tries, 0;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "add.u32 tries, tries, 1;\n"
-      "setp.gt.u32 expired, tries, 0x4000000;\n"
-      "@expired trap;\n"
-      "bra WAIT;\n"
-      "DONE:\n}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-// Barrier `id` (1..15; 0 is __syncthreads) among `threads` threads, in whole warps.
-__device__ __forceinline__ void named_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Index of this block in its cluster.
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// All threads of the cluster that have not exited; shared memory written before is seen after.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
 // The address in the cluster of what lies at `address` in block `rank`.
 __device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
   uint32_t mapped;
@@ -100,16 +26,6 @@ __device__ __forceinline__ void store_in_cluster(uint32_t address, const float* 
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four[0]),
                "f"(four[1]), "f"(four[2]), "f"(four[3])
                : "memory");
-}
-
-// Registers per thread from here on, for the whole warpgroup.
-template <int kRegisters>
-__device__ __forceinline__ void raise_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void lower_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // ---- TMA -------------------------------------------------------------------------------------
@@ -138,36 +54,17 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* fr
       "r"(shared_address(from)), "r"(at.column), "r"(at.head), "r"(at.position), "r"(at.sequence)
       : "memory");
 }
-__device__ __forceinline__ void tma_store_commit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-// This thread's stores have read shared memory.
-__device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
 // 4 bytes, or zeros where `bytes` is 0; asynchronous.
 __device__ __forceinline__ void copy_4(void* to, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)
                : "memory");
 }
-// This thread's arrival at `barrier` once all its copies so far have landed.
-__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-// Ordinary writes to shared memory become visible to TMA and wgmma.
-__device__ __forceinline__ void fence_async_proxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // ---- wgmma -----------------------------------------------------------------------------------
 
 // A shared-memory operand is a descriptor of 64 bits; here it is its low half, and the high half is
 // the same for all: 128-byte swizzle, groups of 8 rows follow each other.
-constexpr uint32_t kDescriptorHigh = 1u << 30 | 8 * kSwizzleRowBytes >> 4;
+constexpr uint32_t kDescriptorHigh = 1u << 30 | 8 * kSwizzleBytes >> 4;
 
 // The value of lane 0, which the compiler then knows to be the same in all lanes: descriptors live
 // in uniform registers, and moving them there for every wgmma would cost more than short ones take.
@@ -187,25 +84,6 @@ __device__ __forceinline__ uint32_t operand_k_major(uint32_t address) {
 // `panel_bytes` apart; a step of 16 rows is 16 * 128 bytes.
 __device__ __forceinline__ uint32_t operand_mn_major(uint32_t address, uint32_t panel_bytes) {
   return uniform((panel_bytes >> 4) << 16 | (address & kAddressMask) >> 4);
-}
-
-__device__ __forceinline__ void wgmma_fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// The compiler may not move reads or writes of this accumulator across this point.
-template <int kElements>
-__device__ __forceinline__ void pin_accumulator(float (&d)[kElements]) {
-#pragma unroll
-  for (int i = 0; i < kElements; ++i) asm volatile("" : "+f"(d[i]));
-}
-// At most kPending groups of this warp still run; the accumulators named are complete.
-template <int kPending, int... kElements>
-__device__ __forceinline__ void wgmma_wait(float (&... results)[kElements]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-  (pin_accumulator(results), ...);
 }
 
 // d = A B^T: A [64][16] and B [64][16] in shared memory, both K-major.
@@ -331,12 +209,6 @@ __device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t* a, 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kDescriptorHigh));
 }
 
-// Two accumulator elements as one register of an A operand.
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&packed);
-}
-
 // d = A B^T over kDepth columns: A [64][kDepth] is part of a tile of kRowsA rows, B is a whole tile
 // of 2 kElements rows. Descriptors of the first panels.
 enum class Start { zero, accumulate };
@@ -346,8 +218,8 @@ __device__ __forceinline__ void tile_product_abt(float (&d)[kElements], uint32_t
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
     const int panel = step / kStepsPerPanel, offset = step % kStepsPerPanel * 32;
-    const uint32_t a_at = a + ((panel * kRowsA * kSwizzleRowBytes + offset) >> 4);
-    const uint32_t b_at = b + ((panel * kRowsB * kSwizzleRowBytes + offset) >> 4);
+    const uint32_t a_at = a + ((panel * kRowsA * kSwizzleBytes + offset) >> 4);
+    const uint32_t b_at = b + ((panel * kRowsB * kSwizzleBytes + offset) >> 4);
     if constexpr (kElements == 64) {
       step == 0 && kStart == Start::zero ? wgmma_64x128_first(d, a_at, b_at)
                                          : wgmma_64x128(d, a_at, b_at);
@@ -365,7 +237,7 @@ __device__ __forceinline__ void tile_product_ab(float (&d)[kElements],
                                                 const uint32_t (&a)[kDepth / 4], uint32_t b) {
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
-    const uint32_t b_at = b + ((step * 16 * kSwizzleRowBytes) >> 4);
+    const uint32_t b_at = b + ((step * 16 * kSwizzleBytes) >> 4);
     if constexpr (kElements == 64) {
       wgmma_64x128(d, a + 4 * step, b_at);
     } else {

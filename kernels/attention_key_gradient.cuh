@@ -80,12 +80,12 @@ __device__ __forceinline__ void key_gradient_producer(const BackwardMaps& maps,
   for (int head = tile.first_head; head < tile.first_head + tile.heads; ++head) {
     for (int step = tile.first_step; step < tile.end_step; ++step, ring.advance()) {
       const int stage = ring.stage;
-      barrier_wait(&shared.empty[stage], ring.parity ^ 1);
+      wait_barrier(shared_address(&shared.empty[stage]), ring.parity ^ 1);
       if (lane == 0) {
-        barrier_expect(&shared.full[stage], 2 * Shared::kStepBytes);
+        arrive_expecting(shared_address(&shared.full[stage]), 2 * Shared::kStepBytes);
         for (int panel = 0; panel < kPanels; ++panel) {
           const TileAt at{panel * kPanelColumns, head, step * kStepRows, tile.sequence};
-          const int offset = panel * kStepRows * kSwizzleRowBytes;
+          const int offset = panel * kStepRows * kSwizzleBytes;
           tma_load(&maps.q, &shared.full[stage], shared.q[stage] + offset, at);
           tma_load(&maps.d_o, &shared.full[stage], shared.d_o[stage] + offset, at);
         }
@@ -101,7 +101,7 @@ __device__ __forceinline__ void key_gradient_producer(const BackwardMaps& maps,
           copy_4(&shared.document_start[stage][i], shape.document_start + row, bytes);
         }
       }
-      arrive_after_copies(&shared.full[stage]);
+      arrive_after_copies(shared_address(&shared.full[stage]));
     }
   }
 }
@@ -153,9 +153,9 @@ __device__ __forceinline__ void store_key_gradient(const CUtensorMap* map, const
   fence_async_proxy();
   warpgroup_sync(warpgroup);
   if (threadIdx.x % kWarpgroupThreads != 0) return;
-  store_rows<kColumns>(map, tile + first_row * kSwizzleRowBytes, kTileRows * kSwizzleRowBytes,
+  store_rows<kColumns>(map, tile + first_row * kSwizzleBytes, kTileRows * kSwizzleBytes,
                        {0, at.group, at.first + first_row, at.sequence});
-  tma_store_wait_read();
+  wait_stores_read<0>();
 }
 
 template <int kColumns, int kElements>
@@ -226,7 +226,7 @@ __device__ __forceinline__ void pack_products(const float (&p)[kElements],
                                               uint32_t (&packed)[kElements / 2]) {
 #pragma unroll
   for (int i = 0; i < kElements; i += 2) {
-    packed[i / 2] = pack_bf16(p[i] * d_p[i], p[i + 1] * d_p[i + 1]);
+    packed[i / 2] = pack_pair(p[i] * d_p[i], p[i + 1] * d_p[i + 1]);
   }
 }
 
@@ -259,11 +259,11 @@ template <int kColumns, int kSplit>
 __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
                                                       const BackwardArgs& args, const KeyTile& tile,
                                                       KeyGradientShared<kColumns>& shared) {
-  constexpr int kStepPanelBytes = kStepRows * kSwizzleRowBytes;
+  constexpr int kStepPanelBytes = kStepRows * kSwizzleBytes;
   const AttentionShape& shape = args.shape;
   const int warpgroup = consumer_index();
   const AccumulatorLane lane = accumulator_lane();
-  const int my_rows = warpgroup * kWarpgroupRows * kSwizzleRowBytes;
+  const int my_rows = warpgroup * kWarpgroupRows * kSwizzleBytes;
   const uint32_t k_operand = operand_k_major(shared_address(shared.k) + my_rows);
   const uint32_t v_operand = operand_k_major(shared_address(shared.v) + my_rows);
   const int first_key = tile.first + warpgroup * kWarpgroupRows + lane.row;
@@ -275,24 +275,24 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
   int step = 0, head = 0;
   const auto skip = [&] {
     for (; head < tile.heads && step < skipped; ring.advance()) {
-      barrier_wait(&shared.full[ring.stage], ring.parity);
+      wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
       release(&shared.empty[ring.stage]);
       if (++step == steps) step = 0, ++head;
     }
   };
   const auto start_scores = [&] {
-    barrier_wait(&shared.full[ring.stage], ring.parity);
+    wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
     start_scores_of_step(s, shape, tile, shared, {ring.stage, step, first_key, step == skipped});
     wgmma_fence();
     tile_product_abt<kColumns, kTileRows, Start::accumulate>(
         s, k_operand, operand_k_major(shared_address(shared.q[ring.stage])));
     wgmma_commit();
   };
-  barrier_wait(&shared.keys_full, 0);
+  wait_barrier(shared_address(&shared.keys_full), 0);
   skip();
   const bool has_steps = head < tile.heads;
-  pin_accumulator(d_k);
-  pin_accumulator(d_v);
+  pin_registers(d_k);
+  pin_registers(d_v);
   if (has_steps) start_scores();
   for (int before = -1; has_steps;) {
     const int stage = ring.stage;
@@ -336,20 +336,20 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<KeyGradientShared<kColumns>*>(memory);
   if (threadIdx.x == 0) {
-    barrier_init(&shared.keys_full, 2);
+    init_barrier(shared_address(&shared.keys_full), 2);
     for (int stage = 0; stage < kKeyStages; ++stage) {
-      barrier_init(&shared.full[stage], 1 + kWarpLanes);
-      barrier_init(&shared.empty[stage], kConsumerWarps);
+      init_barrier(shared_address(&shared.full[stage]), 1 + kWarpLanes);
+      init_barrier(shared_address(&shared.empty[stage]), kConsumerWarps);
     }
-    barrier_init_fence();
+    fence_barrier_init();
   }
   const KeyTile tile = key_tile<kSplit>(args.shape);
   __syncthreads();
   if (threadIdx.x < kWarpgroupThreads) {
-    lower_registers<kProducerRegisters>();
+    give_registers<kProducerRegisters>();
     if (threadIdx.x < kWarpLanes) key_gradient_producer<kColumns>(maps, args, tile, shared);
   } else {
-    raise_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters>();
     key_gradient_consumer<kColumns, kSplit>(maps, args, tile, shared);
   }
 }

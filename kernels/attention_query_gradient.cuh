@@ -31,15 +31,15 @@ __device__ __forceinline__ void query_gradient_producer(const BackwardMaps& maps
   for (int round = 0, index = snake_index(0); index < tiles; index = snake_index(++round)) {
     const QueryTile tile = query_tile(shape, index);
     const int group = tile.head / shape.heads();
-    barrier_wait(&shared.q_empty, round % 2 ^ 1);
+    wait_barrier(shared_address(&shared.q_empty), round % 2 ^ 1);
     const TileAt query{0, tile.head, tile.first, tile.sequence};
     load_tile<kColumns>(&maps.q, &shared.q_full, shared.q, query);
     load_tile<kColumns>(&maps.d_o, &shared.q_full, shared.d_o, query);
     for (int key = tile.first_key_tile; key <= tile.last_key_tile; ++key, ring.advance()) {
       const TileAt at{0, group, key * kTileRows, tile.sequence};
-      barrier_wait(&shared.k_empty[ring.stage], ring.parity ^ 1);
+      wait_barrier(shared_address(&shared.k_empty[ring.stage]), ring.parity ^ 1);
       load_tile<kColumns>(&maps.k, &shared.k_full[ring.stage], shared.k[ring.stage], at);
-      barrier_wait(&shared.v_empty[ring.stage], ring.parity ^ 1);
+      wait_barrier(shared_address(&shared.v_empty[ring.stage]), ring.parity ^ 1);
       load_tile<kColumns>(&maps.v, &shared.v_full[ring.stage], shared.v[ring.stage], at);
     }
   }
@@ -82,13 +82,13 @@ __device__ __forceinline__ void store_query_gradient(const BackwardMaps& maps,
   const int warpgroup = consumer_index();
   const bool is_leader = threadIdx.x % kWarpgroupThreads == 0;
   char* staging = shared.d_q + warpgroup * kWarpgroupRows * kColumns * 2;
-  if (is_leader) tma_store_wait_read();  // of the tile before
+  if (is_leader) wait_stores_read<0>();  // of the tile before
   warpgroup_sync(warpgroup);
   store_accumulator<kWarpgroupRows>(d_q, shape.scale, staging, 0);
   fence_async_proxy();
   warpgroup_sync(warpgroup);
   if (is_leader) {
-    store_rows<kColumns>(&maps.d_q, staging, kWarpgroupRows * kSwizzleRowBytes, at);
+    store_rows<kColumns>(&maps.d_q, staging, kWarpgroupRows * kSwizzleBytes, at);
   }
 }
 
@@ -96,13 +96,13 @@ template <int kColumns>
 __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps,
                                                         const BackwardArgs& args,
                                                         QueryGradientShared<kColumns>& shared) {
-  constexpr int kPanelBytes = kTileRows * kSwizzleRowBytes;
+  constexpr int kPanelBytes = kTileRows * kSwizzleBytes;
   const AttentionShape& shape = args.shape;
   const int warpgroup = consumer_index();
   const int tiles = shape.query_tiles() * shape.sequences * shape.H;
   const float scale_log2 = shape.scale * kLog2E;
   const AccumulatorLane lane = accumulator_lane();
-  const int my_rows = warpgroup * kWarpgroupRows * kSwizzleRowBytes;
+  const int my_rows = warpgroup * kWarpgroupRows * kSwizzleBytes;
   const uint32_t q_operand = operand_k_major(shared_address(shared.q) + my_rows);
   const uint32_t d_o_operand = operand_k_major(shared_address(shared.d_o) + my_rows);
   RingPosition<kBackwardStages> ring;
@@ -114,20 +114,20 @@ __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps
     float s[kTileRows / 2], d_p[kTileRows / 2], d_q[kColumns / 2] = {};
     uint32_t d_s[kTileRows / 4];
 
-    barrier_wait(&shared.q_full, round % 2);
+    wait_barrier(shared_address(&shared.q_full), round % 2);
     const auto start_scores = [&] {
-      barrier_wait(&shared.k_full[ring.stage], ring.parity);
+      wait_barrier(shared_address(&shared.k_full[ring.stage]), ring.parity);
       wgmma_fence();
       tile_product_abt<kColumns, kTileRows>(s, q_operand,
                                             operand_k_major(shared_address(shared.k[ring.stage])));
       wgmma_commit();
     };
-    pin_accumulator(d_q);
+    pin_registers(d_q);
     take_turn(warpgroup);
     start_scores();
     for (int key = tile.first_key_tile, before = -1;; ++key) {
       const int stage = ring.stage;
-      barrier_wait(&shared.v_full[stage], ring.parity);
+      wait_barrier(shared_address(&shared.v_full[stage]), ring.parity);
       wgmma_wait<1>(d_q);  // of the key tile before
       if (before >= 0) release(&shared.k_empty[before]);
       before = stage;
@@ -162,7 +162,7 @@ __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps
 
     store_query_gradient(maps, shape, shared, {0, tile.head, rows.first, tile.sequence}, d_q);
   }
-  if (threadIdx.x % kWarpgroupThreads == 0) tma_store_wait_read();
+  if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }
 
 template <int kColumns>
@@ -172,22 +172,22 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<QueryGradientShared<kColumns>*>(memory);
   if (threadIdx.x == 0) {
-    barrier_init(&shared.q_full, 2);
-    barrier_init(&shared.q_empty, kConsumerWarps);
+    init_barrier(shared_address(&shared.q_full), 2);
+    init_barrier(shared_address(&shared.q_empty), kConsumerWarps);
     for (int stage = 0; stage < kBackwardStages; ++stage) {
-      barrier_init(&shared.k_full[stage], 1);
-      barrier_init(&shared.v_full[stage], 1);
-      barrier_init(&shared.k_empty[stage], kConsumerWarps);
-      barrier_init(&shared.v_empty[stage], kConsumerWarps);
+      init_barrier(shared_address(&shared.k_full[stage]), 1);
+      init_barrier(shared_address(&shared.v_full[stage]), 1);
+      init_barrier(shared_address(&shared.k_empty[stage]), kConsumerWarps);
+      init_barrier(shared_address(&shared.v_empty[stage]), kConsumerWarps);
     }
-    barrier_init_fence();
+    fence_barrier_init();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroupThreads) {
-    lower_registers<kProducerRegisters>();
+    give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) query_gradient_producer<kColumns>(maps, args.shape, shared);
   } else {
-    raise_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters>();
     query_gradient_consumer<kColumns>(maps, args, shared);
   }
 }

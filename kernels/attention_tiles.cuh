@@ -124,9 +124,9 @@ __device__ __forceinline__ void store_accumulator(const float (&d)[kElements], f
 #pragma unroll
   for (int i = 0; i < kElements; i += 2) {
     const int row = first_row + lane.row + i / 2 % 2 * 8, chunk = i / 4;
-    char* at = tile + chunk / 8 * kRows * kSwizzleRowBytes + row * kSwizzleRowBytes +
+    char* at = tile + chunk / 8 * kRows * kSwizzleBytes + row * kSwizzleBytes +
                ((chunk % 8 ^ row % 8) * 16) + lane.column * 2;
-    *reinterpret_cast<uint32_t*>(at) = pack_bf16(d[i] * factor, d[i + 1] * factor);
+    *reinterpret_cast<uint32_t*>(at) = pack_pair(d[i] * factor, d[i + 1] * factor);
   }
 }
 

@@ -2,8 +2,8 @@
 //
 // Results go through shared memory, so that each memory request is a whole 128-byte line: written
 // from the accumulators' layout, 8 rows of 32 bytes at a time, they take four times as many
-// requests and 13,000 cycles a tile. bf16 results lie as operand tiles do, 64 columns next to each
-// other; fp32 results of weight gradients as padded rows that the copy engine adds to memory.
+// requests and 13,000 cycles a tile. They lie there as operand tiles do, 64 columns next to each
+// other.
 #pragma once
 
 #include "kernels/grouped_tile.cuh"
@@ -17,11 +17,6 @@ constexpr int kWarpRows = 16;
 constexpr int kWarpScratchBytes = kWarpRows * kSwizzleBytes;
 static_assert(4 * kWarpScratchBytes <= kScratchBytes);
 
-// Two bf16 of neighbouring columns, the lower column in the lower half.
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 __device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_of(uint32_t pair) {
   return __uint_as_float(pair & 0xffff0000u);
@@ -42,12 +37,12 @@ struct WarpRows {
   // Address of the 16 bytes that the lane serves in pass `pass` of four: 4 rows of 128 bytes each.
   __device__ __forceinline__ int line_row(int pass) const { return 4 * pass + lane / 8; }
   __device__ __forceinline__ uint32_t line_place(int pass) const {
-    const int row = line_row(pass);
-    return scratch + row * kSwizzleBytes + ((lane % 8 ^ row % 8) << 4);
+    const uint32_t first = scratch + lane / 8 * kSwizzleBytes + ((lane % 8 ^ lane / 8) << 4);
+    return (first ^ pass % 2 << 6) + pass * 4 * kSwizzleBytes;
   }
   __device__ __forceinline__ uint32_t tile_place(int two_groups) const {
-    const int row = lane / 8 % 2 * 8 + lane % 8, group = 2 * two_groups + lane / 16;
-    return scratch + row * kSwizzleBytes + ((group ^ lane % 8) << 4);
+    const uint32_t row = scratch + (lane / 8 % 2 * 8 + lane % 8) * kSwizzleBytes;
+    return row + ((lane / 16 ^ lane % 8) << 4) ^ two_groups << 5;
   }
   // Into the scratch, `offset` bytes further.
   __device__ __forceinline__ void put(const Chunk& chunk, int offset = 0) const {
@@ -55,42 +50,6 @@ struct WarpRows {
     for (int i = 0; i < kChunkGroups / 2; ++i) {
       store_tiles(tile_place(i) + offset, {chunk.pair[2 * i][0], chunk.pair[2 * i][1],
                                            chunk.pair[2 * i + 1][0], chunk.pair[2 * i + 1][1]});
-    }
-  }
-  // `to` is the chunk's first column in the warp's first row.
-  __device__ __forceinline__ void store(const Chunk& chunk, __nv_bfloat16* to,
-                                        int64_t stride) const {
-    __syncwarp();
-    put(chunk);
-    __syncwarp();
-#pragma unroll
-    for (int pass = 0; pass < 4; ++pass) {
-      const uint4 line = load_shared_16(line_place(pass));
-      const int row = line_row(pass);
-      if (row < rows) *reinterpret_cast<uint4*>(to + row * stride + lane % 8 * 8) = line;
-    }
-  }
-  // Rows beyond the last one read it again.
-  __device__ __forceinline__ void load(Chunk& chunk, const __nv_bfloat16* from,
-                                       int64_t stride) const {
-    uint4 line[4];
-#pragma unroll
-    for (int pass = 0; pass < 4; ++pass) {
-      const int row = max(0, min(line_row(pass), rows - 1));
-      line[pass] = *reinterpret_cast<const uint4*>(from + row * stride + lane % 8 * 8);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int pass = 0; pass < 4; ++pass) store_shared_16(line_place(pass), line[pass]);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kChunkGroups / 2; ++i) {
-      uint32_t v[4];
-      load_tiles(tile_place(i), v);
-      chunk.pair[2 * i][0] = v[0];
-      chunk.pair[2 * i][1] = v[1];
-      chunk.pair[2 * i + 1][0] = v[2];
-      chunk.pair[2 * i + 1][1] = v[3];
     }
   }
 };
@@ -126,8 +85,11 @@ constexpr int kEmptiedBarrier = 4;  // + consumer group: writers arrive, consume
 // Rows scaled by their weight where there is one.
 template <Product kProduct>
 __device__ __forceinline__ void hand_over(const GroupedTileParams& p, const GroupedTile& tile,
-                                          Consumer& consumer, const WarpRows& warp, int first_row,
+                                          Consumer& consumer, uint32_t scratch,
                                           const Accumulators& acc) {
+  const int first_row = consumer.first_row();
+  const WarpRows warp{scratch + consumer.warp * kWarpScratchBytes, consumer.lane,
+                      max(0, min(kWarpRows, tile.rows - first_row))};
   const RowWeightPair weight(p.weight == nullptr ? nullptr : p.weight + tile.row0 + first_row,
                              warp);
   if (consumer.has_results_out) {
@@ -197,7 +159,7 @@ __device__ __forceinline__ void write_rows(const GroupedTileParams& p, const Gro
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void write_tiles(const GroupedTileParams& p, const GroupedShared& shared,
                                             int rank) {
-  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  RowSchedule<kCluster> schedule(p.extent, shared.table, rank);
   GroupedTile tile;
   while (schedule.next(tile)) {
     for (int group = 0; group < kConsumerGroups; ++group) {
@@ -214,122 +176,23 @@ __device__ __forceinline__ void write_tiles(const GroupedTileParams& p, const Gr
   }
 }
 
-// down_dgrad: SwiGLU backward of the stored gate and up; <g, h> of the tile's columns as a partial
-// sum of the row, columns in the lane's order, then the four lanes of the row.
-__device__ __forceinline__ void finish_down_dgrad(const GroupedTileParams& p,
-                                                  const GroupedTile& tile, const WarpRows& warp,
-                                                  int first_row, const Accumulators& acc) {
-  const int64_t row = tile.row0 + first_row;
-  const RowWeightPair weight(p.weight == nullptr ? nullptr : p.weight + row, warp);
-  const __nv_bfloat16* gate_up = p.gate_up + row * p.gate_up_stride + tile.column0;
-  __nv_bfloat16* d_gate_up = p.wide + row * p.wide_stride + tile.column0;
-  __nv_bfloat16* weighted_h = p.narrow + row * p.narrow_stride + tile.column0;
-  float dot[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int c = 0; c < kTileColumns / kChunkColumns; ++c) {
-    const int column = c * kChunkColumns;
-    if (tile.column0 + column >= p.F || warp.rows == 0) break;
-    Chunk gate, up, out;
-    warp.load(gate, gate_up + column, p.gate_up_stride);
-    warp.load(up, gate_up + p.F + column, p.gate_up_stride);
-    each_pair(c * kChunkGroups, [&](int g, int half, int at) {
-      uint32_t &gate_pair = gate.pair[g][half], &up_pair = up.pair[g][half];
-      const float w = weight.of[half], g_low = acc[at], g_high = acc[at + 1];
-      const DownDgradPoint low = down_dgrad_point(low_of(gate_pair), low_of(up_pair), w, g_low);
-      const DownDgradPoint high = down_dgrad_point(high_of(gate_pair), high_of(up_pair), w, g_high);
-      dot[half] = fmaf(g_high, high.h, fmaf(g_low, low.h, dot[half]));
-      gate_pair = pack_pair(low.d_gate, high.d_gate);
-      up_pair = pack_pair(low.d_up, high.d_up);
-      out.pair[g][half] = pack_pair(low.weighted_h, high.weighted_h);
-    });
-    warp.store(gate, d_gate_up + column, p.wide_stride);
-    warp.store(up, d_gate_up + p.F + column, p.wide_stride);
-    warp.store(out, weighted_h + column, p.narrow_stride);
-  }
-  if (p.partial_dot == nullptr) return;
-  float* partial = p.partial_dot + int64_t{tile.column0 / kTileColumns} * p.R + row;
-  for (int half = 0; half < 2; ++half) {
-    dot[half] += __shfl_xor_sync(kAllLanes, dot[half], 1);
-    dot[half] += __shfl_xor_sync(kAllLanes, dot[half], 2);
-    const int at = warp.lane / 4 + 8 * half;
-    if (warp.lane % 4 == 0 && at < warp.rows) partial[at] = dot[half];
-  }
-}
-
-// wgrad: the copy engine adds to the expert's fp32 matrix, 64 rows and 64 columns of the tile at a
-// time, through two buffers. Transposed: the tile's rows are the matrix's columns. An element
-// belongs to one tile and is added to once: there is no order that could change its bits.
-template <Product kProduct>
-__device__ __forceinline__ void finish_wgrad(const GroupedTileParams& p, const GroupedTile& tile,
-                                             Consumer& consumer, uint32_t scratch,
-                                             const Accumulators& acc) {
-  constexpr bool kIsTransposed = kProduct == Product::wgrad_transposed;
-  constexpr int kSide = 64, kLineBytes = 4 * kSide;
-  constexpr int kPitch = kLineBytes + 16;  // the padding keeps lanes off each other's banks
-  static_assert(2 * kSide * kPitch <= kScratchBytes);
-  const int t = consumer.warp * kWarpLanes + consumer.lane, q = consumer.lane % 4;
-  const int barrier = kFilledBarrier + consumer.group;
-  const int64_t row = tile.row0 + consumer.group * kSliceRows;
-  const int64_t column_step = kIsTransposed ? p.d_w_stride : 1;
-  float* line = p.d_w + tile.expert * p.d_w_expert_stride + t * p.d_w_stride +
-                row * (kIsTransposed ? 1 : p.d_w_stride) + tile.column0 * column_step;
-#pragma unroll
-  for (int chunk = 0; chunk < kTileColumns / kSide; ++chunk) {
-    if (tile.column0 + chunk * kSide >= p.extent.columns) break;
-    const uint32_t buffer = scratch + consumer.chunks_out++ % 2 * kSide * kPitch;
-    wait_additions_read<1>();
-    named_barrier_sync(barrier, kWarpgroupThreads);
-    each_pair(chunk * kChunkGroups, [&](int g, int half, int at) {
-      const int column = 8 * g + 2 * q;
-      const int m = consumer.warp * kWarpRows + consumer.lane / 4 + 8 * half;
-      if constexpr (kIsTransposed) {
-        store_shared_float(buffer + column * kPitch + 4 * m, acc[at]);
-        store_shared_float(buffer + (column + 1) * kPitch + 4 * m, acc[at + 1]);
-      } else {
-        store_shared_floats(buffer + m * kPitch + 4 * column, acc[at], acc[at + 1]);
-      }
-    });
-    fence_async_proxy();
-    named_barrier_sync(barrier, kWarpgroupThreads);
-    if (t < kSide) add_floats(line + chunk * kSide * column_step, buffer + t * kPitch, kLineBytes);
-    commit_additions();
-  }
-}
-
-template <Product kProduct>
-__device__ __forceinline__ void finish_tile(const GroupedTileParams& p, const GroupedTile& tile,
-                                            Consumer& consumer, uint32_t scratch,
-                                            const Accumulators& acc) {
-  const int first_row = consumer.first_row();
-  const WarpRows warp{scratch + consumer.warp * kWarpScratchBytes, consumer.lane,
-                      max(0, min(kWarpRows, tile.rows - first_row))};
-  if constexpr (kHasWriters<kProduct>) {
-    hand_over<kProduct>(p, tile, consumer, warp, first_row, acc);
-  } else if constexpr (kProduct == Product::down_dgrad) {
-    finish_down_dgrad(p, tile, warp, first_row, acc);
-  } else {
-    finish_wgrad<kProduct>(p, tile, consumer, scratch, acc);
-  }
-}
-
 // --- The kernel ---
 
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void multiply_tiles(const GroupedTileParams& p,
                                                const GroupedShared& shared, int rank) {
-  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  RowSchedule<kCluster> schedule(p.extent, shared.table, rank);
   Consumer consumer;
   GroupedTile tile;
   Accumulators acc;
   while (schedule.next(tile)) {
     if (tile.rows > consumer.group * kSliceRows) {
       multiply_tile<kProduct, kCluster>(shared, consumer, stages_of(tile), acc);
-      finish_tile<kProduct>(p, tile, consumer, shared.scratch(consumer.group), acc);
+      hand_over<kProduct>(p, tile, consumer, shared.scratch(consumer.group), acc);
     } else {
       skip_tile<kCluster>(shared, consumer, stages_of(tile));
     }
   }
-  if constexpr (kIsWgrad<kProduct>) wait_additions();
 }
 
 template <Product kProduct, int kCluster>
@@ -351,13 +214,13 @@ __global__ void __launch_bounds__(kGroupedThreads, 1)
   }
   load_offsets(p.extent, shared.table);
   __syncthreads();
-  Schedule<kProduct, kCluster>::build(p.extent, shared.table);
+  RowSchedule<kCluster>::build(p.extent, shared.table);
   __syncthreads();
   if constexpr (kCluster > 1) cluster_sync();
   if (threadIdx.x < kWarpgroupThreads) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x >= kFetchThreads<kProduct>) {
-      if constexpr (kHasWriters<kProduct>) write_tiles<kProduct, kCluster>(p, shared, rank);
+      write_tiles<kProduct, kCluster>(p, shared, rank);
     } else if constexpr (kGathersRows<kProduct>) {
       fetch_tiles_by_row<kProduct, kCluster>(p, shared, rank);
     } else {

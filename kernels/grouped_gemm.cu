@@ -3,6 +3,7 @@
 // (kernels/shared_grouped_rows.h). The choice is by shape and layout, never by the row count (D2).
 #include "kernels/grouped_gemm.h"
 
+#include "kernels/grouped_dgrad_tile.cuh"
 #include "kernels/grouped_launch.cuh"
 #include "kernels/shared_grouped_rows.h"
 
@@ -18,6 +19,11 @@ GroupedExtent extent_of(const In<int32_t>& expert_offset_e1, int64_t depth, int6
           .depth = static_cast<int>(depth),
           .columns = static_cast<int>(columns),
           .columns_of_tile = columns_of_tile};
+}
+
+void launch_down_dgrad(const GroupedTileParams& p, Stream& stream) {
+  launch_persistent("grouped_down_dgrad", grouped_down_dgrad_kernel<>,
+                    {kTurnCluster, kTurnThreads, TurnShared::kBytes}, p, stream);
 }
 
 // d_weight[r] = the row's partial sums, columns ascending.
@@ -75,8 +81,8 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Stream& stream) {
     return grouped_down_dgrad_rows(a, stream);
   }
   GroupedTileParams p{};
-  p.extent = extent_of(a.expert_offset_e1, D, F, kTileColumns);
-  p.b_map = weights_map(a.w_down_eDF, kBoxDepthOfB);
+  p.extent = extent_of(a.expert_offset_e1, D, F, kTurnColumns);
+  p.b_map = weights_map(a.w_down_eDF, kTurnBoxDepthOfB);
   p.a = tile_rows(a.d_y_RD);
   p.a_stride = a.d_y_RD.row_stride;
   p.a_token = a.row_token_R.pointer();
@@ -90,15 +96,15 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Stream& stream) {
   p.weight = a.weight_R.pointer();
   p.R = static_cast<int>(R);
   if (a.d_weight_R.empty()) {
-    return launch_tiles<Product::down_dgrad>("grouped_down_dgrad", p, stream);
+    return launch_down_dgrad(p, stream);
   }
   const cudaStream_t native = native_stream(stream);
-  const int parts = static_cast<int>((F + kTileColumns - 1) / kTileColumns);
+  const int parts = static_cast<int>((F + kTurnColumns - 1) / kTurnColumns);
   void* partial = nullptr;
   check_cuda(cudaMallocAsync(&partial, sizeof(float) * static_cast<size_t>(parts * R), native),
              "grouped_down_dgrad partial sums");
   p.partial_dot = static_cast<float*>(partial);
-  launch_tiles<Product::down_dgrad>("grouped_down_dgrad", p, stream);
+  launch_down_dgrad(p, stream);
   constexpr int kThreads = 256;
   const auto blocks = static_cast<unsigned>((R + kThreads - 1) / kThreads);
   sum_partials_kernel<<<blocks, kThreads, 0, native>>>(p.partial_dot, parts, p.R,

@@ -50,32 +50,41 @@ inline CUtensorMap weights_map(const RawView& view, int box_rows) {
 constexpr int kBoxRowsOfB = kTileColumns / 2;  // contracted extent inside
 constexpr int kBoxDepthOfB = kTileDepth / 2;   // contracted extent outside
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  return count;
+// One CTA per SM, in clusters.
+struct TileLaunch {
+  int cluster, threads, shared_bytes;
+};
+
+template <class Params>
+void launch_persistent(const char* op, void (*kernel)(Params), const TileLaunch& launch,
+                       const std::remove_const_t<Params>& p, Stream& stream) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  launch.shared_bytes),
+             op);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(launch.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+  config.stream = native_stream(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  // One kernel's answer does not change: clusters of four leave some SMs out.
+  static const int clusters = [&] {
+    int count = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), op);
+    return count;
+  }();
+  config.gridDim.x = static_cast<unsigned>(clusters * launch.cluster);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, p), op);
 }
 
 template <Product kProduct>
 void launch_tiles(const char* op, const GroupedTileParams& p, Stream& stream) {
-  constexpr auto kKernel = grouped_tile_kernel<kProduct, kGroupedCluster>;
-  constexpr int kSharedBytes = GroupedShared::kBytes;
-  check_cuda(
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), op);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kGroupedCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  const int blocks = multiprocessors() / kGroupedCluster * kGroupedCluster;
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kGroupedThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(kSharedBytes);
-  config.stream = native_stream(stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kKernel, p), op);
+  launch_persistent(op, grouped_tile_kernel<kProduct, kGroupedCluster>,
+                    {kGroupedCluster, kGroupedThreads, GroupedShared::kBytes}, p, stream);
 }
 
 }  // namespace cambium::cuda

@@ -3,9 +3,9 @@
 // A CTA computes tiles of 128 rows and 256 columns, 64 of the contracted extent at a time, through
 // three stages of 48 KB. Two warpgroups multiply 64 rows each, 128 accumulators a thread, and leave
 // their results in shared memory. Of a third one some warps fetch the stages, the others bring
-// results out while the next tile is multiplied (for weight gradients the copy engine does). B is
-// fetched by the copy engine, half by each CTA of a cluster for both; A by the copy engine, or row
-// by row through token indices.
+// results out while the next tile is multiplied. B is fetched by the copy engine, half by each CTA
+// of a cluster for both; A by the copy engine, or row by row through token indices. Weight
+// gradients and the down input gradient go another way (kernels/grouped_turns.cuh).
 //
 // D2: the sum of an element runs over 16-wide steps of the contracted extent in ascending order,
 // whatever the tile, the slice or the cut of the rows. Rows beyond a tile's end are not stored.
@@ -19,16 +19,12 @@
 namespace cambium::cuda {
 
 // Which product: what lies in A and B and what happens to the result.
-enum class Product { up, down, down_dgrad, up_dgrad, wgrad, wgrad_transposed };
+enum class Product { up, down, up_dgrad };
 
-template <Product kProduct>
-inline constexpr bool kIsWgrad =
-    kProduct == Product::wgrad || kProduct == Product::wgrad_transposed;
 // A is fetched row by row, through a token index where one is given.
 template <Product kProduct>
-inline constexpr bool kGathersRows =
-    kProduct == Product::up || kProduct == Product::down_dgrad || kIsWgrad<kProduct>;
-// B's contracted extent is its outer one: weights in input gradients, rows in weight gradients.
+inline constexpr bool kGathersRows = kProduct == Product::up;
+// B's contracted extent is its outer one: weights in input gradients.
 template <Product kProduct>
 inline constexpr bool kIsBTransposed = !(kProduct == Product::up || kProduct == Product::down);
 
@@ -41,20 +37,15 @@ constexpr int kABytes = kTileSlices * kSliceBytes;
 constexpr int kBBytes = kTileColumns * kSwizzleBytes;
 constexpr int kStageBytes = kABytes + kBBytes;
 constexpr int kUpColumns = kTileColumns / 2;  // columns of h in a tile: as many gate and up columns
-constexpr int kScratchBytes = 2 * 64 * (64 * 4 + 16);  // of each consumer group, for its results
-static_assert(kScratchBytes >= kSliceRows * kTileColumns * 2, "a group's bf16 results");
+constexpr int kScratchBytes = kSliceRows * kTileColumns * 2;  // of each consumer group: results
 
 constexpr int kGroupedThreads = (1 + kConsumerGroups) * kWarpgroupThreads;
 
-// Threads of the first warpgroup that fetch; the others write results out, where there are any.
+// Threads of the first warpgroup that fetch; the others write results out.
 template <Product kProduct>
-inline constexpr int kFetchThreads = kProduct == Product::up  ? 2 * kWarpLanes
-                                     : kGathersRows<kProduct> ? kWarpgroupThreads
-                                                              : kWarpLanes;
+inline constexpr int kFetchThreads = kGathersRows<kProduct> ? 2 * kWarpLanes : kWarpLanes;
 template <Product kProduct>
 inline constexpr int kWriteThreads = kWarpgroupThreads - kFetchThreads<kProduct>;
-template <Product kProduct>
-inline constexpr bool kHasWriters = kFetchThreads<kProduct> < kWarpgroupThreads;
 
 // Registers per thread after the warpgroups have exchanged them: what 384 threads start with.
 constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
@@ -67,9 +58,7 @@ struct GroupedTileParams {
   GroupedExtent extent;
   const __nv_bfloat16* a = nullptr;  // where it comes row by row
   int64_t a_stride = 0;
-  const int32_t* a_token = nullptr;  // optional
-  const __nv_bfloat16* b = nullptr;  // weight gradients: for the last rows of an expert
-  int64_t b_stride = 0;
+  const int32_t* a_token = nullptr;        // optional
   int F = 0;                               // up, down_dgrad
   const __nv_bfloat16* gate_up = nullptr;  // down_dgrad
   int64_t gate_up_stride = 0;
@@ -80,9 +69,6 @@ struct GroupedTileParams {
   const float* weight = nullptr;  // optional, of each row
   float* partial_dot = nullptr;   // down_dgrad, optional: [column tiles, R]
   int R = 0;
-  float* d_w = nullptr;  // weight gradients: accumulated
-  int64_t d_w_expert_stride = 0;
-  int64_t d_w_stride = 0;
 };
 
 // Shared memory: the stages, the consumers' scratch, the barriers, the schedule's table.
@@ -139,12 +125,11 @@ __device__ __forceinline__ void fetch_b(const GroupedTileParams& p, const Groupe
       const int second = kProduct == Product::up ? p.F : kHalfRows;
       copy(to + half * kHalfRows * kSwizzleBytes, {k, tile.column0 + half * second, tile.expert});
     } else {
-      const int outer = kIsWgrad<kProduct> ? 0 : tile.expert;
       for (int chunk = 0; chunk < kTileColumns / 64; ++chunk) {
         const int column = tile.column0 + chunk * 64;
         if (column >= p.extent.columns) break;
         copy(to + chunk * kSliceBytes + half * kHalfDepth * kSwizzleBytes,
-             {column, tile.depth0 + k + half * kHalfDepth, outer});
+             {column, k + half * kHalfDepth, tile.expert});
       }
     }
   }
@@ -192,89 +177,11 @@ struct GatheredRows {
   }
 };
 
-// Rows of a weight gradient's stage: 64 contracted rows of kChunks times 16 bytes, a lane a chunk.
-// Each warp serves 16 rows; its lane j < 16 finds the j-th, as an offset in 16 bytes. Rows beyond
-// the expert's end read as zeros.
-template <int kChunks>
-struct DepthRows {
-  static constexpr int kWarps = kWarpgroupThreads / kWarpLanes;
-  static constexpr int kRowsPerStep = kWarpLanes / kChunks;  // of a warp
-  static constexpr int kSteps = kTileDepth / (kWarps * kRowsPerStep);
-  static constexpr uint32_t kNoRow = ~0u;
-
-  __device__ static __forceinline__ int row_at(int step, int place, int warp) {
-    return (step * kWarps + warp) * kRowsPerStep + place;
-  }
-  __device__ static __forceinline__ uint32_t find(const GroupedTile& tile, const int32_t* token,
-                                                  int64_t stride, int k) {
-    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-    const int at = k + row_at(lane / kRowsPerStep, lane % kRowsPerStep, warp);
-    if (lane >= kSteps * kRowsPerStep || at >= tile.depth) return kNoRow;
-    const int64_t row = token != nullptr ? token[tile.depth0 + at] : tile.depth0 + at;
-    return static_cast<uint32_t>(row * stride / 8);
-  }
-  __device__ static __forceinline__ void fetch(const __nv_bfloat16* from, int chunks,
-                                               uint32_t row_of_lane, uint32_t to) {
-    const int lane = threadIdx.x % kWarpLanes, warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-    const int chunk = lane % kChunks, place = lane / kChunks;
-    const auto* source = reinterpret_cast<const uint4*>(from) + chunk;
-    to += chunk / kSwizzleRows * kSliceBytes;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint32_t offset = __shfl_sync(kAllLanes, row_of_lane, step * kRowsPerStep + place);
-      const int at = row_at(step, place, warp);
-      const uint32_t target = to + at * kSwizzleBytes + ((chunk % 8 ^ at % 8) << 4);
-      if (chunk >= chunks) continue;
-      copy_16(target, source + (offset == kNoRow ? 0 : offset), offset == kNoRow ? 0 : 16);
-    }
-  }
-};
-
-// What the epilogue will read from memory, on its way into the L2.
-template <Product kProduct>
-__device__ __forceinline__ void prefetch_results(const GroupedTileParams& p,
-                                                 const GroupedTile& tile) {
-  constexpr int kLineBytes = 128;
-  const auto prefetch = [&](const void* first, int64_t stride_bytes, int lines, int bytes) {
-    const int per_line = bytes / kLineBytes;
-    for (int i = threadIdx.x; i < lines * per_line; i += kWarpgroupThreads) {
-      const int line = i / per_line;
-      prefetch_to_l2(static_cast<const char*>(first) + line * stride_bytes +
-                     (i - line * per_line) * kLineBytes);
-    }
-  };
-  const int columns = min(kTileColumns, p.extent.columns - tile.column0);
-  if constexpr (kIsWgrad<kProduct>) {
-    if (tile.rows == 0) return;
-    const float* matrix = p.d_w + tile.expert * p.d_w_expert_stride;
-    if constexpr (kProduct == Product::wgrad) {
-      prefetch(matrix + tile.row0 * p.d_w_stride + tile.column0, 4 * p.d_w_stride, tile.rows,
-               4 * columns);
-    } else {
-      prefetch(matrix + tile.column0 * p.d_w_stride + tile.row0, 4 * p.d_w_stride, columns,
-               4 * tile.rows);
-    }
-  } else if constexpr (kProduct == Product::down_dgrad) {
-    const __nv_bfloat16* gate = p.gate_up + tile.row0 * p.gate_up_stride + tile.column0;
-    prefetch(gate, 2 * p.gate_up_stride, tile.rows, 2 * columns);
-    prefetch(gate + p.F, 2 * p.gate_up_stride, tile.rows, 2 * columns);
-  }
-}
-
-template <Product kProduct>
-struct ScheduleOf {
-  template <int kCluster>
-  using type =
-      std::conditional_t<kIsWgrad<kProduct>, DepthSchedule<kCluster>, RowSchedule<kCluster>>;
-};
-template <Product kProduct, int kCluster>
-using Schedule = typename ScheduleOf<kProduct>::template type<kCluster>;
-
 // A and B by the copy engine: one thread.
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void fetch_tiles(const GroupedTileParams& p, const GroupedShared& shared,
                                             int rank) {
-  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  RowSchedule<kCluster> schedule(p.extent, shared.table, rank);
   PipelineStage stage;
   GroupedTile tile;
   while (schedule.next(tile)) {
@@ -293,53 +200,26 @@ __device__ __forceinline__ void fetch_tiles(const GroupedTileParams& p, const Gr
   }
 }
 
-// A row by row, B by the copy engine: the whole warpgroup.
+// A row by row, B by the copy engine: kFetchThreads threads.
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
                                                    const GroupedShared& shared, int rank) {
-  constexpr int kPrefetchStages = 6;
-  using RowsOfA = DepthRows<kTileRows / 8>;
-  using RowsOfB = DepthRows<kTileColumns / 8>;
-  Schedule<kProduct, kCluster> schedule(p.extent, shared.table, rank);
+  RowSchedule<kCluster> schedule(p.extent, shared.table, rank);
   PipelineStage stage;
   GroupedTile tile;
   GatheredRows<kFetchThreads<kProduct>> rows;
   while (schedule.next(tile)) {
     const int slices = slices_of(tile.rows);
-    const int prefetch_k = max(0, stages_of(tile) - kPrefetchStages) * kTileDepth;
-    uint32_t row_of_lane = 0;
-    if constexpr (kIsWgrad<kProduct>) {
-      row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, 0);
-    } else {
-      rows.find(p, tile);
-    }
+    rows.find(p, tile);
     for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance()) {
       const uint32_t full = shared.full + 8 * stage.index;
-      const bool is_whole = !kIsWgrad<kProduct> || k + kTileDepth <= tile.depth;
-      if (k == prefetch_k) prefetch_results<kProduct>(p, tile);
-      uint32_t next_row_of_lane = 0;
-      if constexpr (kIsWgrad<kProduct>) {
-        next_row_of_lane = RowsOfA::find(tile, p.a_token, p.a_stride, k + kTileDepth);
-      }
       wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
       if (threadIdx.x == 0) {
-        arrive_expecting(full, is_whole ? b_bytes<kProduct>(p, tile) : 0);
-        if (is_whole) {
-          fetch_b<kProduct, kCluster>(p, tile, k, shared.b(stage.index), full, rank);
-        }
+        arrive_expecting(full, b_bytes<kProduct>(p, tile));
+        fetch_b<kProduct, kCluster>(p, tile, k, shared.b(stage.index), full, rank);
       }
       __syncwarp();
-      if constexpr (kIsWgrad<kProduct>) {
-        RowsOfA::fetch(p.a + tile.row0, slices * 8, row_of_lane, shared.a(stage.index));
-        if (!is_whole) {
-          const int columns = min(kTileColumns, p.extent.columns - tile.column0);
-          RowsOfB::fetch(p.b + tile.column0, columns / 8,
-                         RowsOfB::find(tile, nullptr, p.b_stride, k), shared.b(stage.index));
-        }
-        row_of_lane = next_row_of_lane;
-      } else {
-        rows.fetch(p, slices, k, shared.a(stage.index));
-      }
+      rows.fetch(p, slices, k, shared.a(stage.index));
       arrive_after_copies(full);
     }
   }
@@ -354,7 +234,6 @@ struct Consumer {
   int group, warp, lane;
   PipelineStage stage;
   bool has_results_out = false;  // the scratch was used before
-  int chunks_out = 0;            // of weight gradients
   __device__ Consumer() {
     const int t = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
     group = __shfl_sync(kAllLanes, t / kWarpgroupThreads, 0);
@@ -378,10 +257,9 @@ __device__ __forceinline__ void release_stage(const GroupedShared& shared, int i
 template <Product kProduct, int kCluster>
 __device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consumer& consumer,
                                               int stages, Accumulators& acc) {
-  constexpr int kTransposeA = kIsWgrad<kProduct> ? 1 : 0;
   constexpr int kTransposeB = kIsBTransposed<kProduct> ? 1 : 0;
   constexpr int kStep = 16;  // of the contracted extent
-  constexpr int kAStep = kTransposeA ? kStep * kSwizzleBytes : kStep * 2;
+  constexpr int kAStep = kStep * 2;
   constexpr int kBStep = kTransposeB ? kStep * kSwizzleBytes : kStep * 2;
   constexpr int kRowGroup = kSwizzleRows * kSwizzleBytes;
   const uint64_t a_base =
@@ -397,8 +275,8 @@ __device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consu
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kTileDepth / kStep; ++step) {
-      wgmma_64x256x16<kTransposeA, kTransposeB>(acc, a_base + at + (step * kAStep >> 4),
-                                                b_base + at + (step * kBStep >> 4), i + step);
+      wgmma_64x256x16<0, kTransposeB>(acc, a_base + at + (step * kAStep >> 4),
+                                      b_base + at + (step * kBStep >> 4), i + step);
     }
     wgmma_commit();
     if (i > 0) {
