@@ -3,6 +3,7 @@
 // moving more than the design says.
 #include <gtest/gtest.h>
 
+#include "src/base/philox.h"
 #include "tests/train/run_trace.h"
 
 namespace cambium::test {
@@ -108,7 +109,9 @@ TEST(Layouts, RecomputationKeepsTheBits) {
       again.recompute = row.recompute;
       const RunTrace run = run_trace(again, kSteps);
       expect_same_bits(run, want, layout_name(layout));
-      if (layout.pp == 1) EXPECT_LT(run.ranks[0].peak_bytes, want.ranks[0].peak_bytes);
+      if (layout.pp == 1) {
+        EXPECT_LT(run.ranks[0].peak_bytes, want.ranks[0].peak_bytes);
+      }
       for (const auto& [op, use] : want.ranks[0].ops) {
         const bool is_twice =
             std::ranges::any_of(row.twice, [&](const char* name) { return op == name; });
