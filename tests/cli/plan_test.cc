@@ -106,7 +106,7 @@ TEST(PlanCommand, PairsHideTravellingRowsAndTheTimelineShowsThem) {
     plans[overlap] = nlohmann::json::parse(run.output);
   }
   EXPECT_LT(plans["true"]["exposed_communication"].get<double>(),
-            0.75 * plans["false"]["exposed_communication"].get<double>());
+            0.8 * plans["false"]["exposed_communication"].get<double>());
   EXPECT_LT(plans["true"]["step_ms"].get<double>(), plans["false"]["step_ms"].get<double>());
   std::ifstream file(picture);
   std::stringstream svg;
