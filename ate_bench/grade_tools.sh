@@ -45,3 +45,48 @@ hidden_test() {
     return 0
   fi
 }
+
+# trainer_binary: a `cambium` built from this tree in build/cpu; unchanged files come from ccache.
+# TRAINER_FLAGS=-O0 where a new field of the configuration touches most of the trainer: ops keep
+# their speed.
+trainer_binary() {
+  if [ -n "${TRAINER_FLAGS:-}" ]; then
+    echo "foreach(part core sim cli)
+  target_compile_options(cambium_\${part} PRIVATE $TRAINER_FLAGS -g0)
+endforeach()" >>CMakeLists.txt
+  fi
+  cmake --preset cpu >.ate/trainer.log 2>&1 &&
+    cmake --build --preset cpu --target cambium >>.ate/trainer.log 2>&1 || tail -30 .ate/trainer.log >&2
+}
+
+# train_tiny OUT SET...: 30 steps of configs/tiny.toml, or what the keys say, with the built binary.
+train_tiny() {
+  local out=$1 set sets=()
+  shift
+  for set in "$@"; do sets+=(--set "$set"); done
+  rm -rf "$out"
+  build/cpu/cambium train configs/tiny.toml --out "$out" --set train.steps=30 \
+    --set train.sample_tokens=0 --set schedule.kind=constant --set schedule.warmup_steps=0 \
+    "${sets[@]}" >"$out.log" 2>&1 || { tail -3 "$out.log"; return 1; }
+}
+
+# The loss of .ate/one falls over its 30 steps, by the mean of the last five.
+loss_falls() {
+  python3 - <<'P'
+import json
+rows = [json.loads(line) for line in open(".ate/one/metrics.jsonl")]
+loss = [row["loss"] for row in rows if "loss" in row]
+assert len(loss) == 30 and sum(loss[-5:]) / 5 < 0.97 * loss[0], loss
+P
+}
+
+# trainer SET...: checks `trainer` (one rank takes the keys, and learns) and `layout` (two ranks that
+# share the experts end every step with its bits).
+trainer() {
+  trainer_binary
+  check trainer "30 steps" bash -c '. .ate/grade_tools.sh && train_tiny .ate/one "$@" &&
+    loss_falls' trainer "$@"
+  check layout "dp 2, ep 2" bash -c '. .ate/grade_tools.sh &&
+    train_tiny .ate/two parallel.dp=2 parallel.ep=2 "$@" &&
+    cmp .ate/one/digests.jsonl .ate/two/digests.jsonl' trainer "$@"
+}

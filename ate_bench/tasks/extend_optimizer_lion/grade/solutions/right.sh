@@ -23,8 +23,24 @@ inline void check_args(const LionArgs& a) {
   check_shape("lion", "grad", a.grad, Shape(a.param[0]));
 }
 
+inline Cost cost(const LionArgs& a) {
+  const int64_t n = a.param[0];
+  return {"lion", {n}, 9 * n, 20 * n, 0};
+}
+
+template <class Visitor>
+void visit_views(const LionArgs& a, Visitor&& visit) {
+  visit("param", a.param);
+  visit("momentum", a.momentum);
+  visit("grad", a.grad);
+}
+
 namespace reference {
 void lion(const LionArgs& args, Workers& workers);
+}
+
+inline void lion(const LionArgs& args, OpContext& context) {
+  execute(args, context, reference::lion, nullptr);
 }
 
 }  // namespace cambium
@@ -53,3 +69,47 @@ void lion(const LionArgs& a, Workers& workers) {
 
 }  // namespace cambium::reference
 H
+python3 - <<'P'
+import re
+
+def edit(path, pattern, to):
+    text, count = re.subn(pattern, to, open(path).read(), count=1)
+    assert count == 1, path
+    open(path, "w").write(text)
+
+edit("CMakeLists.txt", r"(cambium_sources\(reference_helpers reference/shared_\*\.cc)\)",
+     r"\1 reference/lion.cc)")
+edit("src/config/schema.cc", r'(kOptimizerNames\[\] = \{"adamw")\}', r'\1, "lion"}')
+edit("src/train/train_step.cc", r'(#include "kernels/grad_norm.h"\n)', r'\1#include "kernels/lion.h"\n')
+edit("src/train/train_step.cc", r"(void TrainStep::apply_adamw\(int64_t step, double learning_rate\) \{\n)",
+     r"""// The scale is read on the host: NaN means that the norm is not finite, and nothing is updated.
+void apply_lion(Rank& rank, Model& model, const Buffer& clip_result, double learning_rate) {
+  const OptimizerConfig& optimizer = rank.config.optimizer;
+  const float scale =
+      rank.is_shape_only() ? 1.0f : rank.read<float>(clip_result.f32() + kClipScale, 1).front();
+  for (const auto& group : model.groups()) {
+    for (const ParamPiece& piece : group->optimized_pieces()) {
+      if (!(scale == scale)) break;
+      const int64_t at = piece.flat_offset();
+      const bool decays = optimizer.decay == DecayRule::all ||
+                          piece.tensor->canonical.decay_kind() == DecayKind::matrix;
+      const InOut<Real> moment = group->moment(ParamGroup::first_moment, at, piece.elements);
+      lion({.param = {group->weights(at), Shape(piece.elements)},
+            .momentum = {static_cast<float*>(moment.data), Shape(piece.elements)},
+            .grad = {group->gradient(at), Shape(piece.elements)},
+            .lr = static_cast<float>(learning_rate),
+            .beta1 = static_cast<float>(optimizer.beta1),
+            .beta2 = static_cast<float>(optimizer.beta2),
+            .weight_decay = decays ? static_cast<float>(optimizer.weight_decay) : 0.0f,
+            .grad_scale = scale},
+           rank.ops);
+    }
+    group->gather_weights();
+  }
+}
+
+\1  if (rank_.config.optimizer.name == "lion") {
+    return apply_lion(rank_, model_, clip_result_, learning_rate);
+  }
+""")
+P
