@@ -46,7 +46,8 @@ struct CheckOptions {
 };
 int command_check(const CheckOptions& options);
 
-// cambium plan CONFIG.toml --machine NAME|FILE [--ranks N] [--fold] [--trace FILE] [--timeline FILE.svg] [--set a.b=c]...
+// cambium plan CONFIG.toml --machine NAME|FILE [--ranks N] [--fold] [--trace FILE] [--timeline
+// FILE.svg] [--set a.b=c]...
 struct PlanOptions {
   ConfigSource config;
   std::string machine;
