@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# corpus.sh [BUILD]: fifteen bugs of distributed trainers, each found, and the correct twins clean, at
-# 1,000 seeds. Minutes; BUILD is build/cpu. The commit tier runs a sample (Corpus.* of the same tests).
+# corpus.sh [BUILD]: fifteen bugs of distributed trainers, each found within its seeds (at most 1,000;
+# four for mutants of the trainer), and what is correct clean in all 1,000. Minutes; BUILD is build/cpu.
+# The commit tier runs a sample (Corpus.* of the same tests).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --help ]; then

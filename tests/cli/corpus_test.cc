@@ -1,7 +1,7 @@
 // Mistakes of distributed trainers as mutants of this one: `check` finds each within four seeds,
 // names it, and prints a command that finds it again; a torn checkpoint (13), which `check` has
 // none of, is found by the restart. Those that need another program are in tests/sim/corpus_test.cc
-// (1, 4, 5, 10). scripts/corpus.sh runs all fifteen with 1,000 seeds.
+// (1, 4, 5, 10). scripts/corpus.sh runs all fifteen, and what is right at 1,000 seeds.
 #include <gtest/gtest.h>
 
 #include "fmt/format.h"
@@ -105,9 +105,8 @@ TEST(Corpus, RestartFindsATornCheckpoint) {
   EXPECT_EQ(equal.exit_code, 0) << equal.output;
 }
 
-// scripts/corpus.sh runs it: what is right stays right in every schedule, what is wrong is found.
-TEST(Corpus, DISABLED_TrainerAtAThousandSeeds) {
-  for (const Mutant& mutant : kMutants) expect_found(mutant, 1000);
+// scripts/corpus.sh runs it beside the mutants: what is right stays right in a thousand schedules.
+TEST(Corpus, DISABLED_TrainerIsCleanAtAThousandSeeds) {
   const BinaryRun clean =
       run_binary({"check", "configs/quickstart.toml", "--seeds", "1000"}, {}, 500);
   EXPECT_EQ(clean.exit_code, 0) << clean.output;
