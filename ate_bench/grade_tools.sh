@@ -47,14 +47,7 @@ hidden_test() {
 }
 
 # trainer_binary: a `cambium` built from this tree in build/cpu; unchanged files come from ccache.
-# TRAINER_FLAGS=-O0 where a new field of the configuration touches most of the trainer: ops keep
-# their speed.
 trainer_binary() {
-  if [ -n "${TRAINER_FLAGS:-}" ]; then
-    echo "foreach(part core sim cli)
-  target_compile_options(cambium_\${part} PRIVATE $TRAINER_FLAGS -g0)
-endforeach()" >>CMakeLists.txt
-  fi
   cmake --preset cpu >.ate/trainer.log 2>&1 &&
     cmake --build --preset cpu --target cambium >>.ate/trainer.log 2>&1 || tail -30 .ate/trainer.log >&2
 }
