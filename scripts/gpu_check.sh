@@ -63,10 +63,10 @@ layouts="1 2 1 none 1f1b;1 2 2 zero1 1f1b;1 4 2 zero1 1f1b;1 4 4 none 1f1b;1 8 4
   2 2 2 zero1 1f1b;4 1 1 zero1 1f1b;4 2 1 full 1f1b;2 2 1 zero2 zb_h1;2 1 1 zero1 zb_v
   2 2 2 full dualpipev;2 4 2 zero1 interleaved_1f1b;4 1 1 zero1 zb_h1;4 2 2 zero1 gpipe"
 
-layout() {  # layout NAME PP DP EP SHARDING SCHEDULE
+layout() {  # layout NAME PP DP EP SHARDING SCHEDULE [SET...]
   train "$1" configs/tiny.toml 8 run.device=cuda numerics.reduction=exact model.layers=4 \
     model.experts=8 parallel.pp="$2" parallel.dp="$3" parallel.ep="$4" \
-    parallel.sharding="$5" parallel.schedule="$6"
+    parallel.sharding="$5" parallel.schedule="$6" "${@:7}"
 }
 
 layouts() {
@@ -80,6 +80,17 @@ layouts() {
     count=$((count + 1))
   done < <(tr ';' '\n' <<<"$layouts")
   echo "$count layouts of 2 to 8 virtual ranks have the bits of one"
+}
+
+# A gated shared expert, with parts of the layer computed again or not.
+shared_expert() {
+  local shared=(model.shared_expert_hidden=48 model.shared_expert_gate=true)
+  layout shared-one 1 1 1 none 1f1b "${shared[@]}" || return
+  for recompute in recompute.norms=true recompute.attention=true recompute.mode=full_layer; do
+    layout shared-many 2 2 2 zero1 dualpipev "${shared[@]}" "$recompute" &&
+      "$bin/cambium" compare "$work/shared-one" "$work/shared-many" || { echo "$recompute"; return 1; }
+    rm -rf "$work/shared-many"
+  done
 }
 
 losses() { grep -o '"loss":[0-9.e+-]*' "$work/$1/metrics.jsonl" | cut -d: -f2; }
@@ -115,6 +126,7 @@ row doctor "$bin/cambium" doctor
   "$bin/test_train" --gtest_brief=1 "--gtest_filter=*Cuda*"
 row "3 runs of 50 steps, same bits" repeats
 row "exact: layouts of 2 to 8 virtual ranks" layouts
+row "exact: shared expert, recomputation" shared_expert
 row "tiny: losses follow the CPU's in bf16" follows_cpu configs/tiny.toml 1 1e-4
 row "quickstart: losses follow the CPU's in bf16" follows_cpu configs/quickstart.toml 1 1e-4
 row "quickstart with every expert chosen" follows_cpu configs/quickstart.toml 5 5e-4 model.top_k=8
