@@ -35,6 +35,10 @@ class Model::ForwardPass {
       LayerState kept;
       kept.x_TD = std::move(saved.x_TD);
       kept.expert_index_TK = std::move(saved.expert_index_TK);
+      // Loads of the batch so far, which grow: their loss is not computed a second time.
+      if (model_.rank_.config.balance.loss == BalanceLoss::global_batch) {
+        kept.d_probs_TE = std::move(saved.d_probs_TE);
+      }
       saved = std::move(kept);
     } else if (call_.state != nullptr) {
       release_recomputed(model_.layer_context(layer_),

@@ -67,7 +67,8 @@ void balance_forward(const LayerContext& c, const MicroBatch& batch, const Buffe
   const In<int32_t> expert_index = in_i32(s.expert_index_TK, Shape(x.T, x.K));
   const bool counts = c.keep != Keep::recomputing;
   if (counts) expert_histogram({.expert_index_TK = expert_index, .count_E = count_E}, c.rank.ops);
-  if (balance.loss != BalanceLoss::none && batch.balance_gradient_scale > 0) {
+  const bool is_stored = !s.d_probs_TE.empty();
+  if (balance.loss != BalanceLoss::none && batch.balance_gradient_scale > 0 && !is_stored) {
     const BalanceCounts fractions =
         balance_counts(c, batch, expert_index, {count_E.pointer(), Shape(x.E)});
     const int64_t blocks = x.T / c.rank.config.numerics.block_tokens;

@@ -7,6 +7,7 @@
 
 #include "gtest/gtest.h"
 #include "tests/cli/run_binary.h"
+#include "tests/tree.h"
 
 namespace cambium {
 namespace {
@@ -86,13 +87,12 @@ TEST(PlanCommand, JsonHasItsKeysAndTheTraceTheFiveStages) {
 // travels than the same list pass after pass.
 TEST(PlanCommand, PairsHideTravellingRowsAndTheTimelineShowsThem) {
   ScratchDirectory scratch;
-  const std::string picture = scratch.path() + "/timeline.svg";
   std::map<std::string, nlohmann::json> plans;
   for (const char* overlap : {"true", "false"}) {
     std::vector<std::string> line = {"plan",       "configs/quickstart.toml",
                                      "--machine",  "dgx-h200",
                                      "--fold",     "--json",
-                                     "--timeline", picture};
+                                     "--timeline", scratch.path() + "/" + overlap + ".svg"};
     for (const char* assignment :
          {"model=qwen3-30b-a3b", "model.layers=16", "run.device=cuda", "numerics.compute=bf16",
           "numerics.reduction=fast", "train.sequence_length=4096", "train.micro_batch_sequences=1",
@@ -108,12 +108,18 @@ TEST(PlanCommand, PairsHideTravellingRowsAndTheTimelineShowsThem) {
   EXPECT_LT(plans["true"]["exposed_communication"].get<double>(),
             0.8 * plans["false"]["exposed_communication"].get<double>());
   EXPECT_LT(plans["true"]["step_ms"].get<double>(), plans["false"]["step_ms"].get<double>());
-  std::ifstream file(picture);
-  std::stringstream svg;
-  svg << file.rdbuf();
+  const auto text_of = [](const std::string& path) {
+    std::stringstream text;
+    text << std::ifstream(path).rdbuf();
+    return text.str();
+  };
+  const std::string svg = text_of(scratch.path() + "/true.svg");
+  EXPECT_TRUE(svg == text_of(std::string(source_directory()) + "/docs/dualpipev.svg"))
+      << "draw docs/dualpipev.svg again, with README's command";
+  EXPECT_NE(svg, text_of(scratch.path() + "/false.svg"));
   for (const char* part : {"rank 0 compute", "rank 8 comm", "rank 24 pipe", "\"attend forward\"",
                            "\"expert backward\"", "\"expert weights\"", "\"dispatch backward\""}) {
-    EXPECT_NE(svg.str().find(part), std::string::npos) << part;
+    EXPECT_NE(svg.find(part), std::string::npos) << part;
   }
 }
 
