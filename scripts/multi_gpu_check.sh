@@ -44,7 +44,7 @@ row() {
     tail -n 30 "$work/log"
   fi
   table+=("$(printf '%-52s %-14s %6.1f s  %s' "$name" "$verdict" \
-    "$(awk "BEGIN{print $EPOCHREALTIME - $begin}")" "$(tail -n 1 "$work/log" | cut -c1-100)")")
+    "$(awk "BEGIN{print $EPOCHREALTIME - $begin}")" "$(tail -n 1 "$work/log" | cut -c1-160)")")
   echo "${table[-1]}"
 }
 
@@ -183,7 +183,7 @@ struck() {
 # A run that was struck goes on from its newest checkpoint with the bits of one never struck.
 resumed() {
   local name=$1 stop
-  stop=$(($(ls "$work/$name/checkpoints" | sed -n 's/^step-0*//p' | sort -n | tail -n 1) + 20))
+  stop=$(($(ls "$work/$name/checkpoints" | sed -n 's/^step-0*\([0-9]*\)$/\1/p' | sort -n | tail -n 1) + 20))
   more=--resume nccl "$name" configs/tiny.toml 100000 numerics.reduction=exact \
     "parallel.dp=$ranks" checkpoint.every_steps=20 "train.steps=$stop" || return
   nccl "$name-whole" configs/tiny.toml "$stop" numerics.reduction=exact "parallel.dp=$ranks" \
@@ -279,16 +279,19 @@ predictions() {
       exit !(NR >= 6 && sum / NR <= 15) }' "$bin/predictions.txt"
 }
 
-# What of a step's communication nothing hides: from CUPTI on rank 0, beside the planned share.
+# What of a step's communication nothing hides, waits for peers included (a kernel of NCCL that waits
+# runs): from CUPTI on rank 0, beside what is planned for it.
 timeline() {
-  local planned
-  planned=$(plan_json "parallel.dp=$ranks" "parallel.ep=$ranks" |
-    grep -o '"exposed_communication":[0-9.e+-]*' | cut -d: -f2) || return
+  local plan
+  plan=$(plan_json "parallel.dp=$ranks" "parallel.ep=$ranks") || return
   injection=$bin/libcupti_timeline.so more='--profile 12' nccl w-timeline $quick "$steps" \
     "${large[@]}" "parallel.dp=$ranks" "parallel.ep=$ranks" || return
   mv timeline-*.json "$bin/timeline.json"
-  echo "$(grep '^timeline:' "$work/rank0"); planned exposed $(awk "BEGIN{printf \"%.1f\", 100 * $planned}") %"
+  echo "planned: span $(planned_ms step_ns) ms, communication $(planned_ms transfer_ns) ms," \
+    "exposed $(planned_ms exposed_ns) + $(planned_ms peers_ns) ms of waiting;" \
+    "$(grep '^timeline:' "$work/rank0" | cut -d, -f1,3,4)"
 }
+planned_ms() { grep -o "\"$1\":[0-9]*" <<<"$plan" | head -n 1 | awk -F: '{ printf "%.2f", $2 / 1e6 }'; }
 
 slice=(model.preset=qwen3-30b-a3b model.layers=2 model.vocab=512 train.sequence_length=256
   train.global_batch_sequences=4 numerics.block_tokens=64 train.eval_every_steps=0)
