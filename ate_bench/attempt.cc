@@ -43,7 +43,9 @@ git add -A -f
 git -c user.name=ate -c user.email=ate@localhost commit -q --no-gpg-sign -m base
 )";
 
+// Against a copy of the base's repository: the agent may have done anything to its own.
 constexpr const char* kDiffScript = R"(
+export GIT_DIR="$1/base.git" GIT_WORK_TREE=.
 git add -A
 git -c core.quotepath=off diff --cached --binary ate-base > "$1/diff.patch"
 git -c core.quotepath=off diff --cached --name-only --no-renames ate-base > "$1/changed_paths"
@@ -85,15 +87,6 @@ std::string edited_read_only(const std::string& changed_paths,
     }
   }
   return "";
-}
-
-void save_attempt(const AttemptRecord& record, const std::string& directory) {
-  const Json json = {
-      {"task", record.task},     {"suite", record.suite},     {"framework", record.framework},
-      {"source", record.source}, {"commit", record.commit},   {"agent", record.agent},
-      {"model", record.model},   {"outcome", record.outcome}, {"detail", record.detail},
-      {"wall_s", record.wall_s}, {"hidden", record.hidden}};
-  write_file(directory + "/attempt.json", json.dump(1) + "\n");
 }
 
 // The session's end, from the strongest evidence to the weakest.
@@ -152,8 +145,9 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
     }
     run_shell(
         "git add -A && (git diff --cached --quiet || git -c user.name=ate "
-        "-c user.email=ate@localhost commit -q --no-gpg-sign -m prepared) && git tag ate-base",
-        {}, work);
+        "-c user.email=ate@localhost commit -q --no-gpg-sign -m prepared) && git tag ate-base && "
+        "cp -r .git \"$1/base.git\"",
+        {directory}, work);
   } catch (const std::exception& error) {
     record.detail = error.what();
     save_attempt(record, directory);
@@ -171,10 +165,17 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
   child.limit_s = spec.limit_s > 0 ? spec.limit_s : spec.task.budget_s;
   const ChildResult result = run_child(child);
   record.wall_s = result.wall_s;
-  run_shell(kDiffScript, {directory}, work);
-  judge(spec, result, record);
+  try {
+    run_shell(kDiffScript, {directory}, work);
+    judge(spec, result, record);
+  } catch (const std::exception& error) {  // as where the agent removed its own folder
+    record.outcome = "crash";
+    record.detail = error.what();
+    fs::remove(directory + "/diff.patch");
+  }
   save_attempt(record, directory);
   fs::remove_all(work);
+  fs::remove_all(directory + "/base.git");
   return record;
 }
 
@@ -247,6 +248,15 @@ Grade grade_attempt(const std::string& home, const std::string& directory_given)
   write_file(directory + "/grade.json", json.dump(1) + "\n");
   fs::remove_all(copy);
   return grade;
+}
+
+void save_attempt(const AttemptRecord& record, const std::string& directory) {
+  const Json json = {
+      {"task", record.task},     {"suite", record.suite},     {"framework", record.framework},
+      {"source", record.source}, {"commit", record.commit},   {"agent", record.agent},
+      {"model", record.model},   {"outcome", record.outcome}, {"detail", record.detail},
+      {"wall_s", record.wall_s}, {"hidden", record.hidden}};
+  write_file(directory + "/attempt.json", json.dump(1) + "\n");
 }
 
 AttemptRecord load_attempt(const std::string& directory) {
