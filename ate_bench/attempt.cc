@@ -21,7 +21,8 @@ constexpr const char* kCopyScript = R"(
 source=$1 commit=$2 target=$3 history=$4; shift 4
 mkdir -p "$target"
 if [ -d "$source" ]; then
-  git -C "$source" archive --format=tar "$commit" | tar -x -C "$target"
+  found=$(git -C "$source" rev-parse "$commit^{commit}")
+  git -C "$source" archive --format=tar "$found" | tar -x -C "$target"
 else
   git init -q --bare "$target.git"
   if ! git -C "$target.git" fetch -q --depth 1 "$source" "$commit"; then
@@ -30,12 +31,14 @@ else
     echo "next: clone it where there is one, and give --framework NAME=DIR" >&2
     exit 31
   fi
-  git -C "$target.git" archive --format=tar FETCH_HEAD | tar -x -C "$target"
+  found=$(git -C "$target.git" rev-parse FETCH_HEAD^{commit})
+  git -C "$target.git" archive --format=tar "$found" | tar -x -C "$target"
   rm -rf "$target.git"
 fi
 cd "$target"
 for hidden in "$@"; do rm -rf "./$hidden"; done
 mkdir -p .ate/runs .ate/answer
+echo "$found" > .ate/commit
 if [ "$history" = none ]; then exit 0; fi
 git init -q .
 echo '/.ate/' > .git/info/exclude
@@ -89,11 +92,24 @@ std::string edited_read_only(const std::string& changed_paths,
   return "";
 }
 
+std::string last_line(const std::string& text) {
+  std::istringstream stream(text);
+  std::string last;
+  for (std::string line; std::getline(stream, line);) {
+    if (!line.empty()) last = line;
+  }
+  return last;
+}
+
 // The session's end, from the strongest evidence to the weakest.
 void judge(const AttemptSpec& spec, const ChildResult& child, AttemptRecord& record) {
   const std::string& directory = spec.directory;
-  const Transcript transcript = read_transcript(transcript_format(spec.agent.name),
-                                                read_file(directory + "/transcript.jsonl"), {});
+  Transcript transcript = read_transcript(transcript_format(spec.agent.name),
+                                          read_file(directory + "/transcript.jsonl"), {});
+  // An agent that dies may say why on its way out alone.
+  if (transcript.error.empty() && child.exit_code != 0) {
+    transcript.error = last_line(read_file(directory + "/agent.stderr"));
+  }
   const std::string edited =
       edited_read_only(read_file(directory + "/changed_paths"), spec.task.read_only);
   if (!transcript.model.empty()) record.model = transcript.model;
@@ -136,6 +152,8 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
   save_attempt(record, directory);
   try {
     copy_framework(record, work, "one_commit");
+    // HEAD moves: the grade, now or later, is of the commit that the agent worked on.
+    record.commit = read_file(work + "/.ate/commit").substr(0, 40);
     fs::copy_file(spec.home + "/run.sh", work + "/.ate/run");
     fs::permissions(work + "/.ate/run", fs::perms::owner_all);
     for (const std::string& from : {spec.framework.directory, spec.task.directory}) {

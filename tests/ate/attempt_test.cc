@@ -115,6 +115,17 @@ TEST(AteAttempt, RightAnswerSucceedsThroughCommandLineAndReport) {
   EXPECT_EQ(html.find("http"), std::string::npos) << "the page needs nothing else";
 }
 
+TEST(AteAttempt, GradesAreOfTheCommitThatTheAgentWorkedOn) {
+  Bench bench;
+  const AttemptRecord record = bench.run("early", exec(kRight) + kDone);
+  EXPECT_EQ(record.commit.size(), 40u) << record.commit;
+  run_shell(
+      "echo moved > code; git -c user.name=t -c user.email=t@localhost commit -qam moved; "
+      "[ $(git rev-parse HEAD^) = \"$1\" ]",
+      {record.commit}, bench.scratch.path() + "/tree");
+  EXPECT_TRUE(grade_attempt(bench.home, bench.attempt("early")).success);
+}
+
 TEST(AteAttempt, WrongAnswersFailByCheck) {
   Bench bench;
   EXPECT_EQ(
@@ -142,14 +153,18 @@ TEST(AteAttempt, TimeoutCrashNetworkLossAndReadOnlyAreNoSuccess) {
                                  "{\"type\":\"end\",\"error\":\"connection reset: ECONNRESET\"}\n")
                 .outcome,
             "network_loss");
+  const AttemptRecord dropped =
+      bench.run("dropped", exec(kRight + "; echo 'Error: getaddrinfo ENOTFOUND' >&2") +
+                               "{\"type\":\"exit\",\"code\":1}\n");
+  EXPECT_EQ(dropped.outcome, "network_loss") << dropped.detail;
   const AttemptRecord edited = bench.run("edited", exec(kRight + "; echo x >> fixed/file") + kDone);
   EXPECT_EQ(edited.outcome, "edited_read_only");
   EXPECT_EQ(edited.detail, "fixed/file");
-  for (const char* name : {"slow", "crash", "torn", "lost", "edited"}) {
+  for (const char* name : {"slow", "crash", "torn", "lost", "dropped", "edited"}) {
     EXPECT_FALSE(bench.grade(name).success) << name;
     EXPECT_TRUE(bench.grade(name).checks.at(0).passed) << name << ": its work was right";
   }
-  EXPECT_EQ(collect_attempts(bench.scratch.path() + "/out", {}).size(), 5u);
+  EXPECT_EQ(collect_attempts(bench.scratch.path() + "/out", {}).size(), 6u);
 }
 
 TEST(AteAttempt, WhatAnAgentDoesToItsCopyLosesNoAttempt) {
