@@ -21,7 +21,8 @@ constexpr const char* kCopyScript = R"(
 source=$1 commit=$2 target=$3 history=$4; shift 4
 mkdir -p "$target"
 if [ -d "$source" ]; then
-  git -C "$source" archive --format=tar "$commit" | tar -x -C "$target"
+  found=$(git -C "$source" rev-parse "$commit^{commit}")
+  git -C "$source" archive --format=tar "$found" | tar -x -C "$target"
 else
   git init -q --bare "$target.git"
   if ! git -C "$target.git" fetch -q --depth 1 "$source" "$commit"; then
@@ -30,12 +31,14 @@ else
     echo "next: clone it where there is one, and give --framework NAME=DIR" >&2
     exit 31
   fi
-  git -C "$target.git" archive --format=tar FETCH_HEAD | tar -x -C "$target"
+  found=$(git -C "$target.git" rev-parse FETCH_HEAD^{commit})
+  git -C "$target.git" archive --format=tar "$found" | tar -x -C "$target"
   rm -rf "$target.git"
 fi
 cd "$target"
 for hidden in "$@"; do rm -rf "./$hidden"; done
 mkdir -p .ate/runs .ate/answer
+echo "$found" > .ate/commit
 if [ "$history" = none ]; then exit 0; fi
 git init -q .
 echo '/.ate/' > .git/info/exclude
@@ -43,7 +46,9 @@ git add -A -f
 git -c user.name=ate -c user.email=ate@localhost commit -q --no-gpg-sign -m base
 )";
 
+// Against a copy of the base's repository: the agent may have done anything to its own.
 constexpr const char* kDiffScript = R"(
+export GIT_DIR="$1/base.git" GIT_WORK_TREE=.
 git add -A
 git -c core.quotepath=off diff --cached --binary ate-base > "$1/diff.patch"
 git -c core.quotepath=off diff --cached --name-only --no-renames ate-base > "$1/changed_paths"
@@ -87,20 +92,24 @@ std::string edited_read_only(const std::string& changed_paths,
   return "";
 }
 
-void save_attempt(const AttemptRecord& record, const std::string& directory) {
-  const Json json = {
-      {"task", record.task},     {"suite", record.suite},     {"framework", record.framework},
-      {"source", record.source}, {"commit", record.commit},   {"agent", record.agent},
-      {"model", record.model},   {"outcome", record.outcome}, {"detail", record.detail},
-      {"wall_s", record.wall_s}, {"hidden", record.hidden}};
-  write_file(directory + "/attempt.json", json.dump(1) + "\n");
+std::string last_line(const std::string& text) {
+  std::istringstream stream(text);
+  std::string last;
+  for (std::string line; std::getline(stream, line);) {
+    if (!line.empty()) last = line;
+  }
+  return last;
 }
 
 // The session's end, from the strongest evidence to the weakest.
 void judge(const AttemptSpec& spec, const ChildResult& child, AttemptRecord& record) {
   const std::string& directory = spec.directory;
-  const Transcript transcript = read_transcript(transcript_format(spec.agent.name),
-                                                read_file(directory + "/transcript.jsonl"), {});
+  Transcript transcript = read_transcript(transcript_format(spec.agent.name),
+                                          read_file(directory + "/transcript.jsonl"), {});
+  // An agent that dies may say why on its way out alone.
+  if (transcript.error.empty() && child.exit_code != 0) {
+    transcript.error = last_line(read_file(directory + "/agent.stderr"));
+  }
   const std::string edited =
       edited_read_only(read_file(directory + "/changed_paths"), spec.task.read_only);
   if (!transcript.model.empty()) record.model = transcript.model;
@@ -143,6 +152,8 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
   save_attempt(record, directory);
   try {
     copy_framework(record, work, "one_commit");
+    // HEAD moves: the grade, now or later, is of the commit that the agent worked on.
+    record.commit = read_file(work + "/.ate/commit").substr(0, 40);
     fs::copy_file(spec.home + "/run.sh", work + "/.ate/run");
     fs::permissions(work + "/.ate/run", fs::perms::owner_all);
     for (const std::string& from : {spec.framework.directory, spec.task.directory}) {
@@ -152,8 +163,9 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
     }
     run_shell(
         "git add -A && (git diff --cached --quiet || git -c user.name=ate "
-        "-c user.email=ate@localhost commit -q --no-gpg-sign -m prepared) && git tag ate-base",
-        {}, work);
+        "-c user.email=ate@localhost commit -q --no-gpg-sign -m prepared) && git tag ate-base && "
+        "cp -r .git \"$1/base.git\"",
+        {directory}, work);
   } catch (const std::exception& error) {
     record.detail = error.what();
     save_attempt(record, directory);
@@ -171,10 +183,17 @@ AttemptRecord run_attempt(const AttemptSpec& spec) {
   child.limit_s = spec.limit_s > 0 ? spec.limit_s : spec.task.budget_s;
   const ChildResult result = run_child(child);
   record.wall_s = result.wall_s;
-  run_shell(kDiffScript, {directory}, work);
-  judge(spec, result, record);
+  try {
+    run_shell(kDiffScript, {directory}, work);
+    judge(spec, result, record);
+  } catch (const std::exception& error) {  // as where the agent removed its own folder
+    record.outcome = "crash";
+    record.detail = error.what();
+    fs::remove(directory + "/diff.patch");
+  }
   save_attempt(record, directory);
   fs::remove_all(work);
+  fs::remove_all(directory + "/base.git");
   return record;
 }
 
@@ -247,6 +266,15 @@ Grade grade_attempt(const std::string& home, const std::string& directory_given)
   write_file(directory + "/grade.json", json.dump(1) + "\n");
   fs::remove_all(copy);
   return grade;
+}
+
+void save_attempt(const AttemptRecord& record, const std::string& directory) {
+  const Json json = {
+      {"task", record.task},     {"suite", record.suite},     {"framework", record.framework},
+      {"source", record.source}, {"commit", record.commit},   {"agent", record.agent},
+      {"model", record.model},   {"outcome", record.outcome}, {"detail", record.detail},
+      {"wall_s", record.wall_s}, {"hidden", record.hidden}};
+  write_file(directory + "/attempt.json", json.dump(1) + "\n");
 }
 
 AttemptRecord load_attempt(const std::string& directory) {

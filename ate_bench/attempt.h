@@ -26,6 +26,7 @@ struct AttemptSpec {
 
 // How the session ended. Only `finished` attempts can succeed.
 //   finished, timeout, crash, network_loss, edited_read_only, prepare_failed
+//   recorded: a transcript from elsewhere (`ate session`)
 struct AttemptRecord {
   std::string task, suite, framework, source, commit, agent, model, outcome, detail;
   double wall_s = 0;
@@ -51,6 +52,7 @@ struct Grade {
 
 Grade grade_attempt(const std::string& home, const std::string& directory);
 
+void save_attempt(const AttemptRecord& record, const std::string& directory);
 AttemptRecord load_attempt(const std::string& directory);
 Grade load_grade(const std::string& directory);
 // `CHECK name PASS|FAIL detail` lines; a named check without a line, or with any FAIL, fails.

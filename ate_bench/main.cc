@@ -35,7 +35,17 @@ int list_command(const Options& options) {
   return 0;
 }
 
-int run_command(const Options& options) {
+int report_command(const Options& options) {
+  const auto attempts = collect_attempts(options.target, load_prices(options.prices));
+  if (attempts.empty()) throw std::runtime_error("no attempts below " + options.target);
+  write_file(options.target + "/report.md", report_markdown(attempts));
+  write_file(options.target + "/report.csv", report_csv(attempts));
+  write_file(options.target + "/report.html", report_html(attempts));
+  fmt::print("{0}/report.md\n{0}/report.csv\n{0}/report.html\n", options.target);
+  return 0;
+}
+
+int run_command(Options options) {
   const Task task = load_task(options.home, options.task);
   const Framework framework = load_framework(options.home, options.framework);
   if (std::find(task.frameworks.begin(), task.frameworks.end(), framework.name) ==
@@ -43,6 +53,7 @@ int run_command(const Options& options) {
     throw std::runtime_error("task " + task.name + " is not for " + framework.name);
   }
   transcript_format(options.agent.name);
+  load_prices(options.prices);
   if (options.agent.command.empty() &&
       (options.agent.name == "generic" || options.agent.name == "scripted")) {
     throw std::runtime_error("--agent " + options.agent.name + " needs --command");
@@ -66,6 +77,8 @@ int run_command(const Options& options) {
       fmt::print("  {} {} {}\n", check.passed ? "PASS" : "FAIL", check.name, check.detail);
     }
   }
+  options.target = options.out;
+  report_command(options);
   return prepared ? 0 : 31;
 }
 
@@ -78,14 +91,23 @@ int grade_command(const Options& options) {
   return grade.success ? 0 : 51;
 }
 
-int report_command(const Options& options) {
-  const auto attempts = collect_attempts(options.target, load_prices(options.prices));
-  if (attempts.empty()) throw std::runtime_error("no attempts below " + options.target);
-  write_file(options.target + "/report.md", report_markdown(attempts));
-  write_file(options.target + "/report.csv", report_csv(attempts));
-  write_file(options.target + "/report.html", report_html(attempts));
-  fmt::print("{0}/report.md\n{0}/report.csv\n{0}/report.html\n", options.target);
-  return 0;
+// A transcript that was recorded elsewhere, such as a session file of Claude Code: its measures.
+int session_command(Options options) {
+  const std::string text = read_file(options.target);
+  if (text.empty()) throw std::runtime_error("no transcript " + options.target);
+  const Transcript transcript = read_transcript(transcript_format(options.agent.name), text, {});
+  AttemptRecord record;
+  record.task = std::filesystem::path(options.target).stem();
+  record.suite = record.framework = "none";
+  record.agent = options.agent.name;
+  record.model = transcript.model.empty() ? options.agent.model : transcript.model;
+  record.outcome = "recorded";
+  record.detail = transcript.error;
+  options.out += "/session-" + record.task;
+  write_file(options.out + "/transcript.jsonl", text);
+  save_attempt(record, options.out);
+  options.target = options.out;
+  return report_command(options);
 }
 
 int prove_command(const Options& options) {
@@ -120,12 +142,19 @@ int main_checked(int count, char** values) {
                   "generic: a shell command, the instruction is $1; scripted: a session file");
   run->add_option("--repeat", options.repeat)->check(CLI::Range(1, 1000));
   run->add_option("--timeout", options.limit_s, "seconds; default the task's budget");
-  run->add_option("--out", options.out);
+  run->add_option("--out", options.out, "attempts, and the report over all that lie there");
+  run->add_option("--prices", options.prices, "of the report");
   auto* grade = app.add_subcommand("grade", "grades an attempt again (exit 51: no success)");
   grade->add_option("attempt", options.target)->required();
   auto* report = app.add_subcommand("report", "report.md, report.csv, report.html of attempts");
   report->add_option("directory", options.target)->required();
   report->add_option("--prices", options.prices, "TOML: [model] input, cached_input, output");
+  auto* session = app.add_subcommand("session", "the report of a transcript recorded elsewhere");
+  session->add_option("transcript", options.target)->required();
+  session->add_option("--agent", options.agent.name, "claude, codex, generic")->required();
+  session->add_option("--model", options.agent.model, "where the transcript names none");
+  session->add_option("--out", options.out);
+  session->add_option("--prices", options.prices);
   auto* prove = app.add_subcommand("prove", "each task accepts its solution, rejects near-misses");
   prove->add_option("task", options.task, "default: all");
   prove->add_option("--framework", options.framework);
@@ -141,6 +170,7 @@ int main_checked(int count, char** values) {
   if (run->parsed()) return run_command(options);
   if (grade->parsed()) return grade_command(options);
   if (report->parsed()) return report_command(options);
+  if (session->parsed()) return session_command(options);
   if (prove->parsed()) return prove_command(options);
   return play->parsed() ? play_session(options.target) : 2;
 }

@@ -34,17 +34,20 @@ Measures measure_transcript(const Transcript& transcript) {
   Measures measures;
   std::vector<double> contexts;
   std::set<std::string> paths;
+  int64_t output = 0;
   for (const TranscriptRecord& record : transcript.records) {
     if (record.kind == RecordKind::turn) {
       ++measures.agent_turns;
-      measures.output_tokens += record.output_tokens;
+      output += record.output_tokens;
       if (record.input_tokens >= 0) contexts.push_back(static_cast<double>(record.input_tokens));
     }
     if (record.kind == RecordKind::tool_call) ++measures.tool_calls;
     if (!record.read_path.empty()) paths.insert(record.read_path);
   }
-  measures.files_read = static_cast<int64_t>(paths.size());
-  measures.output_tokens = std::max(measures.output_tokens, transcript.total_output_tokens);
+  if (transcript.tells_reads) measures.files_read = static_cast<int64_t>(paths.size());
+  if (transcript.total_output_tokens >= 0 || !contexts.empty()) {
+    measures.output_tokens = std::max(output, transcript.total_output_tokens);
+  }
   measures.session_duration_s = active_seconds(transcript.records);
   if (!contexts.empty()) {
     measures.per_turn_context = median(contexts);
@@ -59,19 +62,19 @@ Measures measure_transcript(const Transcript& transcript) {
 std::optional<double> session_cost(const Transcript& transcript, const Measures& measures,
                                    const std::map<std::string, Price>& prices) {
   const auto price = prices.find(transcript.model);
-  if (price == prices.end()) return std::nullopt;
-  double input = static_cast<double>(transcript.total_input_tokens);
-  if (transcript.total_input_tokens < 0) {
-    input = 0;
+  if (price == prices.end() || !measures.output_tokens) return std::nullopt;
+  int64_t input = transcript.total_input_tokens, cached = transcript.total_cached_tokens;
+  if (input < 0) {  // no total: cut off, or a format that tells turns
+    input = cached = 0;
     for (const TranscriptRecord& record : transcript.records) {
-      if (record.kind == RecordKind::turn && record.input_tokens > 0) {
-        input += static_cast<double>(record.input_tokens);
-      }
+      if (record.kind != RecordKind::turn) continue;
+      input += std::max<int64_t>(0, record.input_tokens);
+      cached += record.cached_tokens;
     }
   }
-  const auto cached = static_cast<double>(transcript.total_cached_tokens);
-  return 1e-6 * ((input - cached) * price->second.input + cached * price->second.cached_input +
-                 static_cast<double>(measures.output_tokens) * price->second.output);
+  return 1e-6 * (static_cast<double>(input - cached) * price->second.input +
+                 static_cast<double>(cached) * price->second.cached_input +
+                 static_cast<double>(*measures.output_tokens) * price->second.output);
 }
 
 void add_run_log(const std::string& text, Measures& measures) {

@@ -18,15 +18,15 @@ struct Measures {
   int64_t agent_turns = 0;                 // model invocations
   std::optional<double> per_turn_context;  // median over turns of input tokens, cached included
   bool context_is_mean = false;            // the agent tells totals only (Codex)
-  int64_t output_tokens = 0;
-  double session_duration_s = 0;  // active wall time
-  double active_gpu_s = 0;        // wall time of runs on a GPU, from their logs
-  double gpu_busy_s = 0;          // sampled utilization times the sampling interval
-  double cpu_simulated_s = 0;     // wall time of runs on the CPU, from their logs
+  std::optional<int64_t> output_tokens;    // absent when no record tells a usage
+  double session_duration_s = 0;           // active wall time
+  double active_gpu_s = 0;                 // wall time of runs on a GPU, from their logs
+  double gpu_busy_s = 0;                   // sampled utilization times the sampling interval
+  double cpu_simulated_s = 0;              // wall time of runs on the CPU, from their logs
   int64_t tool_calls = 0;
-  int64_t files_read = 0;      // different paths
-  int64_t lines_changed = 0;   // added and removed, of the captured diff
-  std::optional<double> cost;  // absent when the price table lacks the model
+  std::optional<int64_t> files_read;  // different paths; absent without a tool that reads one file
+  int64_t lines_changed = 0;          // added and removed, of the captured diff
+  std::optional<double> cost;         // absent without the model's price or any usage
 };
 
 // Dollars for a million tokens.
@@ -41,7 +41,7 @@ std::optional<double> session_cost(const Transcript& transcript, const Measures&
                                    const std::map<std::string, Price>& prices);
 
 // Adds the runs of one log of .ate/run: lines `start T gpu|cpu`, `busy SECONDS`, `exit T CODE`.
-// From the first stamp to the last exit; a run that never ended counts to the log's last exit.
+// From the first stamp to the last exit; a run that never ended counts nothing.
 void add_run_log(const std::string& text, Measures& measures);
 int64_t count_changed_lines(const std::string& diff);
 

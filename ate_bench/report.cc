@@ -21,6 +21,7 @@ struct MeasureColumn {
 };
 
 double whole(int64_t count) { return static_cast<double>(count); }
+double whole(const std::optional<int64_t>& count) { return count ? whole(*count) : NAN; }
 
 constexpr MeasureColumn kColumns[] = {
     {"agent_turns", "Agent Turns",
@@ -155,8 +156,9 @@ std::vector<AttemptReport> collect_attempts(const std::string& directory,
     std::vector<double> times;
     std::istringstream stream(read_file(path + "/transcript.times"));
     for (double at_s = 0; stream >> at_s;) times.push_back(at_s);
-    const Transcript transcript = read_transcript(transcript_format(attempt.record.agent),
-                                                  read_file(path + "/transcript.jsonl"), times);
+    Transcript transcript = read_transcript(transcript_format(attempt.record.agent),
+                                            read_file(path + "/transcript.jsonl"), times);
+    if (transcript.model.empty()) transcript.model = attempt.record.model;  // Codex tells none
     attempt.measures = measure_transcript(transcript);
     attempt.measures.cost = session_cost(transcript, attempt.measures, prices);
     attempt.measures.lines_changed = count_changed_lines(read_file(path + "/diff.patch"));

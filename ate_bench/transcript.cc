@@ -51,7 +51,10 @@ void read_claude_assistant(const Json& message, double at_s, std::string& last_i
                         count_of(usage, "cache_read_input_tokens");
   const std::string id = text_of(message, "id");
   if (id.empty() || id != last_id) {
-    transcript.records.push_back({RecordKind::turn, at_s, input});
+    transcript.records.push_back({.kind = RecordKind::turn,
+                                  .at_s = at_s,
+                                  .input_tokens = input,
+                                  .cached_tokens = count_of(usage, "cache_read_input_tokens")});
     transcript.model = text_of(message, "model");
   }
   last_id = id;
@@ -65,8 +68,11 @@ void read_claude_assistant(const Json& message, double at_s, std::string& last_i
     if (text_of(block, "type") != "tool_use") continue;
     const std::string tool = text_of(block, "name");
     const std::string path = tool == "Read" ? text_of(member(block, "input"), "file_path") : "";
-    transcript.records.push_back(
-        {RecordKind::tool_call, at_s, -1, 0, text_of(block, "id"), tool, path});
+    transcript.records.push_back({.kind = RecordKind::tool_call,
+                                  .at_s = at_s,
+                                  .call_id = text_of(block, "id"),
+                                  .tool = tool,
+                                  .read_path = path});
   }
 }
 
@@ -90,12 +96,12 @@ void read_claude(const Json& line, double at_s, std::string& last_id, Transcript
   if (type == "assistant") {
     read_claude_assistant(message, at_s, last_id, transcript);
   } else if (type == "user") {
-    const Json& content = member(message, "content");
-    if (!content.is_array()) return;
-    for (const Json& block : content) {
+    transcript.records.push_back({RecordKind::other, at_s});
+    for (const Json& block : member(message, "content")) {
       if (text_of(block, "type") != "tool_result") continue;
-      transcript.records.push_back(
-          {RecordKind::tool_result, at_s, -1, 0, text_of(block, "tool_use_id")});
+      transcript.records.push_back({.kind = RecordKind::tool_result,
+                                    .at_s = at_s,
+                                    .call_id = text_of(block, "tool_use_id")});
     }
   } else if (type == "result") {
     read_claude_result(line, transcript);
@@ -112,6 +118,7 @@ void read_codex(const Json& line, double at_s, std::string& state, Transcript& t
   const std::string kind = text_of(item, "type");
   const bool is_tool = kind == "command_execution" || kind == "mcp_tool_call" ||
                        kind == "web_search" || kind == "file_change";
+  transcript.tells_reads = false;
   const bool is_item = type == "item.started" || type == "item.completed";
   if (is_item && state != "model" && !(is_tool && type == "item.completed" && state == "tool")) {
     transcript.records.push_back({RecordKind::turn, at_s});
@@ -123,10 +130,13 @@ void read_codex(const Json& line, double at_s, std::string& state, Transcript& t
     for (const TranscriptRecord& record : transcript.records) {
       open = open || (record.kind == RecordKind::tool_call && record.call_id == id);
     }
-    if (!open) transcript.records.push_back({RecordKind::tool_call, at_s, -1, 0, id, kind});
+    if (!open) {
+      transcript.records.push_back(
+          {.kind = RecordKind::tool_call, .at_s = at_s, .call_id = id, .tool = kind});
+    }
     state = "tool";
     if (type == "item.completed") {
-      transcript.records.push_back({RecordKind::tool_result, at_s, -1, 0, id});
+      transcript.records.push_back({.kind = RecordKind::tool_result, .at_s = at_s, .call_id = id});
       state = "result";
     }
   } else if (type == "turn.completed") {
@@ -142,6 +152,7 @@ void read_codex(const Json& line, double at_s, std::string& state, Transcript& t
         type == "error" ? text_of(line, "message") : text_of(member(line, "error"), "message");
     transcript.complete = false;
   } else if (!is_item) {
+    transcript.complete = transcript.complete && type != "turn.started";
     transcript.records.push_back({RecordKind::other, at_s});
   }
 }
@@ -150,16 +161,21 @@ void read_generic(const Json& line, double at_s, Transcript& transcript) {
   const std::string type = text_of(line, "type");
   if (type == "turn") {
     const Json& input = member(line, "input_tokens");
-    transcript.records.push_back({RecordKind::turn, at_s,
-                                  input.is_number() ? input.get<int64_t>() : -1,
-                                  count_of(line, "output_tokens")});
-    transcript.total_cached_tokens += count_of(line, "cached_tokens");
+    transcript.records.push_back({.kind = RecordKind::turn,
+                                  .at_s = at_s,
+                                  .input_tokens = input.is_number() ? input.get<int64_t>() : -1,
+                                  .output_tokens = count_of(line, "output_tokens"),
+                                  .cached_tokens = count_of(line, "cached_tokens")});
     if (!text_of(line, "model").empty()) transcript.model = text_of(line, "model");
   } else if (type == "tool_call") {
-    transcript.records.push_back({RecordKind::tool_call, at_s, -1, 0, text_of(line, "id"),
-                                  text_of(line, "name"), text_of(line, "read_path")});
+    transcript.records.push_back({.kind = RecordKind::tool_call,
+                                  .at_s = at_s,
+                                  .call_id = text_of(line, "id"),
+                                  .tool = text_of(line, "name"),
+                                  .read_path = text_of(line, "read_path")});
   } else if (type == "tool_result") {
-    transcript.records.push_back({RecordKind::tool_result, at_s, -1, 0, text_of(line, "id")});
+    transcript.records.push_back(
+        {.kind = RecordKind::tool_result, .at_s = at_s, .call_id = text_of(line, "id")});
   } else if (type == "end") {
     transcript.error = text_of(line, "error");
     transcript.complete = transcript.error.empty();

@@ -19,9 +19,10 @@ struct TranscriptRecord {
   double at_s = 0;            // seconds; of the record itself, else its line's arrival
   int64_t input_tokens = -1;  // of a turn, cached ones included; -1 when the agent does not tell
   int64_t output_tokens = 0;
-  std::string call_id;    // pairs a tool_call with its tool_result
-  std::string tool;       // name, of a tool_call
-  std::string read_path;  // of a tool_call that reads one file
+  int64_t cached_tokens = 0;  // of the input, read from a cache
+  std::string call_id;        // pairs a tool_call with its tool_result
+  std::string tool;           // name, of a tool_call
+  std::string read_path;      // of a tool_call that reads one file
 };
 
 struct Transcript {
@@ -30,7 +31,8 @@ struct Transcript {
   std::string error;                 // the agent's own last error message
   int64_t total_output_tokens = -1;  // the session's total when the agent states one
   int64_t total_input_tokens = -1;   // the same, cached included
-  int64_t total_cached_tokens = 0;   // the part of it that was read from a cache
+  int64_t total_cached_tokens = 0;   // the part of that which was read from a cache
+  bool tells_reads = true;           // has a tool that reads one file
   int64_t torn_lines = 0;            // lines that are no JSON object
   bool complete = false;             // the closing record is there and reports no error
 };

@@ -77,27 +77,53 @@ const std::string kRight = "echo 42 > .ate/answer/n; echo changed > code; .ate/r
 
 TEST(AteAttempt, RightAnswerSucceedsThroughCommandLineAndReport) {
   Bench bench;
-  const std::string session = bench.scratch.write("s", exec(kRight) + kDone);
+  const std::string session =
+      bench.scratch.write("s", exec(kRight) +
+                                   "{\"type\":\"turn\",\"input_tokens\":50,\"cached_tokens\":20,"
+                                   "\"output_tokens\":5,\"model\":\"m\"}\n" +
+                                   kDone);
+  const std::string prices =
+      bench.scratch.write("p", "[m]\ninput = 2000\ncached_input = 500\noutput = 10000\n");
   // Inside a repository: the grading copy's diff must not be taken for the surrounding tree's.
   const std::string out = bench.scratch.path() + "/tree/runs";
   run_shell(
       "\"$1\" --home \"$2\" run sum --agent scripted --command \"$3\" --repeat 2 --out \"$4\"; "
-      "\"$1\" --home \"$2\" report \"$4\"; \"$1\" --home \"$2\" grade "
+      "\"$1\" --home \"$2\" report \"$4\" --prices \"$5\"; \"$1\" --home \"$2\" grade "
       "\"$4/sum-cambium-scripted-1\"",
-      {bench.binary, bench.home, session, out}, "/");
+      {bench.binary, bench.home, session, out, prices}, "/");
   const auto attempts = collect_attempts(out, {});
   ASSERT_EQ(attempts.size(), 2u);
   EXPECT_TRUE(attempts[1].grade.success);
   EXPECT_EQ(attempts[1].record.outcome, "finished");
   EXPECT_EQ(attempts[1].measures.lines_changed, 2);
-  EXPECT_EQ(attempts[1].measures.agent_turns, 1);
+  EXPECT_EQ(attempts[1].measures.agent_turns, 2);
   EXPECT_GT(attempts[1].measures.cpu_simulated_s + attempts[1].measures.active_gpu_s, 0);
-  EXPECT_NE(read_file(out + "/report.md").find("| sum | cambium | scripted | 2/2 | 1 | 50 | 5 |"),
-            std::string::npos);
-  EXPECT_NE(read_file(out + "/report.csv").find("finished,1,1,1,50,5,"), std::string::npos);
+  EXPECT_NE(
+      read_file(out + "/report.md").find("| sum | cambium | scripted m | 2/2 | 2 | 50 | 10 |"),
+      std::string::npos);
+  EXPECT_NE(read_file(out + "/report.csv").find("finished,1,1,2,50,10,"), std::string::npos);
+  // 80 tokens at 2000, 20 cached at 500, 10 written at 10000 dollars a million.
+  EXPECT_NE(read_file(out + "/report.csv").find(",2,0.27,0,2,2,\n"), std::string::npos)
+      << read_file(out + "/report.csv");
   const std::string html = read_file(out + "/report.html");
-  EXPECT_NE(html.find("<svg"), std::string::npos);
+  const size_t chart = html.find("<h2>Cost</h2><svg");
+  ASSERT_NE(chart, std::string::npos);
+  const std::string bars = html.substr(chart, html.find("</svg>", chart) - chart);
+  EXPECT_NE(bars.find("sum, cambium, scripted m</text>"), std::string::npos) << bars;
+  EXPECT_NE(bars.find("width='380.0'"), std::string::npos) << "the longest bar";
+  EXPECT_NE(bars.find(">0.27</text>"), std::string::npos) << bars;
   EXPECT_EQ(html.find("http"), std::string::npos) << "the page needs nothing else";
+}
+
+TEST(AteAttempt, GradesAreOfTheCommitThatTheAgentWorkedOn) {
+  Bench bench;
+  const AttemptRecord record = bench.run("early", exec(kRight) + kDone);
+  EXPECT_EQ(record.commit.size(), 40u) << record.commit;
+  run_shell(
+      "echo moved > code; git -c user.name=t -c user.email=t@localhost commit -qam moved; "
+      "[ $(git rev-parse HEAD^) = \"$1\" ]",
+      {record.commit}, bench.scratch.path() + "/tree");
+  EXPECT_TRUE(grade_attempt(bench.home, bench.attempt("early")).success);
 }
 
 TEST(AteAttempt, WrongAnswersFailByCheck) {
@@ -127,14 +153,85 @@ TEST(AteAttempt, TimeoutCrashNetworkLossAndReadOnlyAreNoSuccess) {
                                  "{\"type\":\"end\",\"error\":\"connection reset: ECONNRESET\"}\n")
                 .outcome,
             "network_loss");
+  const AttemptRecord dropped =
+      bench.run("dropped", exec(kRight + "; echo 'Error: getaddrinfo ENOTFOUND' >&2") +
+                               "{\"type\":\"exit\",\"code\":1}\n");
+  EXPECT_EQ(dropped.outcome, "network_loss") << dropped.detail;
   const AttemptRecord edited = bench.run("edited", exec(kRight + "; echo x >> fixed/file") + kDone);
   EXPECT_EQ(edited.outcome, "edited_read_only");
   EXPECT_EQ(edited.detail, "fixed/file");
-  for (const char* name : {"slow", "crash", "torn", "lost", "edited"}) {
+  for (const char* name : {"slow", "crash", "torn", "lost", "dropped", "edited"}) {
     EXPECT_FALSE(bench.grade(name).success) << name;
     EXPECT_TRUE(bench.grade(name).checks.at(0).passed) << name << ": its work was right";
   }
-  EXPECT_EQ(collect_attempts(bench.scratch.path() + "/out", {}).size(), 5u);
+  EXPECT_EQ(collect_attempts(bench.scratch.path() + "/out", {}).size(), 6u);
+}
+
+TEST(AteAttempt, WhatAnAgentDoesToItsCopyLosesNoAttempt) {
+  Bench bench;
+  bench.run("no_git", exec(kRight + "; rm -rf .git") + kDone);
+  EXPECT_TRUE(bench.grade("no_git").success) << "the base is kept apart";
+  const AttemptRecord moved = bench.run(
+      "moved_base", exec(kRight + "; echo x >> fixed/file; git add -A; git -c user.name=a "
+                                  "-c user.email=a@b commit -qm c; git tag -f ate-base") +
+                        kDone);
+  EXPECT_EQ(moved.outcome, "edited_read_only");
+  const AttemptRecord gone = bench.run("gone", exec(kRight + "; rm -rf $PWD") + kDone);
+  EXPECT_EQ(gone.outcome, "crash");
+  EXPECT_FALSE(bench.grade("gone").success);
+  EXPECT_FALSE(bench.grade("gone").graded);
+}
+
+TEST(AteAttempt, FrameworkOutOfReachIsRecordedAndEndsWith31) {
+  Bench bench;
+  write_file(bench.home + "/frameworks/cambium/framework.toml",
+             "source = \"file:///nowhere/at/all.git\"\ncommit = \"main\"\n");
+  const std::string session = bench.scratch.write("s", kDone);
+  run_shell(
+      "status=0; \"$1\" --home \"$2\" run sum --agent scripted --command \"$3\" --repeat 1 --out "
+      "\"$4\" || status=$?; [ $status = 31 ]",
+      {bench.binary, bench.home, session, bench.scratch.path() + "/out"}, "/");
+  const AttemptRecord record = load_attempt(bench.attempt("sum-cambium-scripted-1"));
+  EXPECT_EQ(record.outcome, "prepare_failed");
+  EXPECT_NE(record.detail.find("no network"), std::string::npos) << record.detail;
+  EXPECT_FALSE(load_grade(bench.attempt("sum-cambium-scripted-1")).success);
+}
+
+// Two GPUs that this nvidia-smi says are busy for 50 % and 100 %.
+TEST(AteAttempt, RunScriptMeasuresGpuRuns) {
+  Bench bench;
+  bench.scratch.write("nvidia-smi",
+                      "#!/bin/sh\n[ \"$1\" = -L ] && exit 0\n"
+                      "while :; do echo 50; echo 100; sleep 1; done\n");
+  run_shell("chmod +x \"$1\"", {bench.scratch.path() + "/nvidia-smi"}, "/");
+  bench.run("gpu", exec(kRight + "; export PATH=" + bench.scratch.path() +
+                        ":$PATH; .ate/run sleep 1.5; (.ate/run sleep 60 & run=$!; sleep 1; kill "
+                        "$run; wait $run) || true") +
+                       kDone);
+  const auto attempts = collect_attempts(bench.scratch.path() + "/out", {});
+  ASSERT_EQ(attempts.size(), 1u);
+  const double active_s = attempts[0].measures.active_gpu_s;
+  EXPECT_TRUE(active_s > 2.0 && active_s < 20) << active_s << ": the stopped run counts too";
+  EXPECT_NEAR(attempts[0].measures.gpu_busy_s, 0.75 * active_s, 0.01 * active_s);
+  EXPECT_TRUE(attempts[0].grade.success);
+}
+
+TEST(AteAttempt, SessionsFromElsewhereHaveAReport) {
+  Bench bench;
+  const std::string out = bench.scratch.path() + "/elsewhere";
+  run_shell("\"$1\" session \"$2\" --agent claude --out \"$3\"",
+            {bench.binary,
+             cambium::source_directory() + std::string("/tests/ate/transcripts/claude.jsonl"), out},
+            "/");
+  const std::string csv = read_file(out + "/session-claude/report.csv");
+  EXPECT_NE(csv.find("claude,claude-x,recorded,0,0,3,2020,120,"), std::string::npos) << csv;
+}
+
+TEST(AteAttempt, PriceTablesWithHolesAreRefused) {
+  Bench bench;
+  for (const char* text : {"[m]\ninput = 1\noutput = 2\n", "m = 3\n"}) {
+    EXPECT_THROW(load_prices(bench.scratch.write("p", text)), std::runtime_error) << text;
+  }
 }
 
 TEST(AteAttempt, AgentsNeverSeeHiddenPathsNorTheGrader) {
@@ -154,6 +251,13 @@ TEST(AteAttempt, FailedPrepareAndDyingGraderAreRecorded) {
   EXPECT_FALSE(bench.grade("dies").graded);
   EXPECT_FALSE(bench.grade("dies").success);
   EXPECT_EQ(bench.grade("dies").checks.at(1).detail, kNeverReached);
+  write_file(bench.home + "/tasks/sum/grade/grade.sh",
+             ". .ate/grade_tools.sh\ncheck number n true\ncheck source s true\nsleep 60\n");
+  const std::string toml = read_file(bench.home + "/tasks/sum/task.toml");
+  write_file(bench.home + "/tasks/sum/task.toml", toml + "grade_limit_s = 1\n");
+  bench.run("hangs", exec(kRight) + kDone);
+  EXPECT_TRUE(bench.grade("hangs").checks.at(1).passed);
+  EXPECT_FALSE(bench.grade("hangs").success) << "a grader that does not end has not judged";
   write_file(bench.home + "/tasks/sum/prepare.sh", "echo no luck; exit 1\n");
   const AttemptRecord record = bench.run("unprepared", kDone);
   EXPECT_EQ(record.outcome, "prepare_failed");
@@ -178,16 +282,32 @@ TEST(AteAttempt, ProofNeedsRejectedNearMisses) {
 
 TEST(AteTasks, EveryTaskOfTheTreeIsWhole) {
   const std::string home = cambium::source_directory() + std::string("/ate_bench");
-  int extend = 0, operate = 0;
+  int extend = 0, operate = 0, questions = 0;
   for (const Task& task : list_tasks(home)) {
     EXPECT_TRUE(fs::exists(task.directory + "/task.md")) << task.name;
     EXPECT_TRUE(fs::exists(task.directory + "/grade/grade.sh")) << task.name;
-    EXPECT_GE(list_solutions(task).size(), 3u) << task.name;
+    const std::vector<std::string> solutions = list_solutions(task);
+    EXPECT_GE(solutions.size(), 3u) << task.name;
+    EXPECT_EQ(std::count(solutions.begin(), solutions.end(), "right"), 1) << task.name;
+    const std::string instruction = read_file(task.directory + "/task.md");
+    if (task.suite == "questions") {
+      for (const std::string& check : task.checks) {
+        EXPECT_NE(instruction.find("`" + check + "`"), std::string::npos) << task.name << check;
+      }
+      questions += static_cast<int>(task.checks.size());
+    }
+    // An extension is graded by training with it, in two layouts.
+    if (task.suite == "extend") {
+      for (const char* check : {"trainer", "layout"}) {
+        EXPECT_EQ(std::count(task.checks.begin(), task.checks.end(), check), 1) << task.name;
+      }
+    }
     extend += task.suite == "extend";
     operate += task.suite == "operate";
   }
   EXPECT_GE(extend, 5);
   EXPECT_GE(operate, 5);
+  EXPECT_GE(questions, 10);
 }
 
 // The commit tier's sample: tasks that need no compilation, with the binary built here. All of

@@ -39,6 +39,10 @@ TEST(AteTranscript, ClaudeCountsMessagesNotBlocks) {
   ASSERT_TRUE(cost.has_value());
   EXPECT_NEAR(*cost, 1e-6 * (260 * 2 + 6000 * 0.5 + 120 * 10), 1e-12);
   EXPECT_FALSE(session_cost(transcript, measures, {}).has_value());
+  // Cut off after the second message: what is known of it is counted, cached tokens as such.
+  const Transcript cut = read_transcript(TranscriptFormat::claude, first_lines(kClaude, 6), {});
+  EXPECT_NEAR(*session_cost(cut, measure_transcript(cut), {{"claude-x", {2, 0.5, 10}}}),
+              1e-6 * (230 * 2 + 3000 * 0.5 + 100 * 10), 1e-12);
 }
 
 TEST(AteTranscript, CutOffAtEveryByteIsNeverComplete) {
@@ -66,6 +70,15 @@ TEST(AteTranscript, CodexTellsTotals) {
   EXPECT_TRUE(measures.context_is_mean);
   EXPECT_EQ(measures.per_turn_context, 3000);
   EXPECT_EQ(measures.output_tokens, 300);
+  EXPECT_FALSE(measures.files_read.has_value()) << "it reads by commands";
+  const Measures cut =
+      measure_transcript(read_transcript(TranscriptFormat::codex, first_lines(kCodex, 7), {}));
+  EXPECT_EQ(cut.agent_turns, 3);
+  EXPECT_FALSE(cut.output_tokens.has_value()) << "usage comes last";
+  EXPECT_FALSE(cut.per_turn_context.has_value());
+  EXPECT_FALSE(
+      read_transcript(TranscriptFormat::codex, kCodex + "{\"type\":\"turn.started\"}\n", {})
+          .complete);
   const Transcript lost = read_transcript(
       TranscriptFormat::codex,
       first_lines(kCodex, 4) +
