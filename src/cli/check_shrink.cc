@@ -93,6 +93,7 @@ class Shrinker {
     const auto set = [](const char* key, int64_t value) {
       return fmt::format("{}={}", key, value);
     };
+    if (parallel.shard_ranks > 0) all.push_back({set("parallel.shard_ranks", 0)});
     for (const int64_t divisor : {4, 2}) {
       for (const auto& [key, value] :
            {std::pair("parallel.pp", parallel.pp), std::pair("parallel.dp", parallel.dp),

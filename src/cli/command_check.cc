@@ -319,18 +319,21 @@ void run_checks(const Config& config, const CheckRequest& request, CheckReport& 
   }
   report.passed.push_back(fmt::format("bits of {} steps equal one rank's", kCheckSteps));
   const Derived derived = derive(config);
-  const int64_t replicas = config.parallel.sharding == Sharding::none ? derived.data_ranks : 1;
-  if (replicas == 1) {
+  if (config.parallel.sharding != Sharding::none || derived.data_ranks == 1) {
     for (const auto& [op, flops] : one.flops) {
-      // Every rank folds the same few norm partials into one scale.
-      if (op == "clip_scale" || layout.flops.at(op) == flops) continue;
+      // Every rank folds the same few norm partials into one scale; every copy updates its state.
+      const int64_t times = op == "adamw" ? derived.copies : 1;
+      if (op == "clip_scale" || layout.flops.at(op) == times * flops) continue;
       report.failure = fmt::format(
           "op '{}': FLOPs of all ranks are {}, of one rank {}: a rank computes what another did",
-          op, layout.flops.at(op), flops);
+          op, layout.flops.at(op), times * flops);
       report.exit_code = ExitCode::verification_mismatch;
       return;
     }
-    report.passed.push_back("FLOPs of all ranks equal one rank's");
+    report.passed.push_back(
+        derived.copies == 1
+            ? "FLOPs of all ranks equal one rank's"
+            : fmt::format("FLOPs of all ranks equal one rank's, AdamW's {} times", derived.copies));
   }
   if (request.schedule.empty()) {
     for (const int64_t workers : {1, 4}) {

@@ -116,6 +116,7 @@ struct ParallelConfig {
   int64_t cp = 1;
   int64_t ep = 1;  // folded over dp*cp
   Sharding sharding = Sharding::zero1;
+  int64_t shard_ranks = 0;  // consecutive dp x cp ranks that share out one copy; 0 = all
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
   int64_t virtual_stages = 2;
   bool overlap = true;  // a pair of dualpipev runs stage by stage in turn, not pass after pass

@@ -2,6 +2,7 @@
 #include "src/config/derive.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "fmt/format.h"
 #include "kernels/op.h"
@@ -19,12 +20,14 @@ constexpr double kMaxParameters = 1e15;
 constexpr int64_t kMaxTokensPerStep = int64_t{1} << 40;
 constexpr int64_t kByteTokens = 256;  // a bytes tokenizer has one id per byte and an end of text
 
-// "2 or 4": the numbers nearest to `value`, one below and one above, that divide `whole`.
-std::string nearest_divisors(int64_t value, int64_t whole) {
+// "2 or 4": the numbers nearest to `value`, one below and one above, that divide `whole` and are
+// multiples of `unit`.
+std::string nearest_divisors(int64_t value, int64_t whole, int64_t unit = 1) {
   int64_t below = 0, above = 0;
   for (int64_t candidate = 1; candidate <= whole / candidate; ++candidate) {
     if (whole % candidate != 0) continue;
     for (const int64_t divisor : {candidate, whole / candidate}) {
+      if (divisor % unit != 0) continue;
       if (divisor < value) below = std::max(below, divisor);
       if (divisor > value && (above == 0 || divisor < above)) above = divisor;
     }
@@ -139,6 +142,25 @@ void check_data(const Config& config) {
   }
 }
 
+// Sequences and experts lie within the ranks that share out one copy of the state.
+void check_shards(const ParallelConfig& parallel) {
+  if (parallel.shard_ranks == 0) return;
+  if (parallel.sharding == Sharding::none) {
+    fail(ExitCode::usage,
+         "parallel.shard_ranks = {} with parallel.sharding = none, which shares out nothing; "
+         "nearest supported: parallel.sharding = zero1, or no parallel.shard_ranks",
+         parallel.shard_ranks);
+  }
+  const int64_t data_ranks = parallel.dp * parallel.cp;
+  const int64_t unit = std::lcm(parallel.cp, parallel.ep);
+  if (data_ranks % parallel.shard_ranks == 0 && parallel.shard_ranks % unit == 0) return;
+  fail(ExitCode::usage,
+       "parallel.shard_ranks = {} is no divisor of parallel.dp * parallel.cp = {} that is a "
+       "multiple of parallel.cp = {} and parallel.ep = {}; nearest: {}",
+       parallel.shard_ranks, data_ranks, parallel.cp, parallel.ep,
+       nearest_divisors(parallel.shard_ranks, data_ranks, unit));
+}
+
 // What the layout asks of sizes. pp, dp, cp, ep are at least 1 by the key table.
 void check_layout(const Config& config) {
   const ParallelConfig& parallel = config.parallel;
@@ -151,6 +173,7 @@ void check_layout(const Config& config) {
   }
   check_divides({"parallel.ep", parallel.ep, "model.experts", config.model.experts});
   check_divides({"parallel.ep", parallel.ep, "parallel.dp * parallel.cp", data_ranks});
+  check_shards(parallel);
   check_divides(
       {"parallel.dp", parallel.dp, "train.global_batch_sequences", train.global_batch_sequences});
   const int64_t sequences = train.global_batch_sequences / parallel.dp;
@@ -308,17 +331,22 @@ void count_model(const Config& config, Derived* derived) {
   derived->training_flops_per_token = 3.0 * derived->forward_flops_per_token;
 }
 
-// fp32 weights and gradients and the compute copy on every rank that holds a parameter, AdamW's
-// moments once, or on every rank without sharding.
+// fp32 weights, their compute copy, fp32 gradients and AdamW's moments: on every rank that computes
+// with a parameter, or in each copy once where sharding shares them out.
 void count_state(const Config& config, Derived* derived) {
   const int64_t experts =
       config.model.expert_layers() * config.model.experts * derived->expert_parameters;
   const int64_t dense = derived->parameters - experts;
   const int64_t held = derived->data_ranks * dense + derived->edp * experts;
-  const int64_t optimized = config.parallel.sharding == Sharding::none ? held : derived->parameters;
+  const int64_t shared = derived->copies * derived->parameters;
+  const Sharding sharding = config.parallel.sharding;
+  const int64_t weights = sharding == Sharding::full ? shared : held;
+  const int64_t gradients =
+      sharding == Sharding::full || sharding == Sharding::zero2 ? shared : held;
+  const int64_t optimized = sharding == Sharding::none ? held : shared;
   const int64_t copy = config.numerics.compute == ComputeType::bf16 ? 2 : 0;
   const int64_t moments = config.optimizer.state_dtype == ComputeType::bf16 ? 4 : 8;
-  derived->state_bytes = (8 + copy) * held + moments * optimized;
+  derived->state_bytes = (4 + copy) * weights + 4 * gradients + moments * optimized;
 }
 
 void cut_intervals(const Config& config, Derived* derived) {
@@ -369,6 +397,9 @@ Derived derive(const Config& config, ConfigUse use) {
   Derived derived;
   derived.data_ranks = config.parallel.dp * config.parallel.cp;
   derived.ranks = config.parallel.pp * derived.data_ranks;
+  if (config.parallel.shard_ranks > 0) {
+    derived.copies = derived.data_ranks / config.parallel.shard_ranks;
+  }
   derived.edp = derived.data_ranks / config.parallel.ep;
   derived.experts_per_rank = config.model.experts / config.parallel.ep;
 

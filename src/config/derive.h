@@ -14,7 +14,8 @@ namespace cambium {
 struct Derived {
   // Layout. Attention mesh (pp, dp, cp), expert mesh (pp, edp, ep); edp * ep = dp * cp.
   int64_t ranks = 1;       // pp * dp * cp
-  int64_t data_ranks = 1;  // dp * cp: the ranks over which parallel.sharding shares out
+  int64_t data_ranks = 1;  // dp * cp: parallel.sharding shares out over them, or their groups
+  int64_t copies = 1;      // those groups: data_ranks / parallel.shard_ranks
   int64_t edp = 1;         // replicas of an expert
   int64_t experts_per_rank = 0;
 

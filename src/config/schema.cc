@@ -69,6 +69,7 @@ constexpr KeyRange kCount{1, 1e9};          // of things that must exist
 constexpr KeyRange kOptionalCount{0, 1e9};  // where 0 has a meaning of its own
 constexpr KeyRange kRanks{1, 65536};
 constexpr KeyRange kUpTo64k{1, 65536};
+constexpr KeyRange kUpTo64kOrZero{0, 65536};
 constexpr KeyRange kDimension{1, 16777216};
 constexpr KeyRange kDimensionOrZero{0, 16777216};
 constexpr KeyRange kLayerNumber{0, 65535};
@@ -345,7 +346,11 @@ const KeySpec kKeys[] = {
     {"parallel", "ep", in_section<kParallel, &Parallel::ep>, kRanks, kNoChoices, kMay, nullptr,
      "ranks that share a layer's experts; divides dp * cp and model.experts"},
     {"parallel", "sharding", in_section<kParallel, &Parallel::sharding>, kNoRange, kShardingNames,
-     kMay, nullptr, "what the dp * cp ranks share out: nothing, optimizer, gradients, parameters"},
+     kMay, nullptr, "what ranks of dp * cp share out: nothing, optimizer, gradients, parameters"},
+    {"parallel", "shard_ranks", in_section<kParallel, &Parallel::shard_ranks>, kUpTo64kOrZero,
+     kNoChoices, kMay, nullptr,
+     "ranks that sharding runs over, a multiple of cp and ep that divides dp * cp; their groups "
+     "hold copies of the state; 0 = all"},
     {"parallel", "schedule", in_section<kParallel, &Parallel::schedule>, kNoRange, kScheduleNames,
      kMay, nullptr, "pipeline schedule"},
     {"parallel", "virtual_stages", in_section<kParallel, &Parallel::virtual_stages>, kUpTo64k,

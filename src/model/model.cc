@@ -24,8 +24,11 @@ bool has_wrong_axis(const Rank& rank) {
   return std::ranges::any_of(
       rank.config.faults, [](const FaultConfig& fault) { return fault.kind == "gradient_axis"; });
 }
-Communicator& dense_replicas(const Rank& rank) {
-  return has_wrong_axis(rank) ? *rank.expert_data : *rank.data;
+ParamReplicas replicas_of(const Rank& rank, GroupKind kind) {
+  const bool is_expert = kind == GroupKind::expert || has_wrong_axis(rank);
+  if (rank.mesh.copies == 1) return {is_expert ? *rank.expert_data : *rank.data};
+  return {is_expert ? *rank.expert_shard : *rank.data_shard,
+          is_expert ? rank.expert_copies.get() : rank.data_copies.get()};
 }
 
 ParamGroup::ReplicaRanges dense_ranges(const Rank& rank, const BatchLayout& layout) {
@@ -193,14 +196,15 @@ void Model::make_groups(std::vector<ParamTensor> tensors) {
   }
   for (auto& [at, unit] : units) {
     groups_.push_back(std::make_unique<ParamGroup>(rank_, GroupKind::dense, std::move(unit.dense),
-                                                   dense_replicas(rank_),
+                                                   replicas_of(rank_, GroupKind::dense),
                                                    dense_ranges(rank_, layout)));
     // A layer's experts lie next to each other, equally strided: all gate_up, then all down.
     std::vector<ParamTensor> experts(std::move(unit.gate_up));
     experts.insert(experts.end(), unit.down.begin(), unit.down.end());
     if (experts.empty()) continue;
     groups_.push_back(std::make_unique<ParamGroup>(rank_, GroupKind::expert, std::move(experts),
-                                                   *rank_.expert_data, expert_ranges));
+                                                   replicas_of(rank_, GroupKind::expert),
+                                                   expert_ranges));
   }
 }
 
@@ -216,7 +220,7 @@ void Model::place_head() {
   ParamTensor tensor;
   tensor.canonical = tied_head_tensor(config_);
   tied_head_ = std::make_unique<ParamGroup>(
-      rank_, GroupKind::dense, std::vector{tensor}, dense_replicas(rank_),
+      rank_, GroupKind::dense, std::vector{tensor}, replicas_of(rank_, GroupKind::dense),
       dense_ranges(rank_, BatchLayout(rank_.config)), GroupUse::gradients_only);
   embed_->tie_head(*tied_head_);
   head_gradient_ = {tied_head_.get(), tied_head_->find(TensorRole::lm_head, -1)};

@@ -18,7 +18,11 @@ BatchLayout::BatchLayout(const Config& config) : mesh(make_mesh(config.parallel)
 }
 
 int64_t BatchLayout::first_sequence(int64_t dp_index, int64_t micro_batch) const {
-  if (is_micro_batch_major) return (micro_batch * mesh.dp + dp_index) * micro_batch_sequences;
+  if (is_micro_batch_major) {
+    const int64_t ranks = mesh.dp / mesh.copies, first = dp_index / ranks * ranks;
+    return first * sequences_per_rank +
+           (micro_batch * ranks + dp_index - first) * micro_batch_sequences;
+  }
   return dp_index * sequences_per_rank + micro_batch * micro_batch_sequences;
 }
 

@@ -3,10 +3,10 @@
 // A block is block_tokens consecutive positions of one sequence, numbered sequence-major. With
 // sharding none and zero1 a data rank takes a contiguous run of the global batch's sequences,
 // micro-batch by micro-batch; where gradients travel after every micro-batch
-// (reduces_each_micro_batch) a micro-batch of all data ranks is a contiguous run, so that the
-// owners' forests stay small. With cp > 1 the ranks of a context group share their sequences:
-// 2 cp chunks, of which rank i holds chunks i and 2 cp - 1 - i (zigzag: causal attention costs each
-// rank the same).
+// (reduces_each_micro_batch) a micro-batch of all data ranks that share out one copy is a
+// contiguous run, so that the owners' forests stay small. With cp > 1 the ranks of a context group
+// share their sequences: 2 cp chunks, of which rank i holds chunks i and 2 cp - 1 - i (zigzag:
+// causal attention costs each rank the same).
 #pragma once
 
 #include <cstdint>

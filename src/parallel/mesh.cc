@@ -1,5 +1,7 @@
 #include "src/parallel/mesh.h"
 
+#include <algorithm>
+
 #include "src/base/check.h"
 
 namespace cambium {
@@ -8,6 +10,9 @@ Mesh make_mesh(const ParallelConfig& parallel) {
   Mesh mesh{parallel.pp, parallel.dp, parallel.cp, 1, parallel.ep};
   CHECK_EQ(mesh.stage_ranks() % mesh.ep, 0);
   mesh.edp = mesh.stage_ranks() / mesh.ep;
+  if (parallel.shard_ranks > 0) mesh.copies = mesh.stage_ranks() / parallel.shard_ranks;
+  CHECK_EQ(mesh.dp % mesh.copies, 0);
+  CHECK_EQ(mesh.edp % mesh.copies, 0);
   return mesh;
 }
 
@@ -54,6 +59,23 @@ std::vector<int> expert_group(const Mesh& mesh, const MeshCoordinates& at) {
 
 std::vector<int> expert_data_group(const Mesh& mesh, const MeshCoordinates& at) {
   return strided(at.pp_index * mesh.stage_ranks() + at.ep_index, mesh.edp, mesh.ep);
+}
+
+std::vector<int> shard_group(const Mesh& mesh, const std::vector<int>& replicas, int64_t rank) {
+  const int64_t shards = std::ssize(replicas) / mesh.copies;
+  const auto own = std::ranges::find(replicas, rank) - replicas.begin();
+  const auto first = replicas.begin() + own / shards * shards;
+  return {first, first + shards};
+}
+
+std::vector<int> copy_group(const Mesh& mesh, const std::vector<int>& replicas, int64_t rank) {
+  const int64_t shards = std::ssize(replicas) / mesh.copies;
+  const auto own = std::ranges::find(replicas, rank) - replicas.begin();
+  std::vector<int> ranks;
+  for (int64_t copy = 0; copy < mesh.copies; ++copy) {
+    ranks.push_back(replicas[copy * shards + own % shards]);
+  }
+  return ranks;
 }
 
 }  // namespace cambium

@@ -4,7 +4,9 @@
 //   expert mesh (pp, edp, ep):   rank = (pp_index * edp + edp_index) * ep + ep_index
 //
 // pp is outermost and the most frequent collectives innermost; edp * ep = dp * cp, so an expert
-// group is `ep` neighbours of one pipeline stage, and its data ranks are contiguous.
+// group is `ep` neighbours of one pipeline stage, and its data ranks are contiguous. State is
+// shared out within runs of dp * cp / copies ranks (a node, say), of which each holds a copy of all
+// of it.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +18,7 @@ namespace cambium {
 
 struct Mesh {
   int64_t pp = 1, dp = 1, cp = 1, edp = 1, ep = 1;
+  int64_t copies = 1;  // divides dp and edp
   int64_t ranks() const { return pp * dp * cp; }
   int64_t stage_ranks() const { return dp * cp; }
 };
@@ -36,5 +39,10 @@ std::vector<int> context_group(const Mesh& mesh, const MeshCoordinates& at);    
 std::vector<int> data_group(const Mesh& mesh, const MeshCoordinates& at);         // dp x cp
 std::vector<int> expert_group(const Mesh& mesh, const MeshCoordinates& at);       // ep
 std::vector<int> expert_data_group(const Mesh& mesh, const MeshCoordinates& at);  // edp
+
+// Of a data or expert data group, the ranks that share out the copy of this one's, and those that
+// hold the same shard as this one, by copy.
+std::vector<int> shard_group(const Mesh& mesh, const std::vector<int>& replicas, int64_t rank);
+std::vector<int> copy_group(const Mesh& mesh, const std::vector<int>& replicas, int64_t rank);
 
 }  // namespace cambium

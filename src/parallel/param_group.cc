@@ -55,10 +55,14 @@ bool reduces_each_micro_batch(const Config& config) {
 }
 
 ParamGroup::ParamGroup(Rank& rank, GroupKind kind, std::vector<ParamTensor> tensors,
-                       Communicator& replicas, const ReplicaRanges& ranges, GroupUse use)
+                       ParamReplicas replicas, const ReplicaRanges& ranges, GroupUse use)
     : rank_(rank), kind_(kind), tensors_(std::move(tensors)), replicas_(replicas), use_(use) {
-  shards_ = replicas_.ranks();
-  CHECK_EQ(std::ssize(ranges), shards_);
+  shards_ = replicas_.shard.ranks();
+  if (replicas_.copies != nullptr) {
+    copies_ = replicas_.copies->ranks();
+    copy_ = replicas_.copies->rank();
+  }
+  CHECK_EQ(std::ssize(ranges), shards_ * copies_);
   flushes_each_ = reduces_each_micro_batch(rank.config) && shards_ > 1;
   total_blocks_ = BatchLayout(rank.config).total_blocks;
   for (ParamTensor& tensor : tensors_) {
@@ -69,11 +73,12 @@ ParamGroup::ParamGroup(Rank& rank, GroupKind kind, std::vector<ParamTensor> tens
     padded_ += round_up(tensor.elements, kBlock);
     flags_ += tensor.flags;
   }
-  padded_ = round_up(std::max<int64_t>(padded_, 1), kBlock * shards_);
+  padded_ = round_up(std::max<int64_t>(padded_, 1), kBlock * shards_ * copies_);
   const bool replicated = rank.config.parallel.sharding == Sharding::none;
-  owned_ = pieces_in(shard_first(), shard_first() + shard_elements());
-  optimized_ = replicated ? pieces_in(0, padded_) : owned_;
-  stored_ = is_full() ? owned_ : pieces_in(0, padded_);
+  owned_ = pieces_in(owned_first(), owned_first() + owned_elements());
+  shard_ = pieces_in(shard_first(), shard_first() + shard_elements());
+  optimized_ = replicated ? pieces_in(0, padded_) : shard_;
+  stored_ = is_full() ? shard_ : pieces_in(0, padded_);
   state_first_ = replicated ? 0 : shard_first();
   stored_first_ = is_full() ? shard_first() : 0;
   if (use_ == GroupUse::trained) {
@@ -136,60 +141,80 @@ InOut<Real> ParamGroup::moment(Moment which, int64_t flat_offset, int64_t elemen
 
 // Who holds which nodes when, for the whole of a step: the same every step.
 void ParamGroup::plan_forests(const ReplicaRanges& ranges) {
-  const size_t micro_batches = ranges[replicas_.rank()].size();
-  std::vector<GradForest> forests(static_cast<size_t>(shards_), GradForest(total_blocks_));
-  std::vector<std::vector<NodePlan>> own_plans;
-  slot_count_ = 0;
-  for (size_t micro = 0; micro < micro_batches; ++micro) {
-    std::vector<std::vector<ForestNode>> nodes;
-    for (int64_t replica = 0; replica < shards_; ++replica) {
-      GradForest& forest = forests[replica];
-      if (flushes_each_) forest = GradForest(total_blocks_);
-      std::vector<NodePlan> plans = forest.add(ranges[replica][micro]);
-      nodes.push_back(forest.nodes());
-      if (replica != replicas_.rank()) continue;
-      own_plans.push_back(std::move(plans));
-      slot_count_ = std::max<int64_t>(slot_count_, forest.slots());
+  plan_node_tables(ranges[copy_ * shards_ + replicas_.shard.rank()]);
+  std::vector<std::vector<ForestNode>> held_by_copy;
+  for (int64_t copy = 0; copy < copies_; ++copy) {
+    std::vector<Flush> flushes = plan_copy(std::span(ranges).subspan(copy * shards_, shards_));
+    std::vector<ForestNode>& held = held_by_copy.emplace_back(flushes.back().merges.held);
+    for (size_t i = 0; flushes_each_ && i < held.size(); ++i) {
+      held[i].slot = static_cast<int32_t>(i);
     }
-    if (flushes_each_ || micro + 1 == micro_batches) plan_flush(std::move(nodes));
+    if (copy == copy_) flushes_ = std::move(flushes);
   }
-  upload_node_tables(own_plans);
+  for (const Flush& flush : flushes_) {
+    held_rows_ = std::max<int64_t>(held_rows_, std::ssize(flush.merges.held));
+  }
+  if (copies_ > 1) flushes_.push_back(plan_flush(std::move(held_by_copy), nullptr));
 }
 
-void ParamGroup::plan_flush(std::vector<std::vector<ForestNode>> nodes) {
+// The journeys within one copy.
+std::vector<ParamGroup::Flush> ParamGroup::plan_copy(
+    std::span<const std::vector<std::vector<BlockRange>>> ranges) const {
+  const size_t micro_batches = ranges.front().size();
+  std::vector<GradForest> forests(ranges.size(), GradForest(total_blocks_));
+  std::vector<Flush> flushes;
+  for (size_t micro = 0; micro < micro_batches; ++micro) {
+    std::vector<std::vector<ForestNode>> nodes;
+    for (size_t replica = 0; replica < ranges.size(); ++replica) {
+      GradForest& forest = forests[replica];
+      if (flushes_each_) forest = GradForest(total_blocks_);
+      forest.add(ranges[replica][micro]);
+      nodes.push_back(forest.nodes());
+    }
+    if (!flushes_each_ && micro + 1 < micro_batches) continue;
+    flushes.push_back(plan_flush(std::move(nodes), flushes.empty() ? nullptr : &flushes.back()));
+  }
+  return flushes;
+}
+
+ParamGroup::Flush ParamGroup::plan_flush(std::vector<std::vector<ForestNode>> nodes,
+                                         const Flush* before) const {
   Flush flush;
   std::vector<ForestNode> rows;
-  if (shards_ == 1) {
+  if (nodes.size() == 1) {
     rows = nodes[0];  // they stay in their slots
     flush.rows = slot_count_;
   } else {
-    if (!flushes_.empty()) {
-      for (const ForestNode& node : flushes_.back().merges.held) {
+    if (before != nullptr) {
+      for (const ForestNode& node : before->merges.held) {
         rows.push_back({node.range, static_cast<int32_t>(rows.size())});
       }
     }
     flush.held_before = std::ssize(rows);
     size_t most = 0;
-    for (const auto& replica : nodes) most = std::max(most, replica.size());
+    for (const auto& sender : nodes) most = std::max(most, sender.size());
     for (size_t j = 0; j < most; ++j) {
-      for (const auto& replica : nodes) {
-        if (j >= replica.size()) continue;
-        rows.push_back({replica[j].range, static_cast<int32_t>(rows.size())});
+      for (const auto& sender : nodes) {
+        if (j >= sender.size()) continue;
+        rows.push_back({sender[j].range, static_cast<int32_t>(rows.size())});
       }
     }
     flush.rows = std::ssize(rows);
   }
   flush.merges = plan_merges(total_blocks_, std::move(rows));
-  held_rows_ = std::max<int64_t>(held_rows_, std::ssize(flush.merges.held));
   flush.nodes = std::move(nodes);
-  flushes_.push_back(std::move(flush));
+  return flush;
 }
 
-void ParamGroup::upload_node_tables(const std::vector<std::vector<NodePlan>>& plans) {
+// What weight gradients of this rank's micro-batches do with its slots.
+void ParamGroup::plan_node_tables(const std::vector<std::vector<BlockRange>>& ranges) {
   std::vector<int32_t> table;
+  GradForest forest(total_blocks_);
+  slot_count_ = 0;
   first_node_.push_back(0);
-  for (const auto& micro_batch : plans) {
-    for (const NodePlan& plan : micro_batch) {
+  for (const std::vector<BlockRange>& micro_batch : ranges) {
+    if (flushes_each_) forest = GradForest(total_blocks_);
+    for (const NodePlan& plan : forest.add(micro_batch)) {
       CHECK_LE(std::ssize(plan.folds), kMaxFold);
       std::array<int32_t, kNodeColumns> columns;
       columns.fill(-1);
@@ -200,6 +225,7 @@ void ParamGroup::upload_node_tables(const std::vector<std::vector<NodePlan>>& pl
       std::copy(plan.folds.begin(), plan.folds.end(), columns.begin() + kNodeFirstFold);
       table.insert(table.end(), columns.begin(), columns.end());
     }
+    slot_count_ = std::max<int64_t>(slot_count_, forest.slots());
     first_node_.push_back(std::ssize(table) / kNodeColumns);
   }
   node_tables_ =
@@ -220,7 +246,7 @@ void ParamGroup::prefetch_weights() {
   gathered_ = rank_.arena.allocate(padded_ * dtype_bytes(dtype), MemoryClass::communication,
                                    "gathered weights");
   rank_.comm_waits_for_compute();
-  gathering_ = all_gather({.communicator = replicas_,
+  gathering_ = all_gather({.communicator = replicas_.shard,
                            .stream = rank_.comm,
                            .send = bf16 ? compute_.data() : weights_.data(),
                            .recv = gathered_.data(),
@@ -310,8 +336,10 @@ void ParamGroup::open_slots() {
 
 void ParamGroup::begin_step() {
   if (tied_head_ != nullptr) tied_head_->begin_step();
-  reduced_.reset();
-  full_gradient_.reset();
+  for (Buffer* buffer :
+       {&reduced_, &reduced_flags_, &crossed_, &shard_gradient_, &full_gradient_}) {
+    buffer->reset();
+  }
   gradient_ = nullptr;
   flushed_ = 0;
   target_ = GradTarget{};
@@ -356,14 +384,22 @@ float* ParamGroup::gradient(int64_t flat_offset) const {
 void ParamGroup::reduce_gradients() {
   sum_over_replicas();
   if (tied_head_ != nullptr) add_tied_gradient();
+  if (copies_ > 1 && is_exact()) {
+    shard_gradient_ = gather_gradient(*replicas_.copies, owned_first(), owned_elements());
+    gradient_ = shard_gradient_.f32() - shard_first();
+  }
   // A tied head's shards are not cut where the embedding's are: every rank gets the whole.
   const bool whole =
       use_ == GroupUse::gradients_only || rank_.config.parallel.sharding == Sharding::none;
   const bool is_whole = shards_ == 1 || (!is_exact() && !flushes_each_ &&
                                          rank_.config.parallel.sharding == Sharding::none);
-  if (whole && !is_whole) replicate_gradient();
+  if (whole && !is_whole) {
+    full_gradient_ = gather_gradient(replicas_.shard, shard_first(), shard_elements());
+    gradient_ = full_gradient_.f32();
+  }
 }
 
+// Exact: of what this rank owns. Fast: of its shard, or everything with sharding none.
 void ParamGroup::sum_over_replicas() {
   if (flushes_each_) {
     gradient_ = held_.f32() - shard_first();
@@ -371,16 +407,17 @@ void ParamGroup::sum_over_replicas() {
     reduce_fast_at_end();
   } else if (shards_ > 1) {
     flush_exact(flushes_.front());
-  } else {
-    merge(flushes_.front(), slots_.f32(), present_.as<uint8_t>(), padded_);
+  } else if (copies_ == 1) {
+    merge(flushes_.front(), {slots_.f32(), present_.as<uint8_t>(), padded_}, owned_);
   }
+  if (copies_ > 1) cross_copies();
 }
 
-// The owned pieces of the embedding: its own sum, then the head's.
+// The embedding's own sum, then the head's.
 void ParamGroup::add_tied_gradient() {
   tied_head_->reduce_gradients();
   rank_.compute_waits(rank_.comm.record());
-  for (const ParamPiece& piece : owned_) {
+  for (const ParamPiece& piece : is_exact() ? owned_ : shard_) {
     if (piece.tensor->canonical.role != TensorRole::embed) continue;
     add_values({.sum_N = {gradient(piece.flat_offset()), Shape(piece.elements)},
                 .addend_N = {tied_head_->gradient(piece.first_element), Shape(piece.elements)}},
@@ -388,15 +425,44 @@ void ParamGroup::add_tied_gradient() {
   }
 }
 
-void ParamGroup::replicate_gradient() {
-  full_gradient_ = rank_.arena.allocate(4 * padded_, MemoryClass::gradients, "whole gradient");
+// The parts of `holders`, of which this rank's begins at flat offset `first`.
+Buffer ParamGroup::gather_gradient(Communicator& holders, int64_t first, int64_t elements) {
+  Buffer gathered = rank_.arena.allocate(4 * elements * holders.ranks(), MemoryClass::gradients,
+                                         "gathered gradient");
   rank_.comm_waits_for_compute();
-  all_gather({.communicator = replicas_,
+  all_gather({.communicator = holders,
               .stream = rank_.comm,
-              .send = gradient(shard_first()),
-              .recv = full_gradient_.data(),
-              .count = shard_elements()});
-  gradient_ = full_gradient_.f32();
+              .send = gradient(first),
+              .recv = gathered.data(),
+              .count = elements});
+  return gathered;
+}
+
+// What this copy's ranks summed, over all copies: one sum, or nodes to their owners.
+void ParamGroup::cross_copies() {
+  if (!is_exact()) {
+    rank_.comm_waits_for_compute();
+    all_reduce({.communicator = *replicas_.copies,
+                .stream = rank_.comm,
+                .send = gradient(shard_first()),
+                .recv = gradient(shard_first()),
+                .count = shard_elements()});
+    return;
+  }
+  NodeRows from{slots_.f32(), present_.as<uint8_t>(), padded_};
+  if (shards_ > 1) {
+    const Buffer& rows = flushes_each_ ? held_ : reduced_;
+    const Buffer& flags = flushes_each_ ? held_flags_ : reduced_flags_;
+    from = {rows.f32() - shard_first(), flags.as<uint8_t>(), shard_elements()};
+  }
+  const Flush& flush = flushes_.back();
+  Arena& arena = rank_.arena;
+  crossed_ = arena.allocate(4 * owned_elements() * flush.rows, MemoryClass::communication,
+                            "gradient nodes of copies");
+  const Buffer flags = arena.allocate(flags_ * flush.rows, MemoryClass::communication, "presence");
+  const NodeRows rows{crossed_.f32() - owned_first(), flags.as<uint8_t>(), owned_elements()};
+  receive_nodes(*replicas_.copies, flush, from, shard_first(), rows);
+  merge(flush, rows, owned_);
 }
 
 void ParamGroup::reduce_fast_at_end() {
@@ -405,7 +471,7 @@ void ParamGroup::reduce_fast_at_end() {
   if (shards_ == 1) return;
   rank_.comm_waits_for_compute();
   if (rank_.config.parallel.sharding == Sharding::none) {
-    all_reduce({.communicator = replicas_,
+    all_reduce({.communicator = replicas_.shard,
                 .stream = rank_.comm,
                 .send = slots_.data(),
                 .recv = slots_.data(),
@@ -414,7 +480,7 @@ void ParamGroup::reduce_fast_at_end() {
   }
   reduced_ = rank_.arena.allocate(4 * shard_elements(), MemoryClass::communication,
                                   "reduced gradient shard");
-  reduce_scatter({.communicator = replicas_,
+  reduce_scatter({.communicator = replicas_.shard,
                   .stream = rank_.comm,
                   .send = slots_.data(),
                   .recv = reduced_.data(),
@@ -427,7 +493,7 @@ void ParamGroup::flush_fast() {
   const int64_t shard = shard_elements(), row = flushed_ == 0 ? 0 : 1;
   zero_unwritten();
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(reduce_scatter({.communicator = replicas_,
+  rank_.compute_waits(reduce_scatter({.communicator = replicas_.shard,
                                       .stream = rank_.comm,
                                       .send = slots_.data(),
                                       .recv = held_.f32() + row * shard,
@@ -442,14 +508,14 @@ void ParamGroup::flush_fast() {
              rank_.ops);
 }
 
-// Nodes, not sums, travel: the owner of a shard receives every replica's nodes of it, merges what
-// it can and, when nothing more comes, finishes the canonical tree.
+// Nodes, not sums, travel: the owner of a shard receives every rank's nodes of it, merges what it
+// can and, when nothing more comes, finishes the canonical tree.
 void ParamGroup::flush_exact(const Flush& flush) {
   const int64_t shard = shard_elements();
   Arena& arena = rank_.arena;
   Buffer rows =
       arena.allocate(4 * shard * flush.rows, MemoryClass::communication, "received gradient nodes");
-  const Buffer flags = arena.allocate(flags_ * flush.rows, MemoryClass::communication, "presence");
+  Buffer flags = arena.allocate(flags_ * flush.rows, MemoryClass::communication, "presence");
   const auto copy = [&](const Buffer& from, const Buffer& to, int64_t bytes, int64_t from_row,
                         int64_t to_row) {
     copy_bytes({.from_N = {from.as<uint8_t>() + from_row * bytes, Shape(bytes)},
@@ -460,10 +526,12 @@ void ParamGroup::flush_exact(const Flush& flush) {
     copy(held_, rows, 4 * shard, row, row);
     copy(held_flags_, flags, flags_, row, row);
   }
-  receive_nodes(flush, rows, flags);
-  merge(flush, rows.f32() - shard_first(), flags.as<uint8_t>(), shard);
+  const NodeRows merged{rows.f32() - shard_first(), flags.as<uint8_t>(), shard};
+  receive_nodes(replicas_.shard, flush, {slots_.f32(), present_.as<uint8_t>(), padded_}, 0, merged);
+  merge(flush, merged, shard_);
   if (!flushes_each_) {
     reduced_ = std::move(rows);
+    reduced_flags_ = std::move(flags);
     return;
   }
   for (size_t i = 0; i < flush.merges.held.size(); ++i) {
@@ -473,38 +541,40 @@ void ParamGroup::flush_exact(const Flush& flush) {
   }
 }
 
-void ParamGroup::receive_nodes(const Flush& flush, const Buffer& rows, const Buffer& flags) {
-  const int64_t shard = shard_elements();
-  const std::vector<ForestNode>& mine = flush.nodes[replicas_.rank()];
+// Every sender's nodes from flat offset `first` on, a part to each.
+void ParamGroup::receive_nodes(Communicator& senders, const Flush& flush, const NodeRows& from,
+                               int64_t first, const NodeRows& rows) {
+  const int64_t part = rows.stride, ranks = senders.ranks();
+  const std::vector<ForestNode>& mine = flush.nodes[senders.rank()];
   size_t most = 0;
   for (const auto& nodes : flush.nodes) most = std::max(most, nodes.size());
-  const Buffer gathered = rank_.arena.allocate(flags_ * shards_ * static_cast<int64_t>(most),
+  const Buffer gathered = rank_.arena.allocate(flags_ * ranks * static_cast<int64_t>(most),
                                                MemoryClass::communication, "gathered presence");
   rank_.comm_waits_for_compute();
   int64_t row = flush.held_before;
   std::vector<int64_t> flag_sources;
   for (size_t j = 0; j < most; ++j) {
-    std::vector<int64_t> send_counts(shards_, 0), recv_counts(shards_, 0);
+    std::vector<int64_t> send_counts(ranks, 0), recv_counts(ranks, 0);
     const int64_t slot = j < mine.size() ? mine[j].slot : 0;
-    if (j < mine.size()) std::fill(send_counts.begin(), send_counts.end(), shard);
-    float* recv = rows.f32() + row * shard;
-    for (int64_t r = 0; r < shards_; ++r) {
+    if (j < mine.size()) std::fill(send_counts.begin(), send_counts.end(), part);
+    float* recv = rows.data + first + part * senders.rank() + row * part;
+    for (int64_t r = 0; r < ranks; ++r) {
       if (j >= flush.nodes[r].size()) continue;
-      recv_counts[r] = shard;
+      recv_counts[r] = part;
       ++row;
-      flag_sources.push_back((static_cast<int64_t>(j) * shards_ + r) * flags_);
+      flag_sources.push_back((static_cast<int64_t>(j) * ranks + r) * flags_);
     }
-    all_to_all_v({.communicator = replicas_,
+    all_to_all_v({.communicator = senders,
                   .stream = rank_.comm,
-                  .send = slots_.f32() + slot * padded_,
+                  .send = from.data + first + slot * from.stride,
                   .recv = recv,
                   .send_counts = send_counts,
                   .recv_counts = recv_counts});
     rank_.compute_waits(
-        all_gather({.communicator = replicas_,
+        all_gather({.communicator = senders,
                     .stream = rank_.comm,
-                    .send = present_.as<uint8_t>() + slot * flags_,
-                    .recv = gathered.as<uint8_t>() + static_cast<int64_t>(j) * shards_ * flags_,
+                    .send = from.flags + slot * flags_,
+                    .recv = gathered.as<uint8_t>() + static_cast<int64_t>(j) * ranks * flags_,
                     .count = flags_,
                     .dtype = DType::u8}));
   }
@@ -512,21 +582,21 @@ void ParamGroup::receive_nodes(const Flush& flush, const Buffer& rows, const Buf
   for (size_t i = 0; i < flag_sources.size(); ++i) {
     const int64_t to = flush.held_before + static_cast<int64_t>(i);
     copy_bytes({.from_N = {gathered.as<uint8_t>() + flag_sources[i], Shape(flags_)},
-                .to_N = {flags.as<uint8_t>() + to * flags_, Shape(flags_)}},
+                .to_N = {rows.flags + to * flags_, Shape(flags_)}},
                rank_.ops);
   }
 }
 
-// `data` is the address of flat offset 0 in row 0; rows are `stride` apart. After the last flush
-// the root's row becomes the gradient: zeros where nothing is present.
-void ParamGroup::merge(const Flush& flush, float* data, uint8_t* flags, int64_t stride) {
+// After the last flush the root's row becomes the gradient: zeros where nothing is present.
+void ParamGroup::merge(const Flush& flush, const NodeRows& rows,
+                       const std::vector<ParamPiece>& pieces) {
   const bool is_last = &flush == &flushes_.back();
   const int64_t root = is_last ? flush.merges.root(total_blocks_) : 0;
-  for (const ParamPiece& piece : owned_) {
+  for (const ParamPiece& piece : pieces) {
     for (const FlagRun& run : flag_runs(piece)) {
-      const InOut<float> slots(data + piece.tensor->offset + run.first_element,
-                               Shape(flush.rows, run.groups, run.group_elements), stride);
-      const InOut<uint8_t> present(flags + piece.tensor->first_flag + run.first_flag,
+      const InOut<float> slots(rows.data + piece.tensor->offset + run.first_element,
+                               Shape(flush.rows, run.groups, run.group_elements), rows.stride);
+      const InOut<uint8_t> present(rows.flags + piece.tensor->first_flag + run.first_flag,
                                    Shape(flush.rows, run.groups), flags_);
       for (const MergeStep& step : flush.merges.steps) {
         grad_merge({.slots_SGN = slots,
@@ -538,16 +608,16 @@ void ParamGroup::merge(const Flush& flush, float* data, uint8_t* flags, int64_t 
                    rank_.ops);
       }
       if (!is_last) continue;
-      grad_finish(
-          {.slots_SGN = slots,
-           .present_SG = present,
-           .gradient_GN = {slots.pointer() + root * stride, Shape(run.groups, run.group_elements)},
-           .group_stride = run.group_elements,
-           .slot = root},
-          rank_.ops);
+      grad_finish({.slots_SGN = slots,
+                   .present_SG = present,
+                   .gradient_GN = {slots.pointer() + root * rows.stride,
+                                   Shape(run.groups, run.group_elements)},
+                   .group_stride = run.group_elements,
+                   .slot = root},
+                  rank_.ops);
     }
   }
-  if (is_last) gradient_ = data + root * stride;
+  if (is_last) gradient_ = rows.data + root * rows.stride;
 }
 
 void ParamGroup::scale_gradient(float factor) {
@@ -568,7 +638,7 @@ void ParamGroup::gather_weights() {
   const Sharding sharding = rank_.config.parallel.sharding;
   if (shards_ > 1 && (sharding == Sharding::zero1 || sharding == Sharding::zero2)) {
     rank_.comm_waits_for_compute();
-    rank_.compute_waits(all_gather({.communicator = replicas_,
+    rank_.compute_waits(all_gather({.communicator = replicas_.shard,
                                     .stream = rank_.comm,
                                     .send = weights_.f32() + shard_first(),
                                     .recv = weights_.data(),

@@ -6,6 +6,12 @@
 // fp32 buffer, each at an offset that is a multiple of 4,096 elements, so shards cut on blocks and
 // one contiguous range of the buffer is a shard.
 //
+// With parallel.shard_ranks the replicas are several copies: runs of ranks, each of which shares
+// out all of the state. Gradients are summed within a copy first, so that between copies (nodes)
+// each rank moves its shard alone, once a step; every copy then updates its shards, to the same
+// bits. The holders of one shard split it further into what each owns: what it sums, counts and
+// saves.
+//
 // Gradients: in exact mode a GradForest of slots, each as large as the buffer, with presence flags
 // (one per tensor; the embedding has one per token id); in fast mode slot 0 accumulates. They
 // travel to the shards' owners once a step (none, zero1), or after every micro-batch, whose slots
@@ -13,6 +19,7 @@
 // Weights: with `full` only the shard stays, and whole weights exist while they are held.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -43,6 +50,13 @@ struct ParamPiece {
 
 enum class GroupKind { dense, expert };
 
+// The ranks that share out this rank's copy of a group, and the holders of its shard; null: it
+// alone.
+struct ParamReplicas {
+  Communicator& shard;
+  Communicator* copies = nullptr;
+};
+
 // What a group holds: weights, gradients and AdamW state, or gradients alone.
 enum class GroupUse { trained, gradients_only };
 
@@ -51,10 +65,10 @@ bool reduces_each_micro_batch(const Config& config);
 
 class ParamGroup {
  public:
-  // `replicas` are the ranks that hold this group. ranges[replica][micro_batch] are the canonical
-  // blocks whose tokens reach these parameters on that replica, as they arrive (BatchLayout).
+  // ranges[replica][micro_batch] are the canonical blocks whose tokens reach these parameters on
+  // that replica, as they arrive (BatchLayout); replicas come copy by copy.
   using ReplicaRanges = std::vector<std::vector<std::vector<BlockRange>>>;
-  ParamGroup(Rank& rank, GroupKind kind, std::vector<ParamTensor> tensors, Communicator& replicas,
+  ParamGroup(Rank& rank, GroupKind kind, std::vector<ParamTensor> tensors, ParamReplicas replicas,
              const ReplicaRanges& ranges, GroupUse use = GroupUse::trained);
 
   // The vocabulary head uses this group's embedding. `head` sums its gradients apart, in a tree of
@@ -93,10 +107,12 @@ class ParamGroup {
   void reduce_gradients();
 
   const std::vector<ParamTensor>& tensors() const { return tensors_; }
-  int64_t shard_elements() const { return padded_ / shards_; }
-  int64_t shard_first() const { return shard_elements() * replicas_.rank(); }
-  // Pieces this rank owns (norms, digests, checkpoints), pieces it optimizes (the same, or all with
-  // sharding none), and pieces whose fp32 weights it stores (all, or its own with full).
+  // The flat range of what this rank owns.
+  int64_t owned_elements() const { return shard_elements() / copies_; }
+  int64_t owned_first() const { return shard_first() + owned_elements() * copy_; }
+  // Pieces this rank owns (norms, digests, checkpoints), pieces it optimizes (those of its shard,
+  // or all with sharding none), and pieces whose fp32 weights it stores (all, or its shard's with
+  // full).
   const std::vector<ParamPiece>& owned_pieces() const { return owned_; }
   const std::vector<ParamPiece>& optimized_pieces() const { return optimized_; }
   const std::vector<ParamPiece>& stored_pieces() const { return stored_; }
@@ -128,15 +144,24 @@ class ParamGroup {
   void refresh_compute_copy();
 
  private:
-  // One journey of nodes to the owners of their shards: rows are those held there, then arrivals.
+  // One journey of nodes to the owners of their parts: rows are those held there, then arrivals.
   struct Flush {
-    std::vector<std::vector<ForestNode>> nodes;  // by replica; slots are the sender's
+    std::vector<std::vector<ForestNode>> nodes;  // by sender; slots are the sender's
     MergePlan merges;                            // of rows
     int64_t rows = 0, held_before = 0;
   };
+  // Rows of nodes: the address of flat offset 0 in row 0, and the rows' distance.
+  struct NodeRows {
+    float* data = nullptr;
+    uint8_t* flags = nullptr;
+    int64_t stride = 0;
+  };
+  int64_t shard_elements() const { return padded_ / shards_; }
+  int64_t shard_first() const { return shard_elements() * replicas_.shard.rank(); }
   void plan_forests(const ReplicaRanges& ranges);
-  void plan_flush(std::vector<std::vector<ForestNode>> nodes);
-  void upload_node_tables(const std::vector<std::vector<NodePlan>>& plans);
+  std::vector<Flush> plan_copy(std::span<const std::vector<std::vector<BlockRange>>> ranges) const;
+  Flush plan_flush(std::vector<std::vector<ForestNode>> nodes, const Flush* before) const;
+  void plan_node_tables(const std::vector<std::vector<BlockRange>>& ranges);
   std::vector<ParamPiece> pieces_in(int64_t first, int64_t end) const;
   void upload_block_table();
   void allocate_state();
@@ -146,33 +171,37 @@ class ParamGroup {
   void zero_unwritten();
   void flush_exact(const Flush& flush);
   void flush_fast();
-  void receive_nodes(const Flush& flush, const Buffer& rows, const Buffer& flags);
+  void cross_copies();
+  void receive_nodes(Communicator& senders, const Flush& flush, const NodeRows& from, int64_t first,
+                     const NodeRows& rows);
   void reduce_fast_at_end();
-  void replicate_gradient();
-  void merge(const Flush& flush, float* data, uint8_t* flags, int64_t stride);
+  Buffer gather_gradient(Communicator& holders, int64_t first, int64_t elements);
+  void merge(const Flush& flush, const NodeRows& rows, const std::vector<ParamPiece>& pieces);
   bool is_exact() const { return rank_.config.numerics.reduction == ReductionMode::exact; }
   bool is_full() const { return rank_.config.parallel.sharding == Sharding::full && shards_ > 1; }
 
   Rank& rank_;
   GroupKind kind_;
   std::vector<ParamTensor> tensors_;
-  Communicator& replicas_;
+  ParamReplicas replicas_;
   GroupUse use_;
   ParamGroup* tied_head_ = nullptr;
   bool flushes_each_ = false;
-  int64_t shards_ = 1;
+  int64_t shards_ = 1, copies_ = 1, copy_ = 0;
   int64_t padded_ = 0;
   int64_t flags_ = 0;
   int64_t state_first_ = 0, stored_first_ = 0;
-  std::vector<ParamPiece> owned_, optimized_, stored_;
+  std::vector<ParamPiece> owned_, shard_, optimized_, stored_;
   Buffer weights_, compute_, gathered_, moments_[2], block_table_;
   Ticket gathering_;
   int64_t holders_ = 0;
-  // Gradients: this rank's slots, nodes on their way, the shard's held rows, the whole gradient.
-  Buffer slots_, present_, reduced_, held_, held_flags_, full_gradient_, node_tables_;
+  // Gradients: this rank's slots, nodes on their way and those between copies, the shard's held
+  // rows, the shard's and the whole gradient.
+  Buffer slots_, present_, reduced_, reduced_flags_, crossed_, held_, held_flags_;
+  Buffer shard_gradient_, full_gradient_, node_tables_;
   int64_t slot_count_ = 1, held_rows_ = 0, total_blocks_ = 0;
-  size_t flushed_ = 0;  // this step
-  std::vector<Flush> flushes_;
+  size_t flushed_ = 0;          // this step
+  std::vector<Flush> flushes_;  // within this copy; then the one between copies, where there are
   std::vector<int64_t> first_node_;  // by micro-batch, and the end
   float* gradient_ = nullptr;        // the address of flat offset 0
   GradTarget target_;                // exact mode

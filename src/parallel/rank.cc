@@ -69,7 +69,18 @@ Rank::Rank(const Config& run_config, RankEnvironment& rank_environment)
   context = environment.make_communicator("context", context_group(mesh, at));
   data = environment.make_communicator("data", data_group(mesh, at));
   expert = environment.make_communicator("expert", expert_group(mesh, at));
-  expert_data = environment.make_communicator("expert_data", expert_data_group(mesh, at));
+  const std::vector<int> data_ranks = data_group(mesh, at);
+  const std::vector<int> expert_ranks = expert_data_group(mesh, at);
+  expert_data = environment.make_communicator("expert_data", expert_ranks);
+  if (mesh.copies > 1) {
+    const auto make = [&](const char* name, const std::vector<int>& ranks) {
+      return environment.make_communicator(name, ranks);
+    };
+    data_shard = make("data_shard", shard_group(mesh, data_ranks, at.rank));
+    data_copies = make("data_copies", copy_group(mesh, data_ranks, at.rank));
+    expert_shard = make("expert_shard", shard_group(mesh, expert_ranks, at.rank));
+    expert_copies = make("expert_copies", copy_group(mesh, expert_ranks, at.rank));
+  }
   ops.backend = run_config.run.device == DeviceKind::cuda ? Backend::cuda : Backend::reference;
   ops.charge = environment.shape_only();
   if (ops.charge != nullptr) ops.backend = Backend::shape_only;

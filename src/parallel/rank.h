@@ -56,9 +56,12 @@ class Rank {
   std::unique_ptr<Communicator> data;         // dp x cp ranks of this pipeline stage
   std::unique_ptr<Communicator> expert;       // ep
   std::unique_ptr<Communicator> expert_data;  // edp
-  std::map<std::string, OpTotals> totals;     // by op, since construction
-  OpContext ops;                              // on `compute`
-  int64_t step = 0;                           // 1-based while a step runs
+  // Of `data` and `expert_data`: the ranks that share out one copy of the state, and the holders of
+  // the same shard. Absent where there is one copy.
+  std::unique_ptr<Communicator> data_shard, data_copies, expert_shard, expert_copies;
+  std::map<std::string, OpTotals> totals;  // by op, since construction
+  OpContext ops;                           // on `compute`
+  int64_t step = 0;                        // 1-based while a step runs
 
   bool is_first() const { return at.rank == 0; }
   // Nothing is computed: what was downloaded has no values.

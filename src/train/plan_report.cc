@@ -45,10 +45,13 @@ int64_t ShapeOnlySequences::target_count(int64_t) const {
 
 void count_calls(const Rank& rank, RankPlan& plan) {
   plan.ops = rank.totals;
-  const Communicator* const communicators[] = {rank.world.get(),   rank.pipeline.get(),
-                                               rank.context.get(), rank.data.get(),
-                                               rank.expert.get(),  rank.expert_data.get()};
+  const Communicator* const communicators[] = {rank.world.get(),        rank.pipeline.get(),
+                                               rank.context.get(),      rank.data.get(),
+                                               rank.expert.get(),       rank.expert_data.get(),
+                                               rank.data_shard.get(),   rank.data_copies.get(),
+                                               rank.expert_shard.get(), rank.expert_copies.get()};
   for (const Communicator* communicator : communicators) {
+    if (communicator == nullptr) continue;
     for (int kind = 0; kind < kCollectiveKinds; ++kind) {
       const auto of = static_cast<CollectiveKind>(kind);
       const CommTotals& totals = communicator->totals(of);

@@ -19,6 +19,7 @@ std::string layout_text(const Config& config) {
   const ParallelConfig& p = config.parallel;
   std::string text = fmt::format("pp {}, dp {}, cp {}, ep {}, sharding {}", p.pp, p.dp, p.cp, p.ep,
                                  choice_name(p.sharding));
+  if (p.shard_ranks > 0) text += fmt::format(" over {}", p.shard_ranks);
   if (p.pp > 1) text += fmt::format(", schedule {}", choice_name(p.schedule));
   return text;
 }

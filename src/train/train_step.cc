@@ -188,7 +188,7 @@ void TrainStep::compute_norm() {
   const int64_t blocks = model_.first_norm_block().back();
   rank_.zero(norm_partial_);
   for (const auto& group : model_.groups()) {
-    const int64_t first = group->shard_first(), elements = group->shard_elements();
+    const int64_t first = group->owned_first(), elements = group->owned_elements();
     square_sum({.grad_N = {group->gradient(first), Shape(elements)},
                 .table = group->block_table(first, elements),
                 .partial_M = {norm_partial_.f32(), Shape(blocks)}},
