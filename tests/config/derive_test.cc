@@ -28,6 +28,15 @@ const RuleRow kRules[] = {
      "parallel.ep = 3 does not divide model.experts = 4; nearest: 2 or 4"},
     {{"parallel.dp=2", "parallel.ep=4"},
      "parallel.ep = 4 does not divide parallel.dp * parallel.cp = 2; nearest: 2"},
+    {{"parallel.dp=4", "parallel.shard_ranks=3"},
+     "parallel.shard_ranks = 3 is no divisor of parallel.dp * parallel.cp = 4 that is a multiple of "
+     "parallel.cp = 1 and parallel.ep = 1; nearest: 2 or 4"},
+    {{"parallel.dp=8", "parallel.ep=4", "parallel.shard_ranks=2"},
+     "parallel.shard_ranks = 2 is no divisor of parallel.dp * parallel.cp = 8 that is a multiple of "
+     "parallel.cp = 1 and parallel.ep = 4; nearest: 4"},
+    {{"parallel.dp=4", "parallel.shard_ranks=2", "parallel.sharding=none"},
+     "parallel.shard_ranks = 2 with parallel.sharding = none, which shares out nothing; nearest "
+     "supported: parallel.sharding = zero1, or no parallel.shard_ranks"},
     {{"parallel.ep=8"}, "parallel.ep = 8 does not divide model.experts = 4; nearest: 4"},
     {{"parallel.dp=3"},
      "parallel.dp = 3 does not divide train.global_batch_sequences = 8; nearest: 2 or 4"},

@@ -66,16 +66,18 @@ const RunTrace& one_rank() {
 }
 
 // No rank computes what another did: FLOPs of all ranks are one rank's. `clip_scale` folds a small
-// table on every rank; with sharding none all ranks optimize everything.
-void expect_same_work(const RunTrace& run, const std::string& what) {
+// table on every rank; with sharding none all ranks optimize everything, else each of the copies
+// is.
+void expect_same_work(const RunTrace& run, const std::string& what, int64_t copies = 1) {
   for (const auto& [op, want] : one_rank().ranks[0].ops) {
     if (op == "clip_scale") continue;
+    const int64_t times = op == "adamw" ? copies : 1;
     int64_t flops = 0;
     for (const RankUse& rank : run.ranks) {
       const auto found = rank.ops.find(op);
       if (found != rank.ops.end()) flops += found->second.flops;
     }
-    EXPECT_EQ(flops, want.flops) << op << ", " << what;
+    EXPECT_EQ(flops, times * want.flops) << op << ", " << what;
   }
 }
 
@@ -83,13 +85,53 @@ void expect_bits_of_one_rank(std::span<const TestLayout> layouts) {
   for (const TestLayout& layout : layouts) {
     const RunTrace run = run_trace(with_layout(deep_config(), layout), kTableSteps, layout.workers);
     expect_same_bits(run, one_rank(), layout_name(layout));
-    if (layout.sharding != Sharding::none) expect_same_work(run, layout_name(layout));
+    if (layout.sharding == Sharding::none) continue;
+    const int64_t copies = layout.shard_ranks == 0 ? 1 : layout.dp * layout.cp / layout.shard_ranks;
+    expect_same_work(run, layout_name(layout), copies);
   }
 }
 
 TEST(LayoutTable, PipelinesHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kPipelines); }
 TEST(LayoutTable, SharedSequencesHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kContexts); }
 TEST(LayoutTable, FourDimensionsHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kFourDimensions); }
+
+// Sharding within runs of ranks, the last field, and copies of the state over the runs (HSDP).
+constexpr TestLayout kCopies[] = {
+    {4, 2, 2, kZero1, 1, 1, 1, kOneF, 2}, {4, 1, 1, kZero2, 1, 1, 1, kOneF, 2},
+    {4, 2, 1, kFull, 2, 1, 1, kOneF, 2},  {8, 2, 1, kFull, 2, 1, 1, kOneF, 4},
+    {8, 4, 1, kZero2, 1, 1, 1, kOneF, 4}, {4, 2, 1, kZero1, 1, 2, 1, kZbH1, 2},
+    {4, 2, 1, kFull, 1, 1, 2, kOneF, 4},  {4, 4, 1, kZero2, 1, 2, 2, kDual, 4},
+    {2, 1, 2, kZero1, 1, 3, 2, kZbV, 2},  {4, 1, 2, kZero1, 1, 1, 1, kOneF, 1},
+    {4, 1, 1, kFull, 1, 1, 1, kOneF, 1},  {8, 8, 1, kFull, 2, 4, 2, kDual, 8},
+};
+TEST(LayoutTable, CopiesOfShardedStateHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kCopies); }
+
+TEST(LayoutTable, CopiesOfShardedStateServeATiedHead) {
+  Config config = deep_config();
+  config.model.tie_embeddings = true;
+  const RunTrace one = run_trace(with_layout(config, {}), kTableSteps);
+  for (const TestLayout& layout : {kCopies[0], kCopies[1], kCopies[2]}) {
+    expect_same_bits(run_trace(with_layout(config, layout), kTableSteps), one, layout_name(layout));
+  }
+}
+
+// Weights are gathered within a copy alone: by two ranks half of them each, not by four a quarter.
+// Between copies a rank's shard of each group's gradients travels, once a step.
+TEST(LayoutTable, CopiesOfShardedStateMoveTheDesignsBytes) {
+  const auto uses = [](int64_t shard_ranks) {
+    Config config = with_layout(deep_config(), {4, 2, 1, kFull, 1, 1, 1, kOneF, shard_ranks});
+    config.numerics.reduction = ReductionMode::fast;
+    return run_trace(config, 1).ranks;
+  };
+  const std::vector<RankUse> two = uses(2), one = uses(0);
+  for (size_t i = 0; i < two.size(); ++i) {
+    EXPECT_EQ(3 * two[i].shard_gather.sent_bytes, 2 * one[i].data_gather.sent_bytes);
+    EXPECT_EQ(two[i].data_gather.sent_bytes, 0);
+    EXPECT_EQ(two[i].copies_reduce.calls, 8);  // embedding, head and six layers
+    EXPECT_GT(two[i].weight_bytes, one[i].weight_bytes);
+    EXPECT_LE(two[i].optimizer_bytes, 2 * one[i].optimizer_bytes);
+  }
+}
 
 struct PipelineShape {
   int64_t pp;
@@ -175,7 +217,7 @@ TEST(LayoutTable, FastModeRepeatsItselfAndStaysClose) {
   config.numerics.reduction = ReductionMode::fast;
   for (const TestLayout& layout :
        {TestLayout{2, 4, 1, kFull, 1, 2, 2, kDual}, TestLayout{2, 2, 1, kZero2, 1, 2, 1, kZbH1},
-        TestLayout{2, 1, 2, kNone, 1, 1, 2, kOneF}}) {
+        TestLayout{2, 1, 2, kNone, 1, 1, 2, kOneF}, kCopies[0], kCopies[1], kCopies[7]}) {
     const Config fast = with_layout(config, layout);
     const RunTrace run = run_trace(fast, kTableSteps);
     expect_same_bits(run_trace(fast, kTableSteps, 4, 9), run, layout_name(layout));
