@@ -17,6 +17,8 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxPer = 4;        // vectors of a half that a lane may hold
 constexpr int kPlainTokens = 16;  // tokens of a backward block without a norm
+constexpr int kStages = 4;        // tokens in shared memory: the one worked on and the next
+constexpr int kStageVectors = 4;  // a lane's: both halves of d_out and of x
 
 struct HeadShape {
   int heads = 0;    // of queries, or of keys
@@ -176,15 +178,21 @@ __global__ void __launch_bounds__(max_threads(kPer)) qk_norm_rope_kernel(const R
   }
 }
 
-// What a lane reads of one token in the backward pass, as stored.
+// Whether a token's rows wait in shared memory instead of in registers, which two blocks of a
+// multiprocessor then share: where a lane holds one vector of a half.
+template <int kVec, int kPer>
+inline constexpr bool kIsQueued = kVec > 1 && kPer == 1;
+
+// What a lane reads of one token in the backward pass, the rows as stored.
 template <class T, int kVec, int kPer>
 struct HeadLoads {
   Packed<T, kVec> d_out[kPer][2], x[kPer][2];
 };
 
-template <class T, int kVec, int kPer, QkNormKind kKind>
-__device__ __forceinline__ void load_head(const HeadBackward<T>& h, const Lane& place, int Q,
-                                          int lanes, int64_t t, HeadLoads<T, kVec, kPer>& loads) {
+// Calls body(vectors, row) of d_out and, with a norm, of x for each vector that this lane has.
+template <class T, int kVec, int kPer, QkNormKind kKind, class Body>
+__device__ __forceinline__ void each_vector(const HeadBackward<T>& h, const Lane& place, int Q,
+                                            int lanes, int64_t t, Body&& body) {
   const int own_head = place.head - h.shape.first;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
@@ -193,12 +201,60 @@ __device__ __forceinline__ void load_head(const HeadBackward<T>& h, const Lane& 
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int64_t at = own_head * Q + part * (Q / 2) + column;
-      loads.d_out[i][part] = load_packed<T, kVec>(h.d_out.row(t) + at);
-      if constexpr (kKind != QkNormKind::none) {
-        loads.x[i][part] = load_packed<T, kVec>(h.x.row(t) + at);
-      }
+      body(i, part, h.d_out.row(t) + at, kKind == QkNormKind::none ? nullptr : h.x.row(t) + at);
     }
   }
+}
+
+template <class T, int kVec, int kPer, QkNormKind kKind>
+__device__ __forceinline__ void load_head(const HeadBackward<T>& h, const Lane& place, int Q,
+                                          int lanes, int64_t t, HeadLoads<T, kVec, kPer>& loads) {
+  each_vector<T, kVec, kPer, kKind>(h, place, Q, lanes, t,
+                                    [&](int i, int part, const T* d_out, const T* x) {
+                                      loads.d_out[i][part] = load_packed<T, kVec>(d_out);
+                                      if (x != nullptr) loads.x[i][part] = load_packed<T, kVec>(x);
+                                    });
+}
+
+// The same by way of `stage`, this thread's place: each thread reads what it copied itself, so no
+// barrier is needed. One group a call, empty past the last token.
+template <class T, int kVec, QkNormKind kKind>
+__device__ __forceinline__ void start_head(const HeadBackward<T>& h, const Lane& place, int Q,
+                                           int lanes, int64_t t, int64_t end, uint4* stage) {
+  const int threads = blockDim.x;
+  if (t < end) {
+    each_vector<T, kVec, 1, kKind>(h, place, Q, lanes, t,
+                                   [&](int, int part, const T* d_out, const T* x) {
+                                     copy_async(stage + part * threads, d_out);
+                                     if (x != nullptr) copy_async(stage + (2 + part) * threads, x);
+                                   });
+  }
+  end_copy_group();
+}
+template <class T, int kVec>
+__device__ __forceinline__ void finish_head(const uint4* stage, HeadLoads<T, kVec, 1>& loads) {
+  const int threads = blockDim.x;
+  wait_copy_groups<kStages - 1>();
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    *reinterpret_cast<uint4*>(&loads.d_out[0][part]) = stage[part * threads];
+    *reinterpret_cast<uint4*>(&loads.x[0][part]) = stage[(2 + part) * threads];
+  }
+}
+
+// A token's scalars, read a token ahead.
+struct HeadScalars {
+  int64_t angle = 0;
+  float rstd = 1.0f;
+};
+template <QkNormKind kKind, class T>
+__device__ __forceinline__ HeadScalars load_scalars(const RopeBackward<T>& a,
+                                                    const HeadBackward<T>& h, const Lane& place,
+                                                    int64_t t) {
+  HeadScalars scalars{a.angles.row_of(t)};
+  if (kKind == QkNormKind::none || !place.is_there) return scalars;
+  scalars.rstd = h.rstd.row(t)[kKind == QkNormKind::per_head ? place.head - h.shape.first : 0];
+  return scalars;
 }
 
 // d_n = the rows of d_out turned back by the token's angle, both halves of vector `i`.
@@ -220,17 +276,18 @@ __device__ __forceinline__ void turn_back(const Angles<T>& angles, int64_t angle
 template <class T, int kVec, int kPer, QkNormKind kKind>
 __device__ __forceinline__ void backward_token(const RopeBackward<T>& a, const HeadBackward<T>& h,
                                                const Lane& place, int64_t t,
+                                               const HeadScalars& scalars,
                                                const HeadLoads<T, kVec, kPer>& loads,
                                                const Packed<T, kVec> (&gains)[kPer][2],
                                                float (&d_gain)[kPer][2][kVec], float* shared) {
   const int own_head = place.head - h.shape.first, half = a.Q / 2;
-  const int64_t angle = a.angles.row_of(t);
-  float d_n[kPer][2][kVec], gain[kVec], x[kVec], along = 0, rstd = 1, mean = 0;
+  const float rstd = scalars.rstd;
+  float d_n[kPer][2][kVec], gain[kVec], x[kVec], along = 0, mean = 0;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int column = place.column<kVec>(i, a.lanes);
     if (column >= half) continue;
-    turn_back<T, kVec>(a.angles, angle, column, loads.d_out[i], d_n[i]);
+    turn_back<T, kVec>(a.angles, scalars.angle, column, loads.d_out[i], d_n[i]);
     if constexpr (kKind != QkNormKind::none) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
@@ -242,7 +299,6 @@ __device__ __forceinline__ void backward_token(const RopeBackward<T>& a, const H
   }
   if constexpr (kKind != QkNormKind::none) {
     along = group_sum<kKind>(along, place, a.lanes, h.shape, shared);
-    if (place.is_there) rstd = h.rstd.row(t)[kKind == QkNormKind::per_head ? own_head : 0];
     mean = along * rstd / h.shape.width;
   }
 #pragma unroll
@@ -266,12 +322,14 @@ __device__ __forceinline__ void backward_token(const RopeBackward<T>& a, const H
   }
 }
 
+extern __shared__ uint4 queue[];  // of a backward block; then its gradients by head
+
 // The leaf's gain gradient: heads in order where they share a gain.
 template <class T, int kVec, int kPer, QkNormKind kKind>
 __device__ __forceinline__ void store_d_gain(const RopeBackward<T>& a, const HeadBackward<T>& h,
                                              const Lane& place,
                                              const float (&d_gain)[kPer][2][kVec]) {
-  extern __shared__ float by_head[];  // [heads, Q], per_head only
+  float* by_head = reinterpret_cast<float*>(queue);  // [heads, Q], per_head only
   const int half = a.Q / 2;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
@@ -316,13 +374,31 @@ __global__ void __launch_bounds__(max_threads(kPer))
   }
   const int64_t begin = int64_t{blockIdx.x} * a.block_tokens;
   const int64_t end = min(a.T_count, begin + a.block_tokens);
-  HeadLoads<T, kVec, kPer> now, next;
-  load_head<T, kVec, kPer, kKind>(h, place, a.Q, a.lanes, begin, now);
-  for (int64_t t = begin; t < end; ++t) {
-    // The next token is on its way while this one is worked on.
-    if (t + 1 < end) load_head<T, kVec, kPer, kKind>(h, place, a.Q, a.lanes, t + 1, next);
-    backward_token<T, kVec, kPer, kKind>(a, h, place, t, now, gains, d_gain, shared[t & 1]);
-    now = next;
+  HeadLoads<T, kVec, kPer> now;
+  HeadScalars scalars = load_scalars<kKind>(a, h, place, begin), next = scalars;
+  const auto stage_of = [&](int64_t t) {
+    return queue + static_cast<int>(t % kStages) * kStageVectors * blockDim.x + threadIdx.x;
+  };
+  if constexpr (kIsQueued<kVec, kPer>) {
+    for (int64_t t = begin; t < begin + kStages - 1; ++t) {
+      start_head<T, kVec, kKind>(h, place, a.Q, a.lanes, t, end, stage_of(t));
+    }
+  }
+  for (int64_t t = begin; t < end; ++t, scalars = next) {
+    if (t + 1 < end) next = load_scalars<kKind>(a, h, place, t + 1);
+    if constexpr (kIsQueued<kVec, kPer>) {
+      const int64_t ahead = t + kStages - 1;
+      start_head<T, kVec, kKind>(h, place, a.Q, a.lanes, ahead, end, stage_of(ahead));
+      finish_head<T, kVec>(stage_of(t), now);
+    } else {
+      load_head<T, kVec, kPer, kKind>(h, place, a.Q, a.lanes, t, now);
+    }
+    backward_token<T, kVec, kPer, kKind>(a, h, place, t, scalars, now, gains, d_gain,
+                                         shared[t & 1]);
+  }
+  if constexpr (kIsQueued<kVec, kPer>) {
+    wait_copy_groups<0>();
+    __syncthreads();  // store_d_gain takes the queue's memory
   }
   if constexpr (kKind != QkNormKind::none) store_d_gain<T, kVec, kPer, kKind>(a, h, place, d_gain);
 }
@@ -379,6 +455,13 @@ template <class T, class Args>
 Angles<T> angles_of(const Args& args) {
   return {rows_of<const float>(args.cos_SC), rows_of<const float>(args.sin_SC),
           args.position_T.pointer(), args.cos_SC[0]};
+}
+
+// Shared memory of a backward block: the queue, or a leaf's gradients by head, `width` in all.
+template <int kVec, int kPer>
+int64_t backward_bytes(const BlockShape& shape, int64_t width) {
+  const int64_t queued = kIsQueued<kVec, kPer> ? kStages * kStageVectors * 16 * shape.threads : 0;
+  return std::max(queued, 4 * width);
 }
 
 }  // namespace
@@ -442,7 +525,7 @@ void qk_norm_rope_backward(const QkNormRopeBackwardArgs& args, Stream& stream) {
                               qk_norm_rope_backward_kernel<T, kVec, kPer, kKind>,
                               {.blocks = blocks_for(T_count, block_tokens),
                                .threads = shape.threads,
-                               .shared_bytes = kKind == QkNormKind::per_head ? 4 * (H + G) * Q : 0},
+                               .shared_bytes = backward_bytes<kVec, kPer>(shape, (H + G) * Q)},
                               stream, a);
                      });
   });

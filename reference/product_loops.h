@@ -20,6 +20,9 @@ static_assert(kColumnBlock % kTileColumns == 0);
 // Between panels: consecutive panels start in different cache sets, else packing evicts itself.
 constexpr int64_t kPanelPadding = kTileColumns;
 
+constexpr int64_t kPrefetchedRows = 16;  // strided rows, which no hardware prefetcher follows
+constexpr int64_t kPackedRows = 16;  // that are packed together
+
 constexpr int64_t kGroupTiles = 16;  // one level of their stacks is 6 or 12 KB
 
 template <class Row>
@@ -195,10 +198,12 @@ struct ProductLoops {
       return;
     }
     const int64_t whole = columns / kTileColumns, rest = columns % kTileColumns;
+    const int64_t ahead = lesser(kPrefetchedRows, depth) * b_stride;
     for (int64_t k = 0; k < depth; ++k) {
       const float* from = b + k * b_stride;
       float* to = packed + k * kTileColumns;
       for (int64_t p = 0; p < whole; ++p, from += kTileColumns, to += panel_stride) {
+        __builtin_prefetch(from + ahead);
         Row::load(from).store(to);
       }
       if (rest > 0) {
@@ -315,13 +320,22 @@ struct ProductLoops {
     int64_t b_panel_stride() const { return rows * kTileColumns + kPanelPadding; }
   };
 
+  // Columns of `rows` rows into panels of kRows, [row][kRows] each. A few rows at a time: they stay
+  // in the first-level cache, and a panel is written a few lines in a row.
   template <int kRows>
-  static float* pack_row_panels(const float* from, int64_t panels, int64_t row,
-                                int64_t panel_stride, float* to) {
-    for (int64_t p = 0; p < panels; ++p, from += kRows, to += panel_stride) {
-      __builtin_memcpy(to + row * kRows, from, kRows * sizeof(float));
+  static void pack_row_panels(const float* from, int64_t stride, int64_t panels, int64_t rows,
+                              int64_t panel_stride, float* to) {
+    for (int64_t row = 0; row < rows; row += kPackedRows) {
+      const int64_t count = lesser(kPackedRows, rows - row);
+      for (int64_t p = 0; p < panels; ++p) {
+        const float* source = from + row * stride + p * kRows;
+        float* target = to + p * panel_stride + row * kRows;
+        for (int64_t i = 0; i < count; ++i, source += stride, target += kRows) {
+          __builtin_prefetch(source + kPackedRows * stride);
+          __builtin_memcpy(target, source, kRows * sizeof(float));
+        }
+      }
     }
-    return to;
   }
 
   static PackedBatch pack_batch(const WgradGroup& group, const WgradChunk& chunk, int64_t row_begin,
@@ -335,19 +349,18 @@ struct ProductLoops {
     const float* x = group.x + row_begin * group.x_stride + chunk.k_begin;
     pack_panels(x, group.x_stride, OperandOrder::depth_major, chunk.k_count, rows, packed.b,
                 packed.b_panel_stride());
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* from = group.d_y + (row_begin + row) * group.d_y_stride + chunk.n_begin;
-      float* to = packed.a;
-      if (cut.longer > 0) {
-        with_tile_rows(cut.base + 1, [&]<int kRows>() {
-          to = pack_row_panels<kRows>(from, cut.longer, row, packed.a_panel_stride(), to);
-        });
-        from += cut.longer * (cut.base + 1);
-      }
-      with_tile_rows(cut.base, [&]<int kRows>() {
-        pack_row_panels<kRows>(from, cut.panels - cut.longer, row, packed.a_panel_stride(), to);
+    const float* from = group.d_y + row_begin * group.d_y_stride + chunk.n_begin;
+    if (cut.longer > 0) {
+      with_tile_rows(cut.base + 1, [&]<int kRows>() {
+        pack_row_panels<kRows>(from, group.d_y_stride, cut.longer, rows, packed.a_panel_stride(),
+                               packed.a);
       });
     }
+    with_tile_rows(cut.base, [&]<int kRows>() {
+      pack_row_panels<kRows>(from + cut.begin(cut.longer), group.d_y_stride,
+                             cut.panels - cut.longer, rows, packed.a_panel_stride(),
+                             packed.a + cut.longer * packed.a_panel_stride());
+    });
     return packed;
   }
 

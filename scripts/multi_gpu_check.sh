@@ -4,14 +4,17 @@
 # BIN holds `cambium` and `test_comm` (default: build/cuda); RANKS is 2 unless told. It runs the
 # conformance suite, then trains each layout twice, over NCCL with one process per GPU and with
 # virtual ranks on one GPU: exact mode must give the same bits, fast mode losses within its bound.
-# Then faults: a process killed in a step and in a save, a process stopped. Ends in a table, with 1
-# when a row failed and 77 where there are too few GPUs. NCCL_NVLS_ENABLE is left as it is set.
+# Then faults: a process killed in a step and in a save, a process stopped; `plan`'s predictions,
+# written down before their layouts run (the machine file MACHINE, default h200, with the links that
+# were measured here); and a step's timeline. Ends in a table, with 1 when a row failed and 77 where
+# there are too few GPUs. NCCL_NVLS_ENABLE is left as it is set.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${1:-build/cuda}
 ranks=${2:-2}
 limit_s=${CHECK_LIMIT_S:-120}  # of one training run
 steps=${CHECK_STEPS:-50}
+machine=${MACHINE:-h200}
 fast_bound=2e-2  # of the mean of the last ten losses: bf16 routing parts the runs' tokens
 work=$(mktemp -d)
 trap 'kill -9 $(jobs -p) 2>/dev/null; rm -rf "$work"' EXIT
@@ -41,7 +44,7 @@ row() {
     tail -n 30 "$work/log"
   fi
   table+=("$(printf '%-52s %-14s %6.1f s  %s' "$name" "$verdict" \
-    "$(awk "BEGIN{print $EPOCHREALTIME - $begin}")" "$(tail -n 1 "$work/log" | cut -c1-100)")")
+    "$(awk "BEGIN{print $EPOCHREALTIME - $begin}")" "$(tail -n 1 "$work/log" | cut -c1-160)")")
   echo "${table[-1]}"
 }
 
@@ -77,7 +80,8 @@ start() {
   processes=()
   for ((rank = 0; rank < ranks; rank++)); do
     RANK=$rank WORLD_SIZE=$ranks LOCAL_RANK=$rank MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
-      timeout -k 5 "$limit_s" "$bin/cambium" "${line[@]}" ${resume:-} >"$work/rank$rank" 2>&1 &
+      ${injection:+env "CUDA_INJECTION64_PATH=$injection"} \
+      timeout -k 5 "$limit_s" "$bin/cambium" "${line[@]}" ${more:-} >"$work/rank$rank" 2>&1 &
     processes+=($!)
   done
 }
@@ -179,8 +183,8 @@ struck() {
 # A run that was struck goes on from its newest checkpoint with the bits of one never struck.
 resumed() {
   local name=$1 stop
-  stop=$(($(ls "$work/$name/checkpoints" | sed -n 's/^step-0*//p' | sort -n | tail -n 1) + 20))
-  resume=--resume nccl "$name" configs/tiny.toml 100000 numerics.reduction=exact \
+  stop=$(($(ls "$work/$name/checkpoints" | sed -n 's/^step-0*\([0-9]*\)$/\1/p' | sort -n | tail -n 1) + 20))
+  more=--resume nccl "$name" configs/tiny.toml 100000 numerics.reduction=exact \
     "parallel.dp=$ranks" checkpoint.every_steps=20 "train.steps=$stop" || return
   nccl "$name-whole" configs/tiny.toml "$stop" numerics.reduction=exact "parallel.dp=$ranks" \
     checkpoint.every_steps=20 || return
@@ -188,22 +192,22 @@ resumed() {
 }
 
 struck_in_save() {  # SIGKILL while a checkpoint's temporary directory or file stands
-  local name=struck-save i
+  local name=struck-save struck='' end=$((SECONDS + 30))
   start "$name" configs/tiny.toml 100000 numerics.reduction=exact "parallel.dp=$ranks" \
     checkpoint.every_steps=1
   wait_for_step "$name" 10 || { finish; return 1; }
-  for ((i = 0; i < 20000; i++)); do
-    if compgen -G "$work/$name/checkpoints/*.tmp*" >/dev/null; then
-      kill -KILL "$(child_of "${processes[1]}")"
-      break
-    fi
+  local victim
+  victim=$(child_of "${processes[1]}")
+  while [ -z "$struck" ] && [ $SECONDS -lt $end ]; do
+    compgen -G "$work/$name/checkpoints/*.tmp*" >/dev/null && kill -KILL "$victim" && struck=yes
   done
+  [ -n "$struck" ] || { kill -KILL "$victim"; echo "no save was met in 30 s"; }
   statuses[0]=0
   wait "${processes[0]}" || statuses[0]=$?
   wait "${processes[@]}" 2>/dev/null
   tail -n 6 "$work/rank0"
-  echo "rank 0 ended with ${statuses[0]}"
-  [ "${statuses[0]}" -eq 20 ] || return 1
+  echo "rank 0 ended with ${statuses[0]}; left: $(ls "$work/$name/checkpoints" | tail -n 3 | tr '\n' ' ')"
+  [ -n "$struck" ] && [ "${statuses[0]}" -eq 20 ] || return 1
   resumed "$name"
 }
 
@@ -214,7 +218,7 @@ links() {
   processes=()
   for ((rank = 0; rank < ranks; rank++)); do
     RANK=$rank WORLD_SIZE=$ranks LOCAL_RANK=$rank MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
-      timeout -k 5 "$limit_s" "$bin/cambium" calibrate --links h200 --out "$work/links.toml" \
+      timeout -k 5 "$limit_s" "$bin/cambium" calibrate --links "$machine" --out "$work/links.toml" \
       >"$work/rank$rank" 2>&1 &
     processes+=($!)
   done
@@ -223,6 +227,71 @@ links() {
   "$bin/cambium" plan $quick --machine "$work/links.toml" --set run.device=cuda \
     --set numerics.compute=bf16 --set "parallel.dp=$ranks" --set "parallel.ep=$ranks"
 }
+
+step_ms() {  # median of a run's steps after the first five
+  grep -o '"step_ms":[0-9.e+-]*' "$work/$1/metrics.jsonl" | cut -d: -f2 | tail -n +6 | sort -g |
+    awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }'
+}
+
+# The layouts whose steps are predicted: name and settings, beside `large`.
+predicted=("dp-ep parallel.dp=$ranks parallel.ep=$ranks"
+  "dp-replicated parallel.dp=$ranks parallel.ep=1"
+  "dp-ep-zero1 parallel.dp=$ranks parallel.ep=$ranks parallel.sharding=zero1"
+  "dp-zero2 parallel.dp=$ranks parallel.ep=1 parallel.sharding=zero2"
+  "dp-ep-full parallel.dp=$ranks parallel.ep=$ranks parallel.sharding=full"
+  "dp-ep-2048 parallel.dp=$ranks parallel.ep=$ranks train.sequence_length=2048"
+  "pp-1f1b parallel.pp=$ranks parallel.dp=1 parallel.ep=1 train.micro_batch_sequences=1"
+  "pp-dualpipev parallel.pp=$ranks parallel.dp=1 parallel.ep=1 train.micro_batch_sequences=1
+    parallel.schedule=dualpipev")
+large=(model.preset=qwen3-30b-a3b model.layers=4 model.vocab=512 train.sequence_length=4096
+  "train.global_batch_sequences=$((4 * ranks))" train.micro_batch_sequences=4
+  train.eval_every_steps=0 checkpoint.every_steps=0 numerics.reduction=fast balance.routing=even
+  parallel.sharding=none)
+
+plan_json() {  # plan_json SET...: of `large` with the links measured here, else those of the machine
+  local file=$work/links.toml assignment line=()
+  [ -e "$file" ] || file=$machine
+  for assignment in "${large[@]}" "$@"; do line+=(--set "$assignment"); done
+  "$bin/cambium" plan $quick --machine "$file" --json --set run.device=cuda \
+    --set numerics.compute=bf16 --set plan.routing=uniform "${line[@]}"
+}
+
+# All predictions first, into a file that nothing rewrites; then the runs.
+predictions() {
+  local entry name settings planned measured
+  for entry in "${predicted[@]}"; do
+    read -r -d '' name settings <<<"$entry"
+    planned=$(plan_json $settings | grep -o '"step_ms":[0-9.e+-]*' | cut -d: -f2) || return
+    echo "$name $planned" >>"$work/predictions"
+  done
+  for entry in "${predicted[@]}"; do
+    read -r -d '' name settings <<<"$entry"
+    nccl "p-$name" $quick "$steps" "${large[@]}" $settings >"$work/p-log" 2>&1 ||
+      { cat "$work/p-log"; return 1; }
+    measured=$(step_ms "p-$name")
+    rm -rf "$work/p-$name"
+    awk -v name="$name" -v is="$measured" '$1 == name {
+      printf "%-16s planned %.1f ms, measured %.1f ms, error %+.1f %%\n", name, $2, is,
+        100 * ($2 / is - 1) }' "$work/predictions" | tee -a "$bin/predictions.txt"
+  done
+  awk '{ e = $(NF - 1); e = e < 0 ? -e : e; sum += e; if (e > most) most = e }
+    END { printf "%d layouts, mean error %.1f %%, largest %.1f %%\n", NR, sum / NR, most
+      exit !(NR >= 6 && sum / NR <= 15) }' "$bin/predictions.txt"
+}
+
+# What of a step's communication nothing hides, waits for peers included (a kernel of NCCL that waits
+# runs): from CUPTI on rank 0, beside what is planned for it.
+timeline() {
+  local plan
+  plan=$(plan_json "parallel.dp=$ranks" "parallel.ep=$ranks") || return
+  injection=$bin/libcupti_timeline.so more='--profile 12' nccl w-timeline $quick "$steps" \
+    "${large[@]}" "parallel.dp=$ranks" "parallel.ep=$ranks" || return
+  mv timeline-*.json "$bin/timeline.json"
+  echo "planned: span $(planned_ms step_ns) ms, communication $(planned_ms transfer_ns) ms," \
+    "exposed $(planned_ms exposed_ns) + $(planned_ms peers_ns) ms of waiting;" \
+    "$(grep '^timeline:' "$work/rank0" | cut -d, -f1,3,4)"
+}
+planned_ms() { grep -o "\"$1\":[0-9]*" <<<"$plan" | head -n 1 | awk -F: '{ printf "%.2f", $2 / 1e6 }'; }
 
 slice=(model.preset=qwen3-30b-a3b model.layers=2 model.vocab=512 train.sequence_length=256
   train.global_batch_sequences=4 numerics.block_tokens=64 train.eval_every_steps=0)
@@ -256,6 +325,9 @@ steps=${CHECK_SCALING_STEPS:-15}
 row "scaling: 4-layer slice, 4 x 4096 tokens a GPU" scaling w1 $quick 4 model.preset=qwen3-30b-a3b \
   model.layers=4 model.vocab=512 train.sequence_length=4096 train.micro_batch_sequences=4 \
   train.eval_every_steps=0 checkpoint.every_steps=0
+rm -f "$bin/predictions.txt"
+row "8 steps predicted, then run" predictions
+row "timeline of a step, dp $r ep $r" timeline
 echo
 printf '%s\n' "${table[@]}"
 exit $failed

@@ -1,6 +1,7 @@
-// One GPU, Qwen3-30B-A3B shapes, 4 sequences of 4,096 tokens in bf16: a decoder layer forward and
-// backward, and a whole training step of 4 layers with the vocabulary of 151,936 (3.1 B
-// parameters; loss, clip, AdamW with fp32 master weights, and moments in fp32 or bf16).
+// One GPU, Qwen3-30B-A3B shapes, 4 sequences of 4,096 tokens in bf16: the MoE part of a layer alone
+// (router to combine), a decoder layer forward and backward, and a whole training step of 4 layers
+// with the vocabulary of 151,936 (3.1 B parameters; loss, clip, AdamW with fp32 master weights, and
+// moments in fp32 or bf16).
 //
 //   cambium_bench --benchmark_filter=gpu_
 // Beside them: bench/peers. The layer's time is the mean of 10 in one queue, the step's the median;
@@ -12,6 +13,7 @@
 
 #include "kernels/cuda_stream.h"
 #include "src/cli/launch.h"
+#include "src/model/layer_tools.h"
 #include "src/train/synthetic.h"
 #include "src/train/train_step.h"
 
@@ -96,6 +98,77 @@ void print_op_times(Rank& rank, TrainStep& step, const SequenceSource& source, i
   }
 }
 
+enum class Passes { forward, both };
+
+// Router, routing, experts and combination of one layer, from the second norm's output on.
+void run_moe(Model& model, const MicroBatch& batch, LayerState& attended, Buffer& d_out_TD,
+             Passes passes) {
+  const LayerContext c = model.layer_context(0);
+  LayerState s;
+  s.mlp_normed_TD = std::move(attended.mlp_normed_TD);
+  s.sum_TD = std::move(attended.sum_TD);
+  router_forward(c, batch, s);
+  plan_dispatch(c, batch, s);
+  dispatch_forward(c, batch, s);
+  expert_forward(c, batch, s);
+  combine_forward(c, batch, s);
+  Buffer out_TD = aggregate_forward(c, batch, s);
+  if (d_out_TD.empty()) d_out_TD = std::move(out_TD);
+  if (passes == Passes::both) {
+    LayerGradients g;
+    g.d_out_TD = std::move(d_out_TD);
+    model.begin_layer(0, batch);
+    aggregate_backward(c, batch, s, g);
+    expert_backward_input(c, s, g);
+    expert_backward_weight(c, s, g);
+    dispatch_backward(c, s, g);
+    router_backward(c, batch, s, g);
+    model.end_layer(0);
+    d_out_TD = std::move(g.d_out_TD);
+  }
+  attended.mlp_normed_TD = std::move(s.mlp_normed_TD);
+  attended.sum_TD = std::move(s.sum_TD);
+}
+
+void gpu_moe(benchmark::State& state) {
+  if (!kHasCuda || !has_gpu(state)) return state.SkipWithError(kNoGpu);
+  const Config config = gpu_config(1, 512);
+  const DrawnSequences source(config);
+  const ModelConfig& m = config.model;
+  const Passes passes = state.range(0) == 0 ? Passes::forward : Passes::both;
+  const double flops = (passes == Passes::both ? 18.0 : 6.0) * kSequences * kSequenceLength *
+                       static_cast<double>(m.top_k * m.hidden * m.expert_hidden);
+  constexpr int kWarmUp = 5, kCounted = 20;
+  for (auto _ : state) {
+    launch_ranks({.ranks = 1, .device = DeviceKind::cuda}, [&](RankEnvironment& environment) {
+      Rank rank(config, environment);
+      TrainStep step(rank, config.model);
+      Model& model = step.model();
+      model.initialize(1);
+      step.begin(0, source);
+      for (const auto& group : model.groups()) group->begin_step();
+      {
+        const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+        LayerState attended;
+        attend_forward(model.layer_context(0), batch, model.embed(batch), attended);
+        Buffer d_out_TD;
+        int64_t start = 0;
+        for (int i = 0; i < kWarmUp + kCounted; ++i) {
+          if (i == kWarmUp) {
+            rank.host.wait(rank.compute.record());
+            start = rank.host.now_ns();
+          }
+          run_moe(model, batch, attended, d_out_TD, passes);
+        }
+        rank.host.wait(rank.compute.record());
+        report(state, 1e-9 * static_cast<double>(rank.host.now_ns() - start) / kCounted, flops,
+               rank);
+      }
+      rank.finish_step();
+    });
+  }
+}
+
 void gpu_layer(benchmark::State& state) {
   if (!kHasCuda || !has_gpu(state)) return state.SkipWithError(kNoGpu);
   const Config config = gpu_config(1, 512);
@@ -165,6 +238,13 @@ void gpu_step(benchmark::State& state) {
   }
 }
 
+BENCHMARK(gpu_moe)
+    ->ArgName("with_backward")
+    ->UseManualTime()
+    ->Unit(benchmark::kMillisecond)
+    ->Iterations(1)
+    ->Arg(0)
+    ->Arg(1);
 BENCHMARK(gpu_layer)->UseManualTime()->Unit(benchmark::kMillisecond)->Iterations(1);
 BENCHMARK(gpu_step)
     ->ArgName("bf16_state")

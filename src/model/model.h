@@ -97,6 +97,8 @@ class Model {
                        Keep keep);
   Buffer layer_backward(const MicroBatch& batch, int64_t layer, LayerState& state,
                         LayerGradients& gradients);
+  // What the stages of a layer share (src/model/qwen3_moe.h).
+  LayerContext layer_context(int64_t layer, Keep keep = Keep::for_backward);
   // Around a layer's weight gradients of one micro-batch.
   void begin_layer(int64_t layer, const MicroBatch& batch);
   void end_layer(int64_t layer);
@@ -132,7 +134,6 @@ class Model {
   void prefetch_layer(int64_t layer);
   void drop_layer(int64_t layer);
   void upload_context(const HostTokens& tokens, MicroBatch& batch);
-  LayerContext layer_context(int64_t layer, Keep keep = Keep::for_backward);
   DType dtype() const;
   void enter(WorkStage stage, WorkPass pass, const MicroBatch& batch);
   class ForwardPass;
