@@ -106,22 +106,22 @@ context() {  # context NAME DEVICE PP DP CP EP SHARDING SCHEDULE
 }
 
 contexts() {
-  context one cuda 1 1 1 1 none 1f1b && context cpu cpu 1 1 1 1 none 1f1b || return
+  context whole cuda 1 1 1 1 none 1f1b && context whole-cpu cpu 1 1 1 1 none 1f1b || return
   local count=0 worst=0 other found
   while read -r pp dp cp ep sharding schedule; do
-    for run in many again; do
+    for run in shared again; do
       context $run cuda "$pp" "$dp" "$cp" "$ep" "$sharding" "$schedule" || return
     done
-    "$bin/cambium" compare "$work/many" "$work/again" || return
-    for other in one cpu; do
-      found=$(paste <(losses $other) <(losses many) | awk '{ gap = ($1 - $2) / $1
+    "$bin/cambium" compare "$work/shared" "$work/again" || return
+    for other in whole whole-cpu; do
+      found=$(paste <(losses $other) <(losses shared) | awk '{ gap = ($1 - $2) / $1
         if (gap < 0) gap = -gap; if (gap > worst) worst = gap }
         END { printf "%.1e", NR == 6 ? worst : 1 }')
       awk "BEGIN{exit !($found < 5e-4)}" ||
         { echo "pp $pp dp $dp cp $cp ep $ep $sharding $schedule: $found from $other"; return 1; }
       worst=$(awk "BEGIN{print ($found > $worst) ? $found : $worst}")
     done
-    rm -rf "$work/many" "$work/again"
+    rm -rf "$work/shared" "$work/again"
     count=$((count + 1))
   done < <(tr ';' '\n' <<<"$contexts")
   echo "$count layouts repeat their bits; losses differ by at most $worst from one rank and the CPU"
