@@ -29,8 +29,7 @@ EncodeTiled encode_tiled() {
 
 template <class Args>
 AttentionShape attention_shape(const Args& a) {
-  const int64_t T = a.q_THQ[0];
-  CHECK_EQ(a.share.ranks, 1);  // derive() refuses cp > 1 on a GPU
+  const int64_t T = a.k_TGQ[0];
   CHECK_LT(T, int64_t{INT_MAX});
   CHECK_GT(a.scale, 0.0f);  // the largest score is that of the largest product
   return {.sequences = static_cast<int>(T / a.sequence_length),
@@ -64,26 +63,27 @@ int multiprocessors() {
   return count;
 }
 
-int64_t persistent_blocks(const AttentionShape& shape) {
+template <class Shape>
+int64_t persistent_blocks(const Shape& shape) {
   const int64_t tiles = int64_t{shape.query_tiles()} * shape.sequences * shape.H;
   CHECK_LT(tiles, int64_t{INT_MAX / 2});
   return std::min<int64_t>(tiles, multiprocessors());
 }
 
-template <int kColumns>
-void forward_tiles(const AttentionArgs& a, const AttentionShape& shape, Stream& stream) {
+template <int kColumns, class Shape>
+void forward_tiles(const AttentionArgs& a, const Shape& shape, Stream& stream) {
   const ForwardMaps maps{
       attention_map(a.q_THQ, shape, kTileRows), attention_map(a.k_TGQ, shape, kTileRows),
       attention_map(a.v_TGQ, shape, kTileRows), attention_map(a.o_THQ, shape, kWarpgroupRows)};
-  launch("attention", attention_forward_kernel<kColumns>,
+  launch("attention", attention_forward_kernel<kColumns, Shape>,
          {.blocks = persistent_blocks(shape),
           .threads = kTileThreads,
           .shared_bytes = sizeof(ForwardShared<kColumns>)},
-         stream, maps, ForwardArgs{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
+         stream, maps, ForwardArgs<Shape>{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
 }
 
-template <int kColumns>
-void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape, Stream& stream) {
+template <int kColumns, class Shape>
+void backward_tiles(const AttentionBackwardArgs& a, const Shape& shape, Stream& stream) {
   const DeltaArgs delta{static_cast<const __nv_bfloat16*>(a.o_THQ.data),
                         static_cast<const __nv_bfloat16*>(a.d_o_THQ.data),
                         a.o_THQ.row_stride,
@@ -102,11 +102,22 @@ void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape,
                     attention_map(a.k_TGQ, shape, kTileRows),
                     attention_map(a.v_TGQ, shape, kTileRows),
                     attention_map(a.d_q_THQ, shape, kWarpgroupRows),
-                    attention_map(a.d_k_TGQ, shape, kWarpgroupRows),
-                    attention_map(a.d_v_TGQ, shape, kWarpgroupRows)};
-  const BackwardArgs args{shape, a.lse_TH.pointer(), a.lse_TH.row_stride, a.delta_TH.pointer(),
-                          a.delta_TH.row_stride};
-  launch("attention d_q", attention_query_gradient_kernel<kColumns>,
+                    {},
+                    {}};
+  if constexpr (!Shape::kIsShared) {
+    maps.d_k = attention_map(a.d_k_TGQ, shape, kWarpgroupRows);
+    maps.d_v = attention_map(a.d_v_TGQ, shape, kWarpgroupRows);
+  }
+  const BackwardArgs<Shape> args{shape,
+                                 a.lse_TH.pointer(),
+                                 a.lse_TH.row_stride,
+                                 a.delta_TH.pointer(),
+                                 a.delta_TH.row_stride,
+                                 a.d_k_sum_SC.pointer(),
+                                 a.d_v_sum_SC.pointer(),
+                                 a.d_k_sum_SC.row_stride,
+                                 a.d_v_sum_SC.row_stride};
+  launch("attention d_q", attention_query_gradient_kernel<kColumns, Shape>,
          {.blocks = persistent_blocks(shape),
           .threads = kTileThreads,
           .shared_bytes = sizeof(QueryGradientShared<kColumns>)},
@@ -115,68 +126,104 @@ void backward_tiles(const AttentionBackwardArgs& a, const AttentionShape& shape,
   maps.d_o = attention_map(a.d_o_THQ, shape, kStepRows);
   const int split = shape.heads() % 2 == 0 ? 2 : 1;
   launch("attention d_k, d_v",
-         split == 2 ? attention_key_gradient_kernel<kColumns, 2>
-                    : attention_key_gradient_kernel<kColumns, 1>,
-         {.blocks = int64_t{split} * shape.query_tiles() * shape.sequences * shape.G,
+         split == 2 ? attention_key_gradient_kernel<kColumns, 2, Shape>
+                    : attention_key_gradient_kernel<kColumns, 1, Shape>,
+         {.blocks = int64_t{split} * shape.key_tiles() * shape.sequences * shape.G,
           .threads = kTileThreads,
           .shared_bytes = sizeof(KeyGradientShared<kColumns>),
           .cluster = split},
          stream, maps, args);
 }
 
-template <class T>
-void launch_plain(void (*kernel)(PlainArgs<T>), int heads, Stream& stream,
-                  const PlainArgs<T>& args) {
-  const int64_t rows = int64_t{args.shape.sequences} * args.shape.S * heads;
+enum class PlainRows { queries, keys };
+template <class T, class Shape>
+void launch_plain(void (*kernel)(PlainArgs<T, Shape>), PlainRows rows, Stream& stream,
+                  const PlainArgs<T, Shape>& args) {
+  const Shape& shape = args.shape;
+  const int64_t length = rows == PlainRows::keys ? shape.S : shape.query_length();
+  const int heads = rows == PlainRows::keys ? shape.G : shape.H;
   launch("attention", kernel,
-         {.blocks = blocks_for(rows, kPlainWarps), .threads = kPlainWarps * kWarpLanes}, stream,
-         args);
+         {.blocks = blocks_for(int64_t{shape.sequences} * length * heads, kPlainWarps),
+          .threads = kPlainWarps * kWarpLanes},
+         stream, args);
 }
 
-void check_plain(const AttentionShape& shape) {
-  if (shape.Q <= kPlainColumns) return;
-  fail(ExitCode::usage, "attention: head dim {} exceeds {} on the GPU; set run.device = \"cpu\"",
-       shape.Q, kPlainColumns);
-}
-
-template <class T>
-void forward_plain(const AttentionArgs& a, const AttentionShape& shape, Stream& stream) {
-  PlainArgs<T> plain{};
+template <class T, class Shape, class Args>
+PlainArgs<T, Shape> plain_args(const Args& a, const Shape& shape) {
+  if (shape.Q > kPlainColumns) {
+    fail(ExitCode::usage, "attention: head dim {} exceeds {} on the GPU; set run.device = \"cpu\"",
+         shape.Q, kPlainColumns);
+  }
+  PlainArgs<T, Shape> plain{};
   plain.shape = shape;
   plain.q = plain_tensor<const T>(a.q_THQ);
   plain.k = plain_tensor<const T>(a.k_TGQ);
   plain.v = plain_tensor<const T>(a.v_TGQ);
+  plain.lse_stride = a.lse_TH.row_stride;
+  return plain;
+}
+
+template <class T, class Shape>
+void forward_plain(const AttentionArgs& a, const Shape& shape, Stream& stream) {
+  auto plain = plain_args<T>(a, shape);
   plain.o_out = plain_tensor<T>(a.o_THQ);
   plain.lse_out = a.lse_TH.pointer();
-  plain.lse_stride = a.lse_TH.row_stride;
-  launch_plain(attention_plain_kernel<T>, shape.H, stream, plain);
+  launch_plain(attention_plain_kernel<T, Shape>, PlainRows::queries, stream, plain);
 }
 
-template <class T>
-void backward_plain(const AttentionBackwardArgs& a, const AttentionShape& shape, Stream& stream) {
-  PlainArgs<T> plain{};
-  plain.shape = shape;
-  plain.q = plain_tensor<const T>(a.q_THQ);
-  plain.k = plain_tensor<const T>(a.k_TGQ);
-  plain.v = plain_tensor<const T>(a.v_TGQ);
+template <class T, class Shape>
+void backward_plain(const AttentionBackwardArgs& a, const Shape& shape, Stream& stream) {
+  auto plain = plain_args<T>(a, shape);
   plain.o = plain_tensor<const T>(a.o_THQ);
   plain.d_o = plain_tensor<const T>(a.d_o_THQ);
   plain.d_q = plain_tensor<T>(a.d_q_THQ);
-  plain.d_k = plain_tensor<T>(a.d_k_TGQ);
-  plain.d_v = plain_tensor<T>(a.d_v_TGQ);
+  if constexpr (Shape::kIsShared) {
+    plain.d_k = plain_tensor<float>(a.d_k_sum_SC);
+    plain.d_v = plain_tensor<float>(a.d_v_sum_SC);
+  } else {
+    plain.d_k = plain_tensor<T>(a.d_k_TGQ);
+    plain.d_v = plain_tensor<T>(a.d_v_TGQ);
+  }
   plain.lse = a.lse_TH.pointer();
-  plain.lse_stride = a.lse_TH.row_stride;
   plain.delta = a.delta_TH.pointer();
   plain.delta_stride = a.delta_TH.row_stride;
-  launch_plain(attention_plain_delta_kernel<T>, shape.H, stream, plain);
-  launch_plain(attention_plain_query_gradient_kernel<T>, shape.H, stream, plain);
-  launch_plain(attention_plain_key_gradient_kernel<T>, shape.G, stream, plain);
+  launch_plain(attention_plain_delta_kernel<T, Shape>, PlainRows::queries, stream, plain);
+  launch_plain(attention_plain_query_gradient_kernel<T, Shape>, PlainRows::queries, stream, plain);
+  launch_plain(attention_plain_key_gradient_kernel<T, Shape>, PlainRows::keys, stream, plain);
+}
+
+template <class Args>
+void check_whole_tiles(const Args& a) {
+  CHECK_EQ(a.sequence_length % (2 * a.share.ranks * kAttentionTile), 0);  // derive() asks for it
+}
+
+template <class Shape>
+void attention_of(const AttentionArgs& a, const Shape& shape, Stream& stream) {
+  if (fits_tensor_cores(a)) {
+    if constexpr (Shape::kIsShared) check_whole_tiles(a);
+    if (shape.Q <= kPanelColumns) return forward_tiles<kPanelColumns>(a, shape, stream);
+    return forward_tiles<2 * kPanelColumns>(a, shape, stream);
+  }
+  if (a.q_THQ.dtype == DType::f32) return forward_plain<float>(a, shape, stream);
+  forward_plain<__nv_bfloat16>(a, shape, stream);
+}
+
+template <class Shape>
+void attention_backward_of(const AttentionBackwardArgs& a, const Shape& shape, Stream& stream) {
+  if (fits_tensor_cores(a)) {
+    if constexpr (Shape::kIsShared) check_whole_tiles(a);
+    if (shape.Q <= kPanelColumns) return backward_tiles<kPanelColumns>(a, shape, stream);
+    return backward_tiles<2 * kPanelColumns>(a, shape, stream);
+  }
+  if (a.q_THQ.dtype == DType::f32) return backward_plain<float>(a, shape, stream);
+  backward_plain<__nv_bfloat16>(a, shape, stream);
 }
 
 }  // namespace
 
 CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int rows) {
-  const auto Q = static_cast<cuuint64_t>(shape.Q), S = static_cast<cuuint64_t>(shape.S);
+  const auto Q = static_cast<cuuint64_t>(shape.Q);
+  const auto S = static_cast<cuuint64_t>(view[0] / shape.sequences);
   const auto row_bytes = static_cast<cuuint64_t>(view.row_stride) * 2;
   const cuuint64_t extents[4] = {Q, static_cast<cuuint64_t>(view[1]), S,
                                  static_cast<cuuint64_t>(shape.sequences)};
@@ -193,27 +240,18 @@ CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int 
 }
 
 void attention(const AttentionArgs& args, Stream& stream) {
-  const AttentionShape shape = attention_shape(args);
   if (args.q_THQ[0] == 0) return;
-  if (fits_tensor_cores(args)) {
-    if (shape.Q <= kPanelColumns) return forward_tiles<kPanelColumns>(args, shape, stream);
-    return forward_tiles<2 * kPanelColumns>(args, shape, stream);
-  }
-  check_plain(shape);
-  if (args.q_THQ.dtype == DType::f32) return forward_plain<float>(args, shape, stream);
-  forward_plain<__nv_bfloat16>(args, shape, stream);
+  const AttentionShape shape = attention_shape(args);
+  if (args.share.ranks == 1) return attention_of(args, shape, stream);
+  attention_of(args, SharedAttentionShape{shape, args.share}, stream);
 }
 
 void attention_backward(const AttentionBackwardArgs& args, Stream& stream) {
-  const AttentionShape shape = attention_shape(args);
   if (args.q_THQ[0] == 0) return;
-  if (fits_tensor_cores(args)) {
-    if (shape.Q <= kPanelColumns) return backward_tiles<kPanelColumns>(args, shape, stream);
-    return backward_tiles<2 * kPanelColumns>(args, shape, stream);
-  }
-  check_plain(shape);
-  if (args.q_THQ.dtype == DType::f32) return backward_plain<float>(args, shape, stream);
-  backward_plain<__nv_bfloat16>(args, shape, stream);
+  const AttentionShape shape = attention_shape(args);
+  if (args.share.ranks == 1) return attention_backward_of(args, shape, stream);
+  CHECK(!args.d_k_sum_SC.empty());  // partials are the CPU's
+  attention_backward_of(args, SharedAttentionShape{shape, args.share}, stream);
 }
 
 }  // namespace cambium::cuda

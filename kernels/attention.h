@@ -37,18 +37,18 @@ struct ContextShare {
   int64_t index = 0;
 
   // The place in its sequence of row t of this rank's part.
-  int64_t position(int64_t t, int64_t S) const {
+  constexpr int64_t position(int64_t t, int64_t S) const {
     if (ranks == 1) return t;
     const int64_t chunk = S / (2 * ranks);
     return t < chunk ? index * chunk + t : (2 * ranks - 1 - index) * chunk + (t - chunk);
   }
   // The rank that holds a position, and its row there.
-  int64_t owner(int64_t position, int64_t S) const {
+  constexpr int64_t owner(int64_t position, int64_t S) const {
     if (ranks == 1) return 0;
     const int64_t chunk = position / (S / (2 * ranks));
     return chunk < ranks ? chunk : 2 * ranks - 1 - chunk;
   }
-  int64_t row(int64_t position, int64_t S) const {
+  constexpr int64_t row(int64_t position, int64_t S) const {
     if (ranks == 1) return position;
     const int64_t size = S / (2 * ranks);
     return position % size + (position / size < ranks ? 0 : size);

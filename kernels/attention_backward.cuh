@@ -26,12 +26,15 @@ struct BackwardMaps {
   CUtensorMap d_q, d_k, d_v;  // boxes of 64 rows
 };
 
+template <class Shape>
 struct BackwardArgs {
-  AttentionShape shape;
+  Shape shape;
   const float* lse;
   int64_t lse_stride;
   const float* delta;
   int64_t delta_stride;
+  float *d_k_sum, *d_v_sum;  // of shared sequences
+  int64_t d_k_stride, d_v_stride;
 };
 
 // A warpgroup's 64 rows from `staging` into `map`; the caller has written them.

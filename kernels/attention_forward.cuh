@@ -19,8 +19,9 @@ struct ForwardMaps {
   CUtensorMap q, k, v, o;
 };
 
+template <class Shape>
 struct ForwardArgs {
-  AttentionShape shape;
+  Shape shape;
   float* lse;
   int64_t lse_stride;
 };
@@ -107,9 +108,8 @@ __device__ __forceinline__ void load_tile(const CUtensorMap* map, uint64_t* full
   }
 }
 
-template <int kColumns>
-__device__ __forceinline__ void forward_producer(const ForwardMaps& maps,
-                                                 const AttentionShape& shape,
+template <int kColumns, class Shape>
+__device__ __forceinline__ void forward_producer(const ForwardMaps& maps, const Shape& shape,
                                                  ForwardShared<kColumns>& shared) {
   const int tiles = shape.query_tiles() * shape.sequences * shape.H;
   RingPosition<kForwardStages> ring;
@@ -117,8 +117,7 @@ __device__ __forceinline__ void forward_producer(const ForwardMaps& maps,
     const QueryTile tile = query_tile(shape, index);
     const int group = tile.head / shape.heads();
     wait_barrier(shared_address(&shared.q_empty), round % 2 ^ 1);
-    load_tile<kColumns>(&maps.q, &shared.q_full, shared.q,
-                        {0, tile.head, tile.first, tile.sequence});
+    load_tile<kColumns>(&maps.q, &shared.q_full, shared.q, {0, tile.head, tile.row, tile.sequence});
     for (int key = tile.last_key_tile; key >= tile.first_key_tile; --key, ring.advance()) {
       const TileAt at{0, group, key * kTileRows, tile.sequence};
       wait_barrier(shared_address(&shared.k_empty[ring.stage]), ring.parity ^ 1);
@@ -146,13 +145,14 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
 }
 
 // o / sum as bf16 through shared memory, and lse = largest + log(sum).
-template <int kColumns, int kElements>
-__device__ __forceinline__ void store_output(const ForwardMaps& maps, const ForwardArgs& args,
+template <int kColumns, class Shape, int kElements>
+__device__ __forceinline__ void store_output(const ForwardMaps& maps,
+                                             const ForwardArgs<Shape>& args,
                                              ForwardShared<kColumns>& shared, const QueryTile& tile,
                                              int warpgroup, RowSoftmax& state,
                                              float (&o)[kElements]) {
   const bool is_leader = threadIdx.x % kWarpgroupThreads == 0;
-  const int first = tile.first + warpgroup * kWarpgroupRows;
+  const int first = tile.row + warpgroup * kWarpgroupRows, length = args.shape.query_length();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sum = state.sum[r];
@@ -164,9 +164,9 @@ __device__ __forceinline__ void store_output(const ForwardMaps& maps, const Forw
       o[i + 1] = __fdiv_rn(o[i + 1], sum);
     }
     const AccumulatorLane lane = accumulator_lane();
-    const int position = first + lane.row + 8 * r;
-    if (lane.column == 0 && position < args.shape.S) {
-      const int64_t row = int64_t{tile.sequence} * args.shape.S + position;
+    const int at = first + lane.row + 8 * r;
+    if (lane.column == 0 && at < length) {
+      const int64_t row = int64_t{tile.sequence} * length + at;
       args.lse[row * args.lse_stride + tile.head] = state.largest[r] * args.shape.scale + logf(sum);
     }
   }
@@ -184,11 +184,12 @@ __device__ __forceinline__ void store_output(const ForwardMaps& maps, const Forw
   commit_stores();
 }
 
-template <int kColumns>
-__device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const ForwardArgs& args,
+template <int kColumns, class Shape>
+__device__ __forceinline__ void forward_consumer(const ForwardMaps& maps,
+                                                 const ForwardArgs<Shape>& args,
                                                  ForwardShared<kColumns>& shared) {
   using Shared = ForwardShared<kColumns>;
-  const AttentionShape& shape = args.shape;
+  const Shape& shape = args.shape;
   const int warpgroup = consumer_index();
   const int tiles = shape.query_tiles() * shape.sequences * shape.H;
   const float scale_log2 = shape.scale * kLog2E;
@@ -257,9 +258,10 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps, const 
   if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }
 
-template <int kColumns>
+template <int kColumns, class Shape>
 __global__ void __launch_bounds__(kTileThreads, 1)
-    attention_forward_kernel(const __grid_constant__ ForwardMaps maps, const ForwardArgs args) {
+    attention_forward_kernel(const __grid_constant__ ForwardMaps maps,
+                             const ForwardArgs<Shape> args) {
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<ForwardShared<kColumns>*>(memory);
   if (threadIdx.x == 0) {

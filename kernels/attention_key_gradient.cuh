@@ -33,14 +33,15 @@ struct KeyGradientShared {
 };
 
 // 128 keys of one group, the heads of it that this block takes, and the query steps that see one of
-// the keys, first_step .. end_step - 1.
+// the keys, first_step .. end_step - 1. `is_own`: the first step's queries are the first keys'.
 struct KeyTile {
   int sequence, group, first, first_head, heads, first_step, end_step;
+  bool is_own;
 };
 
 // Longest first. Document starts never decrease, so the queries that see the tile are a range.
-template <int kSplit>
-__device__ __forceinline__ KeyTile key_tile(const AttentionShape& shape) {
+template <int kSplit, class Shape>
+__device__ __forceinline__ KeyTile key_tile(const Shape& shape) {
   const int index = static_cast<int>(blockIdx.x) / kSplit, columns = shape.sequences * shape.G;
   KeyTile tile;
   tile.sequence = index % columns / shape.G;
@@ -48,9 +49,12 @@ __device__ __forceinline__ KeyTile key_tile(const AttentionShape& shape) {
   tile.first = index / columns * kTileRows;
   tile.heads = shape.heads() / kSplit;
   tile.first_head = tile.group * shape.heads() + static_cast<int>(blockIdx.x) % kSplit * tile.heads;
-  tile.first_step = tile.first / kStepRows;
-  tile.end_step = (shape.S + kStepRows - 1) / kStepRows;
-  int seen = tile.first_step + 1;  // the first step always sees the tile
+  const int first_row = shape.first_row(tile.first), length = shape.query_length();
+  tile.first_step = first_row / kStepRows;
+  tile.end_step = (length + kStepRows - 1) / kStepRows;
+  tile.is_own =
+      !Shape::kIsShared || (first_row < length && shape.position(first_row) == tile.first);
+  int seen = tile.first_step + tile.is_own;  // its own queries always see the tile
   while (shape.document_start != nullptr && seen < tile.end_step) {
     const int middle = (seen + tile.end_step) / 2;
     if (shape.first_key(tile.sequence, middle * kStepRows) < tile.first + kTileRows) {
@@ -63,13 +67,15 @@ __device__ __forceinline__ KeyTile key_tile(const AttentionShape& shape) {
 }
 
 // The whole warp: lane 0 starts the copies, all lanes bring lse, delta and document starts.
-template <int kColumns>
+template <int kColumns, class Shape>
 __device__ __forceinline__ void key_gradient_producer(const BackwardMaps& maps,
-                                                      const BackwardArgs& args, const KeyTile& tile,
+                                                      const BackwardArgs<Shape>& args,
+                                                      const KeyTile& tile,
                                                       KeyGradientShared<kColumns>& shared) {
   using Shared = KeyGradientShared<kColumns>;
   constexpr int kPanels = kColumns / kPanelColumns;
-  const AttentionShape& shape = args.shape;
+  const Shape& shape = args.shape;
+  const int length = shape.query_length();
   const int lane = static_cast<int>(threadIdx.x);
   if (lane == 0) {
     const TileAt keys{0, tile.group, tile.first, tile.sequence};
@@ -92,9 +98,9 @@ __device__ __forceinline__ void key_gradient_producer(const BackwardMaps& maps,
       }
       // NOTE: rows past the end get zeros: their probability is then 1, times a d_o of zeros.
       for (int i = lane; i < kStepRows; i += kWarpLanes) {
-        const int position = step * kStepRows + i;
-        const int bytes = position < shape.S ? 4 : 0;
-        const int64_t row = int64_t{tile.sequence} * shape.S + min(position, shape.S - 1);
+        const int at = step * kStepRows + i;
+        const int bytes = at < length ? 4 : 0;
+        const int64_t row = int64_t{tile.sequence} * length + min(at, length - 1);
         copy_4(&shared.lse[stage][i], args.lse + row * args.lse_stride + head, bytes);
         copy_4(&shared.delta[stage][i], args.delta + row * args.delta_stride + head, bytes);
         if (shape.document_start != nullptr) {
@@ -158,6 +164,40 @@ __device__ __forceinline__ void store_key_gradient(const CUtensorMap* map, const
   wait_stores_read<0>();
 }
 
+// This warpgroup's 64 rows into fp32 rows of sums, by owner of the keys.
+template <int kElements>
+__device__ __forceinline__ void store_key_sums(const SharedAttentionShape& shape, float* sum,
+                                               int64_t stride, const KeyTile& at,
+                                               const float (&d)[kElements], float factor) {
+  const AccumulatorLane lane = accumulator_lane();
+  const int64_t row =
+      shape.sum_row(at.sequence, at.first) + consumer_index() * kWarpgroupRows + lane.row;
+  float* to = sum + row * stride + at.group * shape.Q + lane.column;
+#pragma unroll
+  for (int i = 0; i < kElements; i += 2) {
+    const int column = i / 4 * 8;
+    if (column >= shape.Q) return;
+    *reinterpret_cast<float2*>(to + i / 2 % 2 * 8 * stride + column) =
+        make_float2(d[i] * factor, d[i + 1] * factor);
+  }
+}
+
+enum class KeyGradient { d_k, d_v };
+template <int kColumns, KeyGradient kWhich, class Shape, int kElements>
+__device__ __forceinline__ void store_one(const BackwardMaps& maps, const BackwardArgs<Shape>& args,
+                                          KeyGradientShared<kColumns>& shared, const KeyTile& tile,
+                                          const float (&d)[kElements]) {
+  constexpr bool kKeys = kWhich == KeyGradient::d_k;
+  const float factor = kKeys ? args.shape.scale : 1.0f;
+  if constexpr (Shape::kIsShared) {
+    store_key_sums(args.shape, kKeys ? args.d_k_sum : args.d_v_sum,
+                   kKeys ? args.d_k_stride : args.d_v_stride, tile, d, factor);
+  } else {
+    store_key_gradient<kColumns>(kKeys ? &maps.d_k : &maps.d_v, tile, kKeys ? shared.k : shared.v,
+                                 d, factor);
+  }
+}
+
 template <int kColumns, int kElements>
 __device__ __forceinline__ void send_sums(KeyGradientShared<kColumns>& shared, uint32_t to_rank,
                                           const float (&d)[kElements]) {
@@ -185,14 +225,15 @@ __device__ __forceinline__ void add_received(KeyGradientShared<kColumns>& shared
 }
 
 // Stores dK and dV; of a cluster, block 0 adds and stores dK, block 1 dV.
-template <int kColumns, int kSplit, int kElements>
-__device__ __forceinline__ void finish_key_gradients(const BackwardMaps& maps, float scale,
+template <int kColumns, int kSplit, class Shape, int kElements>
+__device__ __forceinline__ void finish_key_gradients(const BackwardMaps& maps,
+                                                     const BackwardArgs<Shape>& args,
                                                      KeyGradientShared<kColumns>& shared,
                                                      const KeyTile& tile, float (&d_k)[kElements],
                                                      float (&d_v)[kElements]) {
   if constexpr (kSplit == 1) {
-    store_key_gradient<kColumns>(&maps.d_k, tile, shared.k, d_k, scale);
-    store_key_gradient<kColumns>(&maps.d_v, tile, shared.v, d_v, 1.0f);
+    store_one<kColumns, KeyGradient::d_k>(maps, args, shared, tile, d_k);
+    store_one<kColumns, KeyGradient::d_v>(maps, args, shared, tile, d_v);
   } else {
     cluster_sync();  // neither block reads its q and d_o any more
     const bool takes_d_k = cluster_rank() == 0;
@@ -204,10 +245,10 @@ __device__ __forceinline__ void finish_key_gradients(const BackwardMaps& maps, f
     cluster_sync();
     if (takes_d_k) {
       add_received(shared, d_k);
-      store_key_gradient<kColumns>(&maps.d_k, tile, shared.k, d_k, scale);
+      store_one<kColumns, KeyGradient::d_k>(maps, args, shared, tile, d_k);
     } else {
       add_received(shared, d_v);
-      store_key_gradient<kColumns>(&maps.d_v, tile, shared.v, d_v, 1.0f);
+      store_one<kColumns, KeyGradient::d_v>(maps, args, shared, tile, d_v);
     }
   }
 }
@@ -238,16 +279,15 @@ struct KeyStep {
 
 // What the product S^T of a step adds to, so that S^T scale = log(P^T): minus lse, or minus
 // infinity where the query does not see the key.
-template <int kColumns, int kElements>
-__device__ __forceinline__ void start_scores_of_step(float (&s)[kElements],
-                                                     const AttentionShape& shape,
+template <int kColumns, class Shape, int kElements>
+__device__ __forceinline__ void start_scores_of_step(float (&s)[kElements], const Shape& shape,
                                                      const KeyTile& tile,
                                                      KeyGradientShared<kColumns>& shared,
                                                      const KeyStep& at) {
   const int column = accumulator_lane().column;
   start_from_columns(s, shared.lse[at.stage] + column, -1.0f / shape.scale);
   if (at.is_diagonal) {
-    mask_earlier_queries(s, at.first_key - (tile.first_step + at.step) * kStepRows - column);
+    mask_earlier_queries(s, at.first_key - (tile.first / kStepRows + at.step) * kStepRows - column);
   }
   if (shape.document_start != nullptr) {
     mask_later_documents(s, tile.sequence * shape.S + at.first_key,
@@ -255,20 +295,21 @@ __device__ __forceinline__ void start_scores_of_step(float (&s)[kElements],
   }
 }
 
-template <int kColumns, int kSplit>
+template <int kColumns, int kSplit, class Shape>
 __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
-                                                      const BackwardArgs& args, const KeyTile& tile,
+                                                      const BackwardArgs<Shape>& args,
+                                                      const KeyTile& tile,
                                                       KeyGradientShared<kColumns>& shared) {
   constexpr int kStepPanelBytes = kStepRows * kSwizzleBytes;
-  const AttentionShape& shape = args.shape;
+  const Shape& shape = args.shape;
   const int warpgroup = consumer_index();
   const AccumulatorLane lane = accumulator_lane();
   const int my_rows = warpgroup * kWarpgroupRows * kSwizzleBytes;
   const uint32_t k_operand = operand_k_major(shared_address(shared.k) + my_rows);
   const uint32_t v_operand = operand_k_major(shared_address(shared.v) + my_rows);
   const int first_key = tile.first + warpgroup * kWarpgroupRows + lane.row;
-  // The second warpgroup's keys come after every query of the first step.
-  const int skipped = warpgroup, steps = tile.end_step - tile.first_step;
+  // The second warpgroup's keys come after every query of the first step, if it is theirs.
+  const int skipped = tile.is_own ? warpgroup : 0, steps = tile.end_step - tile.first_step;
   float s[kStepRows / 2], d_p[kStepRows / 2], d_k[kColumns / 2] = {}, d_v[kColumns / 2] = {};
   uint32_t p[kStepRows / 4], d_s[kStepRows / 4];
   RingPosition<kKeyStages> ring;
@@ -282,7 +323,8 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
   };
   const auto start_scores = [&] {
     wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
-    start_scores_of_step(s, shape, tile, shared, {ring.stage, step, first_key, step == skipped});
+    start_scores_of_step(s, shape, tile, shared,
+                         {ring.stage, step, first_key, tile.is_own && step == skipped});
     wgmma_fence();
     tile_product_abt<kColumns, kTileRows, Start::accumulate>(
         s, k_operand, operand_k_major(shared_address(shared.q[ring.stage])));
@@ -290,7 +332,7 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
   };
   wait_barrier(shared_address(&shared.keys_full), 0);
   skip();
-  const bool has_steps = head < tile.heads;
+  const bool has_steps = head < tile.heads && (tile.is_own || steps > 0);
   pin_registers(d_k);
   pin_registers(d_v);
   if (has_steps) start_scores();
@@ -326,13 +368,13 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
     }
     start_scores();
   }
-  finish_key_gradients<kColumns, kSplit>(maps, shape.scale, shared, tile, d_k, d_v);
+  finish_key_gradients<kColumns, kSplit>(maps, args, shared, tile, d_k, d_v);
 }
 
-template <int kColumns, int kSplit>
+template <int kColumns, int kSplit, class Shape>
 __global__ void __launch_bounds__(kTileThreads, 1)
     attention_key_gradient_kernel(const __grid_constant__ BackwardMaps maps,
-                                  const BackwardArgs args) {
+                                  const BackwardArgs<Shape> args) {
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<KeyGradientShared<kColumns>*>(memory);
   if (threadIdx.x == 0) {

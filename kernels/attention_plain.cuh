@@ -36,11 +36,12 @@ __device__ __forceinline__ void store_as(__nv_bfloat16* to, float value) {
   *to = __float2bfloat16(value);
 }
 
-template <class T>
+template <class T, class Shape>
 struct PlainArgs {
-  AttentionShape shape;
+  Shape shape;
   PlainTensor<const T> q, k, v, o, d_o;
-  PlainTensor<T> o_out, d_q, d_k, d_v;
+  PlainTensor<T> o_out, d_q;
+  PlainTensor<std::conditional_t<Shape::kIsShared, float, T>> d_k, d_v;  // or their sums
   float* lse_out;
   const float* lse;
   int64_t lse_stride;
@@ -82,35 +83,39 @@ __device__ __forceinline__ void plain_store(T* to, const float (&acc)[kPlainSlot
   }
 }
 
-// The row of this warp: a token and one of `heads` heads; false past the end.
+// The row of this warp: a token of sequences of `length` rows and one of `heads` heads; false past
+// the end.
 struct PlainRow {
-  int64_t token, sequence_row;
-  int sequence, position, head;
+  int64_t token;
+  int sequence, row, head;
 };
-__device__ __forceinline__ bool plain_row(const AttentionShape& shape, int heads, PlainRow& row) {
+__device__ __forceinline__ bool plain_row(int sequences, int length, int heads, PlainRow& row) {
   const int64_t index = int64_t{blockIdx.x} * kPlainWarps + threadIdx.x / kWarpLanes;
   row.token = index / heads;
   row.head = static_cast<int>(index % heads);
-  row.sequence = static_cast<int>(row.token / shape.S);
-  row.position = static_cast<int>(row.token % shape.S);
-  row.sequence_row = int64_t{row.sequence} * shape.S;
-  return row.token < int64_t{shape.sequences} * shape.S;
+  row.sequence = static_cast<int>(row.token / length);
+  row.row = static_cast<int>(row.token % length);
+  return row.token < int64_t{sequences} * length;
+}
+template <class Shape>
+__device__ __forceinline__ bool plain_query(const Shape& shape, PlainRow& row) {
+  return plain_row(shape.sequences, shape.query_length(), shape.H, row);
 }
 
-template <class T>
+template <class T, class Shape>
 __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
-    attention_plain_kernel(const PlainArgs<T> a) {
-  const AttentionShape& shape = a.shape;
+    attention_plain_kernel(const PlainArgs<T, Shape> a) {
+  const Shape& shape = a.shape;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes, Q = shape.Q;
   PlainRow row;
-  if (!plain_row(shape, shape.H, row)) return;
+  if (!plain_query(shape, row)) return;
   const int group = row.head / shape.heads();
   const T* q = a.q.row(row.token, row.head, Q);
   float largest = -INFINITY, sum = 0.0f, o[kPlainSlots] = {};
-  for (int first = shape.first_key(row.sequence, row.position); first <= row.position;
-       first += kWarpLanes) {
-    const int count = min(kWarpLanes, row.position + 1 - first);
-    const int64_t token = row.sequence_row + first;
+  const int position = shape.position(row.row);
+  for (int first = shape.first_key(row.sequence, row.row); first <= position; first += kWarpLanes) {
+    const int count = min(kWarpLanes, position + 1 - first);
+    const int64_t token = int64_t{row.sequence} * shape.S + first;
     const float score =
         lane < count ? shape.scale * plain_dot(q, a.k.row(token + lane, group, Q), Q) : -INFINITY;
     const float before = largest;
@@ -125,12 +130,12 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
   if (lane == 0) a.lse_out[row.token * a.lse_stride + row.head] = largest + logf(sum);
 }
 
-template <class T>
+template <class T, class Shape>
 __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
-    attention_plain_delta_kernel(const PlainArgs<T> a) {
+    attention_plain_delta_kernel(const PlainArgs<T, Shape> a) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes, Q = a.shape.Q;
   PlainRow row;
-  if (!plain_row(a.shape, a.shape.H, row)) return;
+  if (!plain_query(a.shape, row)) return;
   const T* o = a.o.row(row.token, row.head, Q);
   const T* d_o = a.d_o.row(row.token, row.head, Q);
   float sum = 0.0f;
@@ -143,9 +148,9 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
 struct PlainPair {
   float prob = 0.0f, d_score = 0.0f;
 };
-template <class T>
-__device__ __forceinline__ PlainPair plain_pair(const PlainArgs<T>& a, int64_t query, int head,
-                                                int64_t key, int group) {
+template <class T, class Shape>
+__device__ __forceinline__ PlainPair plain_pair(const PlainArgs<T, Shape>& a, int64_t query,
+                                                int head, int64_t key, int group) {
   const int Q = a.shape.Q;
   const float score = a.shape.scale * plain_dot(a.q.row(query, head, Q), a.k.row(key, group, Q), Q);
   PlainPair pair;
@@ -155,19 +160,19 @@ __device__ __forceinline__ PlainPair plain_pair(const PlainArgs<T>& a, int64_t q
   return pair;
 }
 
-template <class T>
+template <class T, class Shape>
 __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
-    attention_plain_query_gradient_kernel(const PlainArgs<T> a) {
-  const AttentionShape& shape = a.shape;
+    attention_plain_query_gradient_kernel(const PlainArgs<T, Shape> a) {
+  const Shape& shape = a.shape;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes, Q = shape.Q;
   PlainRow row;
-  if (!plain_row(shape, shape.H, row)) return;
+  if (!plain_query(shape, row)) return;
   const int group = row.head / shape.heads();
   float d_q[kPlainSlots] = {};
-  for (int first = shape.first_key(row.sequence, row.position); first <= row.position;
-       first += kWarpLanes) {
-    const int count = min(kWarpLanes, row.position + 1 - first);
-    const int64_t token = row.sequence_row + first;
+  const int position = shape.position(row.row);
+  for (int first = shape.first_key(row.sequence, row.row); first <= position; first += kWarpLanes) {
+    const int count = min(kWarpLanes, position + 1 - first);
+    const int64_t token = int64_t{row.sequence} * shape.S + first;
     PlainPair pair;
     if (lane < count) pair = plain_pair(a, row.token, row.head, token + lane, group);
     plain_accumulate<T>(d_q, pair.d_score, count, Q,
@@ -176,21 +181,22 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
   plain_store(a.d_q.row(row.token, row.head, Q), d_q, 1.0f, Q);
 }
 
-template <class T>
+template <class T, class Shape>
 __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
-    attention_plain_key_gradient_kernel(const PlainArgs<T> a) {
-  const AttentionShape& shape = a.shape;
+    attention_plain_key_gradient_kernel(const PlainArgs<T, Shape> a) {
+  const Shape& shape = a.shape;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes, Q = shape.Q;
   PlainRow row;
-  if (!plain_row(shape, shape.G, row)) return;
+  if (!plain_row(shape.sequences, shape.S, shape.G, row)) return;
+  const int position = row.row, length = shape.query_length();
   float d_k[kPlainSlots] = {}, d_v[kPlainSlots] = {};
   for (int i = 0; i < shape.heads(); ++i) {
     const int head = row.head * shape.heads() + i;
-    for (int first = row.position; first < shape.S; first += kWarpLanes) {
-      const int count = min(kWarpLanes, shape.S - first);
-      const bool sees = lane < count && shape.first_key(row.sequence, first + lane) <= row.position;
+    for (int first = shape.first_row(position); first < length; first += kWarpLanes) {
+      const int count = min(kWarpLanes, length - first);
+      const bool sees = lane < count && shape.first_key(row.sequence, first + lane) <= position;
       if (__ballot_sync(kAllLanes, sees) == 0) break;  // later queries are of later documents
-      const int64_t token = row.sequence_row + first;
+      const int64_t token = int64_t{row.sequence} * length + first;
       PlainPair pair;
       if (sees) pair = plain_pair(a, token + lane, head, row.token, row.head);
       plain_accumulate<T>(d_k, pair.d_score, count, Q,
@@ -199,8 +205,10 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
                           [&](int j) { return a.d_o.row(token + j, head, Q); });
     }
   }
-  plain_store(a.d_k.row(row.token, row.head, Q), d_k, 1.0f, Q);
-  plain_store(a.d_v.row(row.token, row.head, Q), d_v, 1.0f, Q);
+  int64_t to = row.token;
+  if constexpr (Shape::kIsShared) to = shape.sum_row(row.sequence, position);
+  plain_store(a.d_k.row(to, row.head, Q), d_k, 1.0f, Q);
+  plain_store(a.d_v.row(to, row.head, Q), d_v, 1.0f, Q);
 }
 
 }  // namespace cambium::cuda

@@ -22,9 +22,9 @@ struct QueryGradientShared {
   uint64_t v_full[kBackwardStages], v_empty[kBackwardStages];
 };
 
-template <int kColumns>
+template <int kColumns, class Shape>
 __device__ __forceinline__ void query_gradient_producer(const BackwardMaps& maps,
-                                                        const AttentionShape& shape,
+                                                        const Shape& shape,
                                                         QueryGradientShared<kColumns>& shared) {
   const int tiles = shape.query_tiles() * shape.sequences * shape.H;
   RingPosition<kBackwardStages> ring;
@@ -32,7 +32,7 @@ __device__ __forceinline__ void query_gradient_producer(const BackwardMaps& maps
     const QueryTile tile = query_tile(shape, index);
     const int group = tile.head / shape.heads();
     wait_barrier(shared_address(&shared.q_empty), round % 2 ^ 1);
-    const TileAt query{0, tile.head, tile.first, tile.sequence};
+    const TileAt query{0, tile.head, tile.row, tile.sequence};
     load_tile<kColumns>(&maps.q, &shared.q_full, shared.q, query);
     load_tile<kColumns>(&maps.d_o, &shared.q_full, shared.d_o, query);
     for (int key = tile.first_key_tile; key <= tile.last_key_tile; ++key, ring.advance()) {
@@ -59,14 +59,16 @@ __device__ __forceinline__ void scores_to_probs(float (&s)[kElements], float sca
 struct RowStatistics {
   float lse_log2[2], delta[2];
 };
-__device__ __forceinline__ RowStatistics row_statistics(const BackwardArgs& args,
+template <class Shape>
+__device__ __forceinline__ RowStatistics row_statistics(const BackwardArgs<Shape>& args,
                                                         const QueryTile& tile,
                                                         const QueryRows& rows) {
   RowStatistics statistics;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool exists = rows.position[r] < args.shape.S;
-    const int64_t row = int64_t{tile.sequence} * args.shape.S + rows.position[r];
+    const int length = args.shape.query_length();
+    const bool exists = rows.row[r] < length;
+    const int64_t row = int64_t{tile.sequence} * length + rows.row[r];
     statistics.lse_log2[r] =
         exists ? args.lse[row * args.lse_stride + tile.head] * kLog2E : INFINITY;
     statistics.delta[r] = exists ? args.delta[row * args.delta_stride + tile.head] : 0.0f;
@@ -92,12 +94,12 @@ __device__ __forceinline__ void store_query_gradient(const BackwardMaps& maps,
   }
 }
 
-template <int kColumns>
+template <int kColumns, class Shape>
 __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps,
-                                                        const BackwardArgs& args,
+                                                        const BackwardArgs<Shape>& args,
                                                         QueryGradientShared<kColumns>& shared) {
   constexpr int kPanelBytes = kTileRows * kSwizzleBytes;
-  const AttentionShape& shape = args.shape;
+  const Shape& shape = args.shape;
   const int warpgroup = consumer_index();
   const int tiles = shape.query_tiles() * shape.sequences * shape.H;
   const float scale_log2 = shape.scale * kLog2E;
@@ -160,15 +162,15 @@ __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps
     wgmma_wait<0>(d_q);
     release(&shared.k_empty[(ring.stage + kBackwardStages - 1) % kBackwardStages]);
 
-    store_query_gradient(maps, shape, shared, {0, tile.head, rows.first, tile.sequence}, d_q);
+    store_query_gradient(maps, shape, shared, {0, tile.head, rows.first_row, tile.sequence}, d_q);
   }
   if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }
 
-template <int kColumns>
+template <int kColumns, class Shape>
 __global__ void __launch_bounds__(kTileThreads, 1)
     attention_query_gradient_kernel(const __grid_constant__ BackwardMaps maps,
-                                    const BackwardArgs args) {
+                                    const BackwardArgs<Shape> args) {
   extern __shared__ __align__(1024) char memory[];
   auto& shared = *reinterpret_cast<QueryGradientShared<kColumns>*>(memory);
   if (threadIdx.x == 0) {

@@ -11,8 +11,8 @@
 
 namespace cambium::cuda {
 
-constexpr int kTileRows = 128;  // queries of a query tile; keys of a key tile
-constexpr int kConsumers = 2;   // warpgroups that compute, 64 rows of the tile each
+constexpr int kTileRows = kAttentionTile;  // queries of a query tile; keys of a key tile
+constexpr int kConsumers = 2;              // warpgroups that compute, 64 rows of the tile each
 constexpr int kWarpgroupRows = kTileRows / kConsumers;
 constexpr int kTileThreads = (kConsumers + 1) * kWarpgroupThreads;  // and one that loads
 constexpr int kProducerRegisters = 24;
@@ -28,17 +28,47 @@ __device__ __forceinline__ int consumer_index() {
   return static_cast<int>(uniform(threadIdx.x / kWarpgroupThreads)) - 1;
 }
 
+// Whole sequences: their queries lie where their keys do.
 struct AttentionShape {
+  static constexpr bool kIsShared = false;
   int sequences, S, H, G, Q;
   float scale;
   const int32_t* document_start;  // null without documents
 
-  __host__ __device__ int query_tiles() const { return (S + kTileRows - 1) / kTileRows; }
   __host__ __device__ int heads() const { return H / G; }
-  // Position in its sequence of the first key that query `position` sees.
-  __device__ int first_key(int sequence, int position) const {
-    if (document_start == nullptr || position >= S) return 0;
-    return max(0, document_start[int64_t{sequence} * S + position] - sequence * S);
+  __host__ __device__ int key_tiles() const { return (S + kTileRows - 1) / kTileRows; }
+  __host__ __device__ int query_tiles() const { return key_tiles(); }
+  __host__ __device__ int query_length() const { return S; }
+  // The place in its sequence of a query row, and the first query row from a place on.
+  __device__ int position(int row) const { return row; }
+  __device__ int first_row(int position) const { return position; }
+  // Position of the first key that a query row of a sequence sees.
+  __device__ int first_key(int sequence, int row) const {
+    if (document_start == nullptr || row >= S) return 0;
+    return max(0, document_start[int64_t{sequence} * S + row] - sequence * S);
+  }
+};
+
+// This rank's part of every sequence's queries. In products of tiles, tiles do not cross chunks.
+struct SharedAttentionShape : AttentionShape {
+  static constexpr bool kIsShared = true;
+  ContextShare share;
+
+  __host__ __device__ int query_length() const { return S / static_cast<int>(share.ranks); }
+  __host__ __device__ int query_tiles() const { return query_length() / kTileRows; }
+  __device__ int position(int row) const { return static_cast<int>(share.position(row, S)); }
+  __device__ int first_row(int position) const {
+    const int chunk = query_length() / 2, near = this->position(0), far = this->position(chunk);
+    return min(max(position - near, 0), chunk) + min(max(position - far, 0), chunk);
+  }
+  __device__ int first_key(int sequence, int row) const {
+    if (document_start == nullptr) return 0;
+    return max(0, document_start[int64_t{sequence} * query_length() + row] - sequence * S);
+  }
+  // Row of a key's sums: [rank that owns it][sequence][row there].
+  __device__ int64_t sum_row(int sequence, int position) const {
+    return (share.owner(position, S) * sequences + sequence) * query_length() +
+           share.row(position, S);
   }
 };
 
@@ -55,20 +85,23 @@ struct RingPosition {
   }
 };
 
-// 128 queries of one head and the key tiles they see, first_key_tile .. last_key_tile.
+// 128 queries of one head, from `row` of the rank's part of the sequence and position `first` on,
+// and the key tiles they see, first_key_tile .. last_key_tile.
 struct QueryTile {
-  int sequence, head, first, first_key_tile, last_key_tile;
+  int sequence, head, row, first, first_key_tile, last_key_tile;
 };
 
 // Longest first, so that the last ones to start are short; heads that share keys side by side.
-__device__ __forceinline__ QueryTile query_tile(const AttentionShape& shape, int index) {
+template <class Shape>
+__device__ __forceinline__ QueryTile query_tile(const Shape& shape, int index) {
   const int columns = shape.sequences * shape.H, column = index % columns;
   QueryTile tile;
   tile.sequence = column / shape.H;
   tile.head = column % shape.H;
-  tile.last_key_tile = shape.query_tiles() - 1 - index / columns;
-  tile.first = tile.last_key_tile * kTileRows;
-  tile.first_key_tile = shape.first_key(tile.sequence, tile.first) / kTileRows;
+  tile.row = (shape.query_tiles() - 1 - index / columns) * kTileRows;
+  tile.first = shape.position(tile.row);
+  tile.last_key_tile = tile.first / kTileRows;
+  tile.first_key_tile = shape.first_key(tile.sequence, tile.row) / kTileRows;
   return tile;
 }
 
@@ -97,21 +130,25 @@ __device__ __forceinline__ AccumulatorLane accumulator_lane() {
 
 // The two rows of a warpgroup's 64 queries that are this thread's, and the keys they see.
 struct QueryRows {
-  int first;  // position of the warpgroup's first row
+  int first_row;  // the warpgroup's, in the rank's part of the sequence
+  int row[2];
   int position[2];
   int first_seen[2];
   int latest_first;  // the largest first_seen of the warpgroup
 };
-__device__ __forceinline__ QueryRows query_rows(const AttentionShape& shape, const QueryTile& tile,
+template <class Shape>
+__device__ __forceinline__ QueryRows query_rows(const Shape& shape, const QueryTile& tile,
                                                 int warpgroup) {
   QueryRows rows;
-  rows.first = tile.first + warpgroup * kWarpgroupRows;
+  rows.first_row = tile.row + warpgroup * kWarpgroupRows;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    rows.position[r] = rows.first + accumulator_lane().row + 8 * r;
-    rows.first_seen[r] = shape.first_key(tile.sequence, rows.position[r]);
+    rows.row[r] = rows.first_row + accumulator_lane().row + 8 * r;
+    rows.position[r] = rows.row[r] - tile.row + tile.first;
+    rows.first_seen[r] = shape.first_key(tile.sequence, rows.row[r]);
   }
-  rows.latest_first = shape.first_key(tile.sequence, min(rows.first + kWarpgroupRows, shape.S) - 1);
+  rows.latest_first = shape.first_key(
+      tile.sequence, min(rows.first_row + kWarpgroupRows, shape.query_length()) - 1);
   return rows;
 }
 
@@ -130,7 +167,7 @@ __device__ __forceinline__ void store_accumulator(const float (&d)[kElements], f
   }
 }
 
-// Map of a [T][heads][Q] view as [sequences][S][heads][Q], boxes of [rows][64 columns].
+// Map of a [T][heads][Q] view as [sequences][T / sequences][heads][Q], boxes of [rows][64 columns].
 CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int rows);
 
 }  // namespace cambium::cuda

@@ -4,8 +4,8 @@
 # BIN holds `cambium` and, for parity, `test_ops` and `test_train` (default: build/cuda). It checks
 # that the kernels and whole models agree with their references, that 3 runs of 50 steps have the
 # same bits, that exact mode has the bits of one rank in layouts of 2 to 8 virtual ranks, that
-# losses follow the CPU's in bf16, and each golden directory in bf16. It ends in a table, and with 1
-# when a row failed.
+# layouts that share sequences repeat theirs and stay near one rank, that losses follow the CPU's in
+# bf16, and each golden directory in bf16. It ends in a table, and with 1 when a row failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${1:-build/cuda}
@@ -93,6 +93,40 @@ shared_expert() {
   done
 }
 
+# pp dp cp ep sharding schedule
+contexts="1 1 2 1 none 1f1b;1 2 2 1 zero1 1f1b;1 1 4 1 full 1f1b;1 1 2 2 zero2 1f1b
+  2 1 2 1 zero1 gpipe;2 2 2 4 full dualpipev"
+
+# Every expert chosen, as in the last row of losses that follow the CPU's.
+context() {  # context NAME DEVICE PP DP CP EP SHARDING SCHEDULE
+  train "$1" configs/tiny.toml 6 run.device="$2" numerics.reduction=fast model.layers=4 \
+    model.experts=8 model.top_k=8 model.max_positions=1024 train.sequence_length=1024 \
+    numerics.block_tokens=128 train.eval_every_steps=0 parallel.pp="$3" parallel.dp="$4" \
+    parallel.cp="$5" parallel.ep="$6" parallel.sharding="$7" parallel.schedule="$8"
+}
+
+contexts() {
+  context whole cuda 1 1 1 1 none 1f1b && context whole-cpu cpu 1 1 1 1 none 1f1b || return
+  local count=0 worst=0 other found
+  while read -r pp dp cp ep sharding schedule; do
+    for run in shared again; do
+      context $run cuda "$pp" "$dp" "$cp" "$ep" "$sharding" "$schedule" || return
+    done
+    "$bin/cambium" compare "$work/shared" "$work/again" || return
+    for other in whole whole-cpu; do
+      found=$(paste <(losses $other) <(losses shared) | awk '{ gap = ($1 - $2) / $1
+        if (gap < 0) gap = -gap; if (gap > worst) worst = gap }
+        END { printf "%.1e", NR == 6 ? worst : 1 }')
+      awk "BEGIN{exit !($found < 5e-4)}" ||
+        { echo "pp $pp dp $dp cp $cp ep $ep $sharding $schedule: $found from $other"; return 1; }
+      worst=$(awk "BEGIN{print ($found > $worst) ? $found : $worst}")
+    done
+    rm -rf "$work/shared" "$work/again"
+    count=$((count + 1))
+  done < <(tr ';' '\n' <<<"$contexts")
+  echo "$count layouts repeat their bits; losses differ by at most $worst from one rank and the CPU"
+}
+
 losses() { grep -o '"loss":[0-9.e+-]*' "$work/$1/metrics.jsonl" | cut -d: -f2; }
 
 # Losses of the GPU against the CPU's in bf16 after equal initial weights, the CPU's blocks as long
@@ -127,6 +161,7 @@ row doctor "$bin/cambium" doctor
 row "3 runs of 50 steps, same bits" repeats
 row "exact: layouts of 2 to 8 virtual ranks" layouts
 row "exact: shared expert, recomputation" shared_expert
+row "fast: shared sequences on 2 to 8 virtual ranks" contexts
 row "tiny: losses follow the CPU's in bf16" follows_cpu configs/tiny.toml 1 1e-4
 row "quickstart: losses follow the CPU's in bf16" follows_cpu configs/quickstart.toml 1 1e-4
 row "quickstart with every expert chosen" follows_cpu configs/quickstart.toml 5 5e-4 model.top_k=8

@@ -123,12 +123,14 @@ fast() {
   nccl "$name-nccl" "$config" "$steps" numerics.reduction=fast "$@" &&
     sim "$name-sim" "$config" "$steps" numerics.reduction=fast numerics.fast_order=ring "$@" ||
     return
-  paste <(losses "$name-sim") <(losses "$name-nccl") | awk -v bound=$fast_bound \
+  local bits=other
+  "$bin/cambium" compare "$work/$name-sim" "$work/$name-nccl" && bits=same
+  paste <(losses "$name-sim") <(losses "$name-nccl") | awk -v bound=$fast_bound -v bits=$bits \
     -v speed="$(tokens_per_s "$name-nccl")" -v ranks="$ranks" '
     { n++; if (NR == 1) first = $2 / $1 - 1; a[n] = $1; b[n] = $2 }
     END { for (i = n - 9; i <= n; i++) { x += a[i]; y += b[i] }
-      gap = y / x - 1; printf "first loss %.1e, last ten %.1e; %.0f tokens/s a GPU\n", first, gap,
-        speed / ranks
+      gap = y / x - 1; printf "%s bits, first loss %.1e, last ten %.1e; %.0f tokens/s a GPU\n",
+        bits, first, gap, speed / ranks
       exit !(n > 10 && gap < bound && gap > -bound) }'
   local status=$?
   rm -rf "$work/$name-nccl" "$work/$name-sim"
@@ -307,7 +309,8 @@ row "quickstart, exact, dp $r ep $r" exact q2 $quick "parallel.dp=$r" "parallel.
 row "the same, no accumulation" exact q3 $quick "parallel.dp=$r" "parallel.ep=$r" \
   "train.micro_batch_sequences=$((8 / r))"
 row "quickstart, exact, pp $r" exact q4 $quick "parallel.pp=$r" parallel.dp=1 parallel.ep=1
-row "quickstart, exact, cp $r" exact q5 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r"
+row "quickstart, fast, cp $r" fast f2 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" \
+  "train.sequence_length=$((256 * r))" "model.max_positions=$((256 * r))"
 row "quickstart, fast, dp $r ep $r" fast f1 $quick "parallel.dp=$r" "parallel.ep=$r"
 row "killed in a step: exit 20, resumed bits" struck KILL 20
 row "stopped: exit 21, resumed bits" struck STOP 21
@@ -321,6 +324,8 @@ row "2-layer Qwen3-30B-A3B, exact, pp $r" exact s3 $quick "${slice[@]}" "paralle
   parallel.dp=1 parallel.ep=1
 row "2-layer Qwen3-30B-A3B, fast, dp $r ep $r" fast s4 $quick "${slice[@]}" "parallel.dp=$r" \
   "parallel.ep=$r"
+row "2-layer Qwen3-30B-A3B, fast, cp $r ep $r" fast s5 $quick "${slice[@]}" "parallel.cp=$r" \
+  parallel.dp=1 "parallel.ep=$r" "train.sequence_length=$((256 * r))"
 steps=${CHECK_SCALING_STEPS:-15}
 row "scaling: 4-layer slice, 4 x 4096 tokens a GPU" scaling w1 $quick 4 model.preset=qwen3-30b-a3b \
   model.layers=4 model.vocab=512 train.sequence_length=4096 train.micro_batch_sequences=4 \

@@ -230,10 +230,13 @@ Config checked_config(const Config& given, const Derived& derived, std::string& 
         config.train.global_batch_sequences, config.train.sequence_length, config.model.experts,
         config.model.top_k);
   }
-  if (!kHasCuda && config.run.device == DeviceKind::cuda) {
+  const bool is_exact_there = config.parallel.cp == 1;  // the bits of one rank, on a GPU
+  if (config.run.device == DeviceKind::cuda && (!kHasCuda || !is_exact_there)) {
     config.run.device = DeviceKind::cpu;
     config.run.transport = Transport::sim;
-    what += ", on the CPU's reference as this build has no CUDA kernels";
+    what += fmt::format(
+        ", on the CPU's reference as {}",
+        kHasCuda ? "no GPU has exact mode for parallel.cp > 1" : "this build has no CUDA kernels");
   }
   config.train.steps = std::max(config.train.steps, kCheckSteps);
   config.faults = drawn_faults(config, {0, kCheckSteps});

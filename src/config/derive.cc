@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "fmt/format.h"
-#include "kernels/op.h"
+#include "kernels/attention.h"
 #include "src/base/check.h"
 #include "src/config/faults.h"
 #include "src/config/schema.h"
@@ -288,8 +288,15 @@ void check_supported(const Config& config, ConfigUse use) {
     fail(ExitCode::usage, "{} is not supported yet; nearest supported: {}", what, nearest);
   };
   if (config.run.device == DeviceKind::cuda && parallel.cp > 1) {
-    refuse(fmt::format("parallel.cp = {} with run.device = cuda", parallel.cp),
-           fmt::format("parallel.cp = 1, parallel.dp = {}", parallel.dp * parallel.cp));
+    if (config.numerics.reduction == ReductionMode::exact) {
+      refuse(fmt::format("parallel.cp = {} with run.device = cuda and numerics.reduction = exact",
+                         parallel.cp),
+             fmt::format("numerics.reduction = fast, or parallel.cp = 1, parallel.dp = {}",
+                         parallel.dp * parallel.cp));
+    }
+    check_multiple({"2 * parallel.cp * (attention's tile on a GPU, 128)",
+                    2 * parallel.cp * kAttentionTile, "train.sequence_length",
+                    config.train.sequence_length});
   }
   check_device(config, use);
   if (config.run.transport == Transport::nccl && config.run.device == DeviceKind::cpu) {

@@ -342,7 +342,7 @@ const KeySpec kKeys[] = {
     {"parallel", "dp", in_section<kParallel, &Parallel::dp>, kRanks, kNoChoices, kMay, nullptr,
      "data-parallel ranks, every one counted"},
     {"parallel", "cp", in_section<kParallel, &Parallel::cp>, kRanks, kNoChoices, kMay, nullptr,
-     "ranks that share a sequence"},
+     "ranks that share a sequence; run.device = cuda: numerics.reduction = fast alone"},
     {"parallel", "ep", in_section<kParallel, &Parallel::ep>, kRanks, kNoChoices, kMay, nullptr,
      "ranks that share a layer's experts; divides dp * cp and model.experts"},
     {"parallel", "sharding", in_section<kParallel, &Parallel::sharding>, kNoRange, kShardingNames,

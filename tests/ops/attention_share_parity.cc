@@ -170,5 +170,90 @@ TEST(AttentionShares, MustFailWithTheSumsOfAnotherShare) {
   EXPECT_THROW(run_op(attention_backward, both), Error);
 }
 
+// ---- the GPU ---------------------------------------------------------------------------------
+
+// Chunks of any length in fp32; whole tiles in bf16.
+TEST(AttentionShares, CudaSharesStayWithinRounding) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    std::vector<SharedCase> cases = kSharedTileCases;
+    if (dtype == DType::f32) cases.insert(cases.end(), kSharedCases.begin(), kSharedCases.end());
+    for (const SharedCase& c : cases) {
+      AttentionTensors whole(c.whole, InputFamily::normals, dtype);
+      for (int64_t index = 0; index < c.ranks; ++index) {
+        SCOPED_TRACE(testing::Message()
+                     << c.whole.S << " positions, head " << c.whole.Q << " " << dtype_name(dtype)
+                     << ", rank " << index << " of " << c.ranks);
+        ShareTensors t(whole, {c.ranks, index});
+        run_cuda_op(attention, t.forward_args());
+        run_cuda_op(attention_backward, t.backward_args());
+        const int64_t terms = c.whole.Q + 16;
+        expect_share_near_oracle(
+            t, dtype == DType::f32 ? tolerance(2, terms) : bf16_tolerance(2, terms));
+      }
+    }
+  }
+}
+
+// A share's rows have the bits of one rank's, as tiles are those of whole sequences; its sums do
+// not depend on the other sequences; nothing is written outside the outputs, and twice the same.
+TEST(AttentionShares, CudaSharesHaveTheRowsOfOneRank) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    for (const SharedCase& c : kSharedTileCases) {
+      AttentionTensors whole(c.whole, InputFamily::normals, dtype);
+      whole.cuda_both();
+      for (int64_t index = 0; index < c.ranks; ++index) {
+        ShareTensors t(whole, {c.ranks, index});
+        run_cuda_op(attention, t.forward_args());
+        EXPECT_TRUE(bits_equal(t.o, t.part(whole.o)));
+        EXPECT_TRUE(bits_equal(t.lse, t.part(whole.lse)));
+        run_cuda_op(attention_backward, t.backward_args());
+        EXPECT_TRUE(bits_equal(t.d_q, t.part(whole.d_q)));
+        if (index == 0) {
+          expect_cuda_agrees(attention_backward, t.backward_args(),
+                             4 * (dtype == DType::f32 ? tolerance(2, c.whole.Q + 16)
+                                                      : bf16_tolerance(2, c.whole.Q + 16)));
+        }
+      }
+    }
+  }
+}
+
+TEST(AttentionShares, CudaSharesOfSequencesDoNotDependOnTheBatch) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    AttentionTensors all({3, 512, 4, 2, 64, 32, Documents::mixed}, InputFamily::normals, dtype);
+    const ContextShare share{2, 1};
+    ShareTensors batch(all, share);
+    run_cuda_op(attention, batch.forward_args());
+    run_cuda_op(attention_backward, batch.backward_args());
+    for (int64_t sequence = 0; sequence < 3; ++sequence) {
+      AttentionTensors one = one_sequence(all, sequence);
+      ShareTensors alone(one, share);
+      run_cuda_op(attention, alone.forward_args());
+      run_cuda_op(attention_backward, alone.backward_args());
+      const int64_t rows = alone.d_k.shape()[0] / share.ranks;  // of one owner and sequence
+      for (const auto& [sum, of_batch] :
+           {std::pair(&alone.d_k, &batch.d_k), std::pair(&alone.d_v, &batch.d_v)}) {
+        const int64_t width = sum->shape().row_elements();
+        for (int64_t i = 0; i < sum->elements(); ++i) {
+          const int64_t owner = i / width / rows;
+          const int64_t from = (owner * 3 + sequence) * rows * width + i % (rows * width);
+          ASSERT_EQ(sum->at(i), of_batch->at(from)) << i;
+        }
+      }
+    }
+  }
+}
+
+TEST(AttentionShares, CudaRefusesChunksThatCutTiles) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  AttentionTensors whole({1, 256, 2, 1, 64, 32, Documents::absent}, InputFamily::normals,
+                         DType::bf16);
+  ShareTensors t(whole, {2, 0});
+  EXPECT_THROW(run_cuda_op(attention, t.forward_args()), Error);
+}
+
 }  // namespace
 }  // namespace cambium::test
