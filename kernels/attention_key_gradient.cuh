@@ -273,8 +273,8 @@ __device__ __forceinline__ void pack_products(const float (&p)[kElements],
 
 struct KeyStep {
   int stage, step;
-  int first_key;     // position of this thread's first key
-  bool is_diagonal;  // queries and keys are the same positions
+  int first_key;  // position of this thread's first key
+  bool is_first;  // of those that this warpgroup does not skip
 };
 
 // What the product S^T of a step adds to, so that S^T scale = log(P^T): minus lse, or minus
@@ -286,7 +286,7 @@ __device__ __forceinline__ void start_scores_of_step(float (&s)[kElements], cons
                                                      const KeyStep& at) {
   const int column = accumulator_lane().column;
   start_from_columns(s, shared.lse[at.stage] + column, -1.0f / shape.scale);
-  if (at.is_diagonal) {
+  if (tile.is_own && at.is_first) {  // queries and keys are the same positions
     mask_earlier_queries(s, at.first_key - (tile.first / kStepRows + at.step) * kStepRows - column);
   }
   if (shape.document_start != nullptr) {
@@ -323,8 +323,7 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
   };
   const auto start_scores = [&] {
     wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
-    start_scores_of_step(s, shape, tile, shared,
-                         {ring.stage, step, first_key, tile.is_own && step == skipped});
+    start_scores_of_step(s, shape, tile, shared, {ring.stage, step, first_key, step == skipped});
     wgmma_fence();
     tile_product_abt<kColumns, kTileRows, Start::accumulate>(
         s, k_operand, operand_k_major(shared_address(shared.q[ring.stage])));
