@@ -17,14 +17,19 @@
 // the tensor cores, in the reference too; the softmax sums unrounded P.
 // Napkin: forward 2 T S H Q FLOPs (causal half of 4), backward 5 T S H Q.
 // Context parallelism: with `share` of several ranks, q holds this rank's part of every sequence
-// (zigzag: chunks `index` and 2 ranks - 1 - index of 2 ranks), k and v hold whole sequences. The
-// backward pass then leaves every query block's dK and dV apart, for the ranks that own the keys,
-// and `attention_key_fold` sums them there in the order in which one rank does.
+// (zigzag: chunks `index` and 2 ranks - 1 - index of 2 ranks), k and v hold whole sequences. What
+// the backward pass then leaves for the ranks that own the keys is the caller's choice:
+//   sums      of this rank's queries, which a reduce-scatter adds to those of the others;
+//   partials  of every query block apart (CPU alone), which `attention_key_fold` sums where the
+//             keys are, in the order and to the bits of one rank.
+// On the GPU the chunks are whole tiles: S is a multiple of 2 ranks kAttentionTile.
 #pragma once
 
 #include "kernels/op.h"
 
 namespace cambium {
+
+constexpr int64_t kAttentionTile = 128;  // positions of a tile on the GPU
 
 // Which part of a sequence of S positions a rank holds.
 struct ContextShare {
@@ -72,13 +77,17 @@ struct AttentionBackwardArgs {
   In<float> lse_TH;
   In<int32_t> document_start_T = {};  // optional
   Out<Real> d_q_THQ;                  // rows may be strided; must not overlap the inputs
-  Out<Real> d_k_TGQ;  // empty with a share of several ranks, which fills the partials instead
+  Out<Real> d_k_TGQ;  // empty with a share of several ranks, which fills sums or partials instead
   Out<Real> d_v_TGQ;
   Out<float> delta_TH;  // d_o . o of each row: an intermediate that the caller gives room for
   int64_t sequence_length = 0;
   int64_t block_tokens = 0;
   float scale = 1.0f;
   ContextShare share = {};
+  // [rank that owns the key][sequence][key row there], C = G Q: every row is written. Rows may be
+  // strided.
+  Out<float> d_k_sum_SC = {};
+  Out<float> d_v_sum_SC = {};
   // [rank that owns the key][sequence][query block of this rank][key row there][G Q], flattened to
   // rows of G Q; rows of blocks that the query block does not see are not touched.
   Out<float> d_k_partial_MC = {};
@@ -137,9 +146,17 @@ inline void check_args(const AttentionBackwardArgs& a) {
   check_shape("attention_backward", "lse_TH", a.lse_TH, Shape(T, H));
   check_shape("attention_backward", "d_q_THQ", a.d_q_THQ, Shape(T, H, Q));
   check_shape("attention_backward", "delta_TH", a.delta_TH, Shape(T, H));
+  CHECK(a.share.ranks > 1 || (a.d_k_sum_SC.empty() && a.d_k_partial_MC.empty()));
   if (a.share.ranks > 1) {
-    const Shape rows(attention_partial_rows(T, a.sequence_length, a.block_tokens, a.share), G * Q);
     CHECK(a.d_k_TGQ.empty() && a.d_v_TGQ.empty());
+    CHECK(a.d_k_sum_SC.empty() != a.d_k_partial_MC.empty());
+    if (!a.d_k_sum_SC.empty()) {
+      const Shape whole(T * a.share.ranks, G * Q);
+      check_shape("attention_backward", "d_k_sum_SC", a.d_k_sum_SC, whole);
+      check_shape("attention_backward", "d_v_sum_SC", a.d_v_sum_SC, whole);
+      return;
+    }
+    const Shape rows(attention_partial_rows(T, a.sequence_length, a.block_tokens, a.share), G * Q);
     check_shape("attention_backward", "d_k_partial_MC", a.d_k_partial_MC, rows);
     check_shape("attention_backward", "d_v_partial_MC", a.d_v_partial_MC, rows);
     return;
@@ -205,6 +222,8 @@ void visit_views(const AttentionBackwardArgs& a, Visitor&& visit) {
   visit("d_k_TGQ", a.d_k_TGQ);
   visit("d_v_TGQ", a.d_v_TGQ);
   visit("delta_TH", a.delta_TH);
+  visit("d_k_sum_SC", a.d_k_sum_SC);
+  visit("d_v_sum_SC", a.d_v_sum_SC);
   visit("d_k_partial_MC", a.d_k_partial_MC);
   visit("d_v_partial_MC", a.d_v_partial_MC);
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "reference/lane_group.h"
+#include "reference/panel_cutter.h"
 #include "reference/panel_product.h"
 #include "reference/rounding.h"
 
@@ -56,27 +57,6 @@ struct AttentionInputs {
   int64_t padded_lanes(int64_t tokens) const {
     return (heads * tokens + kLanes - 1) / kLanes * kLanes;
   }
-};
-
-// Cuts one thread's scratch into panels.
-class PanelCutter {
- public:
-  PanelCutter(Scratch& scratch, int64_t floats) : next_(scratch.floats(0, floats)) {
-    left_ = floats;
-  }
-  float* take(int64_t count) {
-    const int64_t padded = round_up(count);
-    CHECK_LE(padded, left_);
-    float* taken = next_;
-    next_ += padded;
-    left_ -= padded;
-    return taken;
-  }
-  static int64_t round_up(int64_t count) { return (count + 15) / 16 * 16; }
-
- private:
-  float* next_;
-  int64_t left_ = 0;
 };
 
 // One (sequence, group) and one of its query blocks.
@@ -405,10 +385,16 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
   }
 }
 
-// d_keys += d_scores q and d_values += probs d_o for one key block; the diagonal block is the first
-// to reach its keys, so it stores. Partials of query blocks that stay apart are stored too.
+// How a query block's d_keys and d_values meet those of earlier query blocks.
+enum class KeySums {
+  from_diagonal,  // the diagonal block is the first to reach its keys: it stores, later ones add
+  from_zero,      // another rank may hold the diagonal: all add to zeros
+  apart           // every query block's stay apart
+};
+
+// d_keys += d_scores q and d_values += probs d_o for one key block.
 void key_gradients(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
-                   const BackwardPanels& p) {
+                   KeySums sums, const BackwardPanels& p) {
   const int64_t Q = in.head_dim;
   for_strips(keys, [&](int64_t first, int64_t count) {
     const int64_t first_lane = first * in.heads;
@@ -423,7 +409,8 @@ void key_gradients(const AttentionInputs& in, const QueryBlock& query, const Key
                          .rows = count,
                          .columns = Q,
                          .depth = query.lanes - first_lane};
-    const bool stores = keys.is_diagonal || in.share.ranks > 1;
+    const bool stores =
+        sums == KeySums::apart || (sums == KeySums::from_diagonal && keys.is_diagonal);
     product.combine = stores ? PanelCombine::store : PanelCombine::add;
     panel_product(product);
     product.a = p.d_scores + corner;
@@ -459,13 +446,13 @@ void load_backward_query(const AttentionInputs& in, const QueryBlock& query,
 
 // One query block against its key blocks in position order.
 void backward_query_block(const AttentionInputs& in, const QueryBlock& query,
-                          const LaneRange& range, const BackwardPanels& p) {
+                          const LaneRange& range, KeySums sums, const BackwardPanels& p) {
   for (int64_t index = query.first_key_block; index <= query.first / in.block_tokens; ++index) {
     const KeyBlock keys = key_block(in, query, range, index);
     score_product(in, query, keys, p.keys, p.query.transposed, p.probs);
     score_product(in, query, keys, p.values, p.d_output.transposed, p.d_scores);
     score_gradients(in, query, keys, range, p);
-    key_gradients(in, query, keys, p);
+    key_gradients(in, query, keys, sums, p);
     const bool is_first = index == query.first_key_block;
     lane_product(in, query, keys,
                  {.weights = p.d_scores,
@@ -484,12 +471,14 @@ void store_d_query(const AttentionInputs& in, const QueryBlock& query, const flo
   }
 }
 
+// By owner of the keys where ranks share sequences, which one rank does not.
 void store_d_keys(const AttentionInputs& in, int64_t chunk, const float* panel,
                   const WriteF32& tensor) {
-  const int64_t row = chunk / in.groups * in.sequence_length;
-  const int64_t column = chunk % in.groups * in.head_dim;
-  for (int64_t position = 0; position < in.sequence_length; ++position, panel += in.head_dim) {
-    copy_row(panel, tensor.row(row + position) + column, in.head_dim);
+  const int64_t S = in.sequence_length, column = chunk % in.groups * in.head_dim;
+  for (int64_t key = 0; key < S; ++key, panel += in.head_dim) {
+    const int64_t part = in.share.owner(key, S) * in.sequences + chunk / in.groups;
+    const int64_t row = part * in.query_length + in.share.row(key, S);
+    copy_row(panel, tensor.row(row) + column, in.head_dim);
   }
 }
 
@@ -539,22 +528,33 @@ void attention(const AttentionArgs& args, Workers& workers) {
 void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
   const AttentionInputs in(args);
   const BackwardRows rows{ReadF32(args.o_THQ), ReadF32(args.d_o_THQ), args.lse_TH, args.delta_TH};
-  const WriteF32 d_q(args.d_q_THQ), d_k(args.d_k_TGQ), d_v(args.d_v_TGQ);
+  const bool one_rank = in.share.ranks == 1;
+  const WriteF32 d_q(args.d_q_THQ);
+  const WriteF32 d_k(one_rank ? RawView(args.d_k_TGQ) : RawView(args.d_k_sum_SC));
+  const WriteF32 d_v(one_rank ? RawView(args.d_v_TGQ) : RawView(args.d_v_sum_SC));
+  const KeySums sums = one_rank                  ? KeySums::from_diagonal
+                       : args.d_k_sum_SC.empty() ? KeySums::apart
+                                                 : KeySums::from_zero;
   workers.parallel_for(in.sequences * in.groups, [&](int64_t chunk, Scratch& scratch) {
     LaneRange range;
     const BackwardPanels p = cut_backward_panels(in, scratch, range);
     load_keys(in, in.k, chunk, p.keys);
     load_keys(in, in.v, chunk, p.values);
+    if (sums == KeySums::from_zero) {
+      for (float* panel : {p.d_keys, p.d_values}) {
+        std::fill_n(panel, in.sequence_length * in.head_dim, 0.0f);
+      }
+    }
     for (int64_t local = 0; local < in.query_length; local += in.block_tokens) {
       const QueryBlock query = query_block(in, chunk, local, range);
       load_backward_query(in, query, rows, p);
-      backward_query_block(in, query, range, p);
+      backward_query_block(in, query, range, sums, p);
       store_d_query(in, query, p.d_query, d_q);
-      if (in.share.ranks == 1) continue;
+      if (sums != KeySums::apart) continue;
       store_partials(in, chunk, local, query, p.d_keys, args.d_k_partial_MC);
       store_partials(in, chunk, local, query, p.d_values, args.d_v_partial_MC);
     }
-    if (in.share.ranks > 1) return;
+    if (sums == KeySums::apart) return;
     store_d_keys(in, chunk, p.d_keys, d_k);
     store_d_keys(in, chunk, p.d_values, d_v);
   });

@@ -1,5 +1,6 @@
 #include "src/model/context.h"
 
+#include "kernels/copy.h"
 #include "kernels/expert_load.h"
 #include "kernels/metric_sum.h"
 #include "kernels/permute.h"
@@ -30,6 +31,30 @@ Buffer gather_context(const LayerContext& c, const MicroBatch& batch, In<Real> x
                                    .count = T * C,
                                    .dtype = c.dtype()}));
   return pick(c.in(received, Shape(rows, C)), batch.context_row_S, rows, "whole sequences");
+}
+
+void reduce_context(const LayerContext& c, const MicroBatch& batch, const Buffer& sum_SC,
+                    const KeyGradients& d) {
+  const int64_t T = d.d_k_TGQ[0], C = d.d_k_TGQ[1] * d.d_k_TGQ[2], count = T * 2 * C;
+  const Buffer received = c.rank.activation(4 * count, "received key gradients");
+  c.rank.comm_waits_for_compute();
+  c.rank.compute_waits(reduce_scatter({.communicator = *c.rank.context,
+                                       .stream = c.rank.comm,
+                                       .send = sum_SC.data(),
+                                       .recv = received.data(),
+                                       .count = count}));
+  const Buffer rounded = c.real(Shape(T, 2 * C), "key gradients");
+  cast_real(
+      {.from_N = In<float>(received.f32(), Shape(count)), .to_N = c.out(rounded, Shape(count))},
+      c.rank.ops);
+  const auto* first = rounded.as<std::byte>();
+  for (const Out<Real>& d_x : {d.d_k_TGQ, d.d_v_TGQ}) {
+    gather_rows({.x_TD = {first, c.dtype(), Shape(T, C), 2 * C},
+                 .index_M = {batch.own_row_T.as<int32_t>(), Shape(T)},
+                 .y_MD = {d_x.data, c.dtype(), Shape(T, C), d_x.row_stride}},
+                c.rank.ops);
+    first += C * dtype_bytes(c.dtype());
+  }
 }
 
 void fold_context(const LayerContext& c, const MicroBatch& batch, const Buffer& partial_MC,

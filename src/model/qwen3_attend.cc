@@ -216,6 +216,13 @@ void attention_core_backward(const LayerContext& c, const MicroBatch& batch, con
     backward.d_k_TGQ = d.k;
     backward.d_v_TGQ = d.v;
     attention_backward(backward, c.rank.ops);
+  } else if (!is_exact(c)) {
+    const int64_t rows = x.T * c.rank.mesh.cp, width = x.G * x.Q;
+    const Buffer sum_SC = floats(c, rows * 2 * width, "key gradients of own queries");
+    backward.d_k_sum_SC = {sum_SC.f32(), Shape(rows, width), 2 * width};
+    backward.d_v_sum_SC = {sum_SC.f32() + width, Shape(rows, width), 2 * width};
+    attention_backward(backward, c.rank.ops);
+    reduce_context(c, batch, sum_SC, {d.k, d.v});
   } else {
     const int64_t width = x.G * x.Q;
     const int64_t rows =

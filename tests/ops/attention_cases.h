@@ -42,6 +42,25 @@ inline const std::vector<AttentionCase> kAttentionTileCases = {
     {2, 513, 2, 1, 128, 32, Documents::long_ones}, {1, 640, 2, 1, 96, 32, Documents::mixed},
 };
 
+// Sequences that ranks share. On the GPU a zigzag chunk is whole tiles of 128.
+struct SharedCase {
+  AttentionCase whole;
+  int64_t ranks = 0;
+};
+inline const std::vector<SharedCase> kSharedCases = {
+    {{2, 64, 4, 2, 16, 8, Documents::absent}, 2},  {{1, 128, 2, 2, 24, 16, Documents::absent}, 4},
+    {{3, 24, 4, 1, 8, 4, Documents::absent}, 3},   {{2, 64, 4, 2, 16, 8, Documents::mixed}, 2},
+    {{1, 128, 2, 2, 24, 16, Documents::mixed}, 4}, {{3, 24, 4, 1, 8, 4, Documents::mixed}, 3},
+};
+inline const std::vector<SharedCase> kSharedTileCases = {
+    {{2, 512, 4, 2, 64, 32, Documents::absent}, 2},
+    {{1, 1024, 2, 1, 128, 32, Documents::absent}, 2},
+    {{1, 1024, 8, 1, 96, 32, Documents::mixed}, 2},
+    {{2, 1024, 3, 1, 128, 64, Documents::long_ones}, 4},
+    {{2, 768, 4, 4, 128, 32, Documents::long_ones}, 3},
+    {{1, 1536, 4, 2, 32, 128, Documents::mixed}, 2},
+};
+
 struct AttentionExpected {
   std::vector<double> o, lse, probs;  // probs [T, H, S]
 };
@@ -95,14 +114,17 @@ struct AttentionGradients {
   std::vector<double> d_q, d_k, d_v;
 };
 
+// Of `share`, d_k and d_v are of its queries alone: [owner of the key][sequence][row there].
 inline AttentionGradients attention_backward_oracle(const AttentionCase& c,
                                                     const AttentionValues& in,
-                                                    const std::vector<double>& d_o, double scale) {
+                                                    const std::vector<double>& d_o, double scale,
+                                                    const ContextShare& share = {}) {
   const AttentionExpected forward = attention_oracle(c, in, scale);
   AttentionGradients out{std::vector<double>(in.q.size(), 0.0),
                          std::vector<double>(in.k.size(), 0.0),
                          std::vector<double>(in.v.size(), 0.0)};
   for (int64_t t = 0; t < c.T(); ++t) {
+    const bool is_own = share.owner(t % c.S, c.S) == share.index;
     for (int64_t h = 0; h < c.H; ++h) {
       const int64_t g = h / (c.H / c.G), row = t / c.S * c.S;
       const int64_t q_at = (t * c.H + h) * c.Q;
@@ -111,13 +133,18 @@ inline AttentionGradients attention_backward_oracle(const AttentionCase& c,
       for (int64_t j = first_key(c, in, t); j <= t; ++j) {
         const double p = forward.probs[(t * c.H + h) * c.S + j - row];
         const int64_t k_at = (j * c.G + g) * c.Q;
+        const int64_t sum_row =
+            (share.owner(j - row, c.S) * c.sequences + t / c.S) * (c.S / share.ranks) +
+            share.row(j - row, c.S);
+        const int64_t sum_at = (sum_row * c.G + g) * c.Q;
         double d_p = 0.0;
         for (int64_t d = 0; d < c.Q; ++d) d_p += d_o[q_at + d] * in.v[k_at + d];
         const double d_score = p * (d_p - delta) * scale;
         for (int64_t d = 0; d < c.Q; ++d) {
-          out.d_v[k_at + d] += p * d_o[q_at + d];
           out.d_q[q_at + d] += d_score * in.k[k_at + d];
-          out.d_k[k_at + d] += d_score * in.q[q_at + d];
+          if (!is_own) continue;
+          out.d_v[sum_at + d] += p * d_o[q_at + d];
+          out.d_k[sum_at + d] += d_score * in.q[q_at + d];
         }
       }
     }

@@ -1,79 +1,9 @@
 // attention against its oracle: exact cases, tolerances over blocks and documents, finite
 // differences, strided views, and independence of threads and of other sequences.
-#include "tests/ops/attention_cases.h"
-#include "tests/ops/cuda_test.h"
+#include "tests/ops/attention_tensors.h"
 
 namespace cambium::test {
 namespace {
-
-struct AttentionTensors {
-  AttentionTensors(const AttentionCase& shape, InputFamily family, DType dtype = DType::f32)
-      : c(shape),
-        scale(family == InputFamily::integers ? 0.5f : 1.0f / std::sqrt(static_cast<float>(c.Q))),
-        q(Shape(c.T(), c.H, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
-        k(Shape(c.T(), c.G, c.Q), dtype),
-        v(Shape(c.T(), c.G, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
-        document_start(Shape(c.T()), DType::i32),
-        o(Shape(c.T(), c.H, c.Q), dtype),
-        lse(Shape(c.T(), c.H)),
-        d_o(Shape(c.T(), c.H, c.Q), dtype),
-        d_q(Shape(c.T(), c.H, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
-        d_k(Shape(c.T(), c.G, c.Q), dtype, (c.H + 2 * c.G) * c.Q),
-        d_v(Shape(c.T(), c.G, c.Q), dtype),
-        delta(Shape(c.T(), c.H)) {
-    TestRandom random(static_cast<uint64_t>(c.T() * 1000 + c.Q));
-    for (TestTensor* tensor : {&q, &k, &v, &d_o}) tensor->fill_family(random, family);
-    for (int64_t t = 0; t < c.T(); ++t) {
-      const int64_t mean = c.documents == Documents::long_ones ? 150 : 13;
-      const bool begins = t % c.S == 0 || c.documents == Documents::lengths_of_one ||
-                          random.integer(0, mean - 1) == 0;
-      document_start.set(t, begins ? t : document_start.at(t - 1));
-    }
-  }
-  AttentionArgs forward_args() {
-    AttentionArgs args{.q_THQ = q.in<Real>(),
-                       .k_TGQ = k.in<Real>(),
-                       .v_TGQ = v.in<Real>(),
-                       .o_THQ = o.out<Real>(),
-                       .lse_TH = lse.out<float>(),
-                       .sequence_length = c.S,
-                       .block_tokens = c.block_tokens,
-                       .scale = scale};
-    if (c.documents != Documents::absent) args.document_start_T = document_start.in<int32_t>();
-    return args;
-  }
-  AttentionBackwardArgs backward_args() {
-    AttentionBackwardArgs args{.q_THQ = q.in<Real>(),
-                               .k_TGQ = k.in<Real>(),
-                               .v_TGQ = v.in<Real>(),
-                               .o_THQ = o.in<Real>(),
-                               .d_o_THQ = d_o.in<Real>(),
-                               .lse_TH = lse.in<float>(),
-                               .d_q_THQ = d_q.out<Real>(),
-                               .d_k_TGQ = d_k.out<Real>(),
-                               .d_v_TGQ = d_v.out<Real>(),
-                               .delta_TH = delta.out<float>(),
-                               .sequence_length = c.S,
-                               .block_tokens = c.block_tokens,
-                               .scale = scale};
-    if (c.documents != Documents::absent) args.document_start_T = document_start.in<int32_t>();
-    return args;
-  }
-  void forward(int threads = 2) { run_op(attention, forward_args(), threads); }
-  void backward(int threads = 2) { run_op(attention_backward, backward_args(), threads); }
-  void cuda_both() {
-    run_cuda_op(attention, forward_args());
-    run_cuda_op(attention_backward, backward_args());
-  }
-  AttentionValues values() const {
-    AttentionValues in{q.values(), k.values(), v.values(), {}};
-    if (c.documents != Documents::absent) in.document_start = document_start.values();
-    return in;
-  }
-  AttentionCase c;
-  float scale;
-  TestTensor q, k, v, document_start, o, lse, d_o, d_q, d_k, d_v, delta;
-};
 
 TEST(Attention, ZeroQueriesAverageTheValuesExactly) {
   for (AttentionCase c : kAttentionCases) {
@@ -167,25 +97,6 @@ TEST(Attention, ThreadsDoNotChangeBits) {
   });
 }
 
-// Copies rows [from_row, from_row + T) of a tensor of the same row width.
-void copy_rows(const TestTensor& from, int64_t from_row, TestTensor& to, double shift = 0.0) {
-  const int64_t width = to.shape().row_elements();
-  for (int64_t i = 0; i < to.elements(); ++i) to.set(i, from.at(from_row * width + i) + shift);
-}
-
-AttentionTensors one_sequence(const AttentionTensors& all, int64_t sequence) {
-  AttentionCase c = all.c;
-  c.sequences = 1;
-  AttentionTensors alone(c, InputFamily::normals, all.q.dtype());
-  const int64_t row = sequence * c.S;
-  copy_rows(all.q, row, alone.q);
-  copy_rows(all.k, row, alone.k);
-  copy_rows(all.v, row, alone.v);
-  copy_rows(all.d_o, row, alone.d_o);
-  copy_rows(all.document_start, row, alone.document_start, -static_cast<double>(row));
-  return alone;
-}
-
 // all_bits of what `all` holds for a sequence; `shape` is a batch of that one.
 std::vector<std::byte> bits_of_sequence(const AttentionTensors& all, int64_t sequence,
                                         const AttentionTensors& shape) {
@@ -244,101 +155,6 @@ TEST(Attention, Bf16Storage) {
   EXPECT_TRUE(within(t.d_q, gradients.d_q, 2 * bf16_tolerance(2, 48)));
   EXPECT_TRUE(within(t.d_k, gradients.d_k, 2 * bf16_tolerance(2, 48)));
   EXPECT_TRUE(within(t.d_v, gradients.d_v, bf16_tolerance(2, 48)));
-}
-
-// Rows of `whole` that rank `share.index` holds, in its order.
-TestTensor share_rows(const TestTensor& whole, const ContextShare& share, int64_t S) {
-  const int64_t width = whole.shape().row_elements(), local_S = S / share.ranks;
-  Shape shape = whole.shape();
-  shape.extent[0] /= share.ranks;
-  TestTensor part(shape, whole.dtype());
-  for (int64_t t = 0; t < shape[0]; ++t) {
-    const int64_t from = t / local_S * S + share.position(t % local_S, S);
-    for (int64_t i = 0; i < width; ++i) part.set(t * width + i, whole.at(from * width + i));
-  }
-  return part;
-}
-
-// Each rank's queries against whole keys; partials sent and folded as the trainer does.
-void expect_shares_equal_one_rank(const AttentionCase& c, int64_t ranks, DType dtype) {
-  AttentionTensors whole(c, InputFamily::normals, dtype);
-  whole.forward();
-  whole.backward();
-  const bool masks = c.documents != Documents::absent;
-  const int64_t T = c.T() / ranks, C = c.G * c.Q;
-  const int64_t rows = attention_partial_rows(T, c.S, c.block_tokens, {ranks, 0});
-  std::vector<TestTensor> k_partials, v_partials;
-  for (int64_t index = 0; index < ranks; ++index) {
-    const ContextShare share{ranks, index};
-    const auto part = [&](const TestTensor& tensor) { return share_rows(tensor, share, c.S); };
-    TestTensor q = part(whole.q), d_o = part(whole.d_o), start = part(whole.document_start);
-    TestTensor o(Shape(T, c.H, c.Q), dtype), lse(Shape(T, c.H)), d_q(Shape(T, c.H, c.Q), dtype);
-    TestTensor delta(Shape(T, c.H));
-    AttentionArgs args{.q_THQ = q.in<Real>(),
-                       .k_TGQ = whole.k.in<Real>(),
-                       .v_TGQ = whole.v.in<Real>(),
-                       .o_THQ = o.out<Real>(),
-                       .lse_TH = lse.out<float>(),
-                       .sequence_length = c.S,
-                       .block_tokens = c.block_tokens,
-                       .scale = whole.scale,
-                       .share = share};
-    if (masks) args.document_start_T = start.in<int32_t>();
-    run_op(attention, args);
-    EXPECT_TRUE(bits_equal(o, part(whole.o)));
-    EXPECT_TRUE(bits_equal(lse, part(whole.lse)));
-    TestTensor& k_partial = k_partials.emplace_back(Shape(rows, C));
-    TestTensor& v_partial = v_partials.emplace_back(Shape(rows, C));
-    AttentionBackwardArgs backward{.q_THQ = args.q_THQ,
-                                   .k_TGQ = args.k_TGQ,
-                                   .v_TGQ = args.v_TGQ,
-                                   .o_THQ = o.in<Real>(),
-                                   .d_o_THQ = d_o.in<Real>(),
-                                   .lse_TH = lse.in<float>(),
-                                   .document_start_T = args.document_start_T,
-                                   .d_q_THQ = d_q.out<Real>(),
-                                   .delta_TH = delta.out<float>(),
-                                   .sequence_length = c.S,
-                                   .block_tokens = c.block_tokens,
-                                   .scale = whole.scale,
-                                   .share = share,
-                                   .d_k_partial_MC = k_partial.out<float>(),
-                                   .d_v_partial_MC = v_partial.out<float>()};
-    run_op(attention_backward, backward);
-    EXPECT_TRUE(bits_equal(d_q, part(whole.d_q)));
-  }
-  for (int64_t index = 0; index < ranks; ++index) {
-    const ContextShare share{ranks, index};
-    const auto folded = [&](const std::vector<TestTensor>& partials) {
-      TestTensor received(Shape(rows, C)), d_x(Shape(T, c.G, c.Q), dtype);
-      const int64_t part = rows / ranks * C;
-      for (int64_t from = 0; from < ranks; ++from) {
-        for (int64_t i = 0; i < part; ++i) {
-          received.set(from * part + i, partials[from].at(index * part + i));
-        }
-      }
-      AttentionKeyFoldArgs fold{.partial_MC = received.in<float>(),
-                                .d_x_TGQ = d_x.out<Real>(),
-                                .sequence_length = c.S,
-                                .block_tokens = c.block_tokens,
-                                .share = share};
-      if (masks) fold.document_start_S = whole.document_start.in<int32_t>();
-      run_op(attention_key_fold, fold);
-      return d_x;
-    };
-    EXPECT_TRUE(bits_equal(folded(k_partials), share_rows(whole.d_k, share, c.S)));
-    EXPECT_TRUE(bits_equal(folded(v_partials), share_rows(whole.d_v, share, c.S)));
-  }
-}
-
-TEST(Attention, SharesOfASequenceHaveTheBitsOfOneRank) {
-  for (const Documents documents : {Documents::absent, Documents::mixed}) {
-    for (const DType dtype : {DType::f32, DType::bf16}) {
-      expect_shares_equal_one_rank({2, 64, 4, 2, 16, 8, documents}, 2, dtype);
-      expect_shares_equal_one_rank({1, 128, 2, 2, 24, 16, documents}, 4, dtype);
-      expect_shares_equal_one_rank({3, 24, 4, 1, 8, 4, documents}, 3, dtype);
-    }
-  }
 }
 
 TEST(Attention, MustFailWithoutTheMaskAndForBadDocuments) {

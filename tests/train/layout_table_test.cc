@@ -188,6 +188,24 @@ TEST(LayoutTable, FastModeRepeatsItselfAndStaysClose) {
   }
 }
 
+// Backward of attention over shared sequences: every key's dK and dV, as one fp32 row of each in
+// fast mode and one for each query block of the sender in exact mode.
+TEST(LayoutTable, KeyGradientsOfSharedSequencesMoveTheDesignsBytes) {
+  Config config = with_layout(deep_config(), {1, 2, 4, kZero1, 1, 1, 4, kOneF});
+  const ModelConfig& model = config.model;
+  const int64_t tokens = 16 * 64 / 4, row_bytes = 2 * 4 * model.kv_heads * model.head_dim;
+  const int64_t sums = model.layers * tokens * row_bytes * 3;  // to three other ranks
+  for (const RankUse& rank : run_trace(config, 1).ranks) {
+    EXPECT_EQ(rank.context_all_to_all.sent_bytes, sums * (64 / 4 / 8));
+    EXPECT_EQ(rank.context_scatter.sent_bytes, 0);
+  }
+  config.numerics.reduction = ReductionMode::fast;
+  for (const RankUse& rank : run_trace(config, 1).ranks) {
+    EXPECT_EQ(rank.context_scatter.sent_bytes, sums);
+    EXPECT_EQ(rank.context_all_to_all.sent_bytes, 0);
+  }
+}
+
 // In ring order other roundings, repeated bit for bit; two ranks' sums have one order.
 TEST(LayoutTable, FastModeAddsAroundARingWhereAsked) {
   const auto run = [](const TestLayout& layout, FastOrder order) {

@@ -56,6 +56,7 @@ struct RankUse {
   std::map<std::string, OpTotals> ops;
   int64_t optimizer_bytes = 0, weight_bytes = 0, peak_bytes = 0;
   CommTotals data_gather, data_all_to_all, expert_all_to_all, expert_data_all_to_all;
+  CommTotals context_scatter, context_all_to_all;
 };
 
 struct RunTrace {
@@ -76,6 +77,8 @@ inline RankUse rank_use(const Rank& rank) {
   use.weight_bytes = rank.arena.used_bytes(MemoryClass::weights);
   use.peak_bytes = rank.arena.peak_bytes();
   use.data_gather = rank.data->totals(CollectiveKind::all_gather);
+  use.context_scatter = rank.context->totals(CollectiveKind::reduce_scatter);
+  use.context_all_to_all = rank.context->totals(CollectiveKind::all_to_all_v);
   use.data_all_to_all = rank.data->totals(CollectiveKind::all_to_all_v);
   use.expert_all_to_all = rank.expert->totals(CollectiveKind::all_to_all_v);
   use.expert_data_all_to_all = rank.expert_data->totals(CollectiveKind::all_to_all_v);

@@ -1,0 +1,174 @@
+// attention where ranks share sequences (zigzag): partials to the bits of one rank, sums against
+// the oracle, and the GPU's rows and sums.
+#include "tests/ops/attention_tensors.h"
+
+namespace cambium::test {
+namespace {
+
+// Rows of `whole` that rank `share.index` holds, in its order.
+TestTensor share_rows(const TestTensor& whole, const ContextShare& share, int64_t S) {
+  const int64_t width = whole.shape().row_elements(), local_S = S / share.ranks;
+  Shape shape = whole.shape();
+  shape.extent[0] /= share.ranks;
+  TestTensor part(shape, whole.dtype());
+  for (int64_t t = 0; t < shape[0]; ++t) {
+    const int64_t from = t / local_S * S + share.position(t % local_S, S);
+    for (int64_t i = 0; i < width; ++i) part.set(t * width + i, whole.at(from * width + i));
+  }
+  return part;
+}
+
+// One rank's part of `of`: its queries against whole keys.
+struct ShareTensors {
+  ShareTensors(AttentionTensors& of, const ContextShare& share)
+      : whole(of),
+        share(share),
+        q(share_rows(of.q, share, of.c.S)),
+        document_start(share_rows(of.document_start, share, of.c.S)),
+        o(q.shape(), q.dtype()),
+        lse(Shape(q.shape()[0], of.c.H)),
+        d_o(share_rows(of.d_o, share, of.c.S)),
+        d_q(q.shape(), q.dtype(), (of.c.H + 2) * of.c.Q),
+        delta(lse.shape()),
+        d_k(Shape(of.c.T(), of.c.G * of.c.Q), DType::f32, 2 * of.c.G * of.c.Q),
+        d_v(d_k.shape()) {}
+  AttentionArgs forward_args() {
+    AttentionArgs args = whole.forward_args();
+    args.q_THQ = q.in<Real>();
+    args.o_THQ = o.out<Real>();
+    args.lse_TH = lse.out<float>();
+    args.share = share;
+    if (!args.document_start_T.empty()) args.document_start_T = document_start.in<int32_t>();
+    return args;
+  }
+  // With sums.
+  AttentionBackwardArgs backward_args() {
+    AttentionBackwardArgs args = whole.backward_args();
+    args.q_THQ = q.in<Real>();
+    args.o_THQ = o.in<Real>();
+    args.d_o_THQ = d_o.in<Real>();
+    args.lse_TH = lse.in<float>();
+    args.d_q_THQ = d_q.out<Real>();
+    args.delta_TH = delta.out<float>();
+    args.share = share;
+    if (!args.document_start_T.empty()) args.document_start_T = document_start.in<int32_t>();
+    args.d_k_TGQ = args.d_v_TGQ = {};
+    args.d_k_sum_SC = d_k.out<float>();
+    args.d_v_sum_SC = d_v.out<float>();
+    return args;
+  }
+  AttentionBackwardArgs partial_args(TestTensor& k_partial, TestTensor& v_partial) {
+    AttentionBackwardArgs args = backward_args();
+    args.d_k_sum_SC = args.d_v_sum_SC = {};
+    args.d_k_partial_MC = k_partial.out<float>();
+    args.d_v_partial_MC = v_partial.out<float>();
+    return args;
+  }
+  // Of this rank's rows.
+  TestTensor part(const TestTensor& of_whole) const {
+    return share_rows(of_whole, share, whole.c.S);
+  }
+  AttentionTensors& whole;
+  ContextShare share;
+  TestTensor q, document_start, o, lse, d_o, d_q, delta, d_k, d_v;
+};
+
+// Each rank's partials sent and folded as the trainer does.
+void expect_shares_equal_one_rank(const SharedCase& shared, DType dtype) {
+  const AttentionCase& c = shared.whole;
+  const int64_t ranks = shared.ranks;
+  AttentionTensors whole(c, InputFamily::normals, dtype);
+  whole.forward();
+  whole.backward();
+  const int64_t T = c.T() / ranks, C = c.G * c.Q;
+  const int64_t rows = attention_partial_rows(T, c.S, c.block_tokens, {ranks, 0});
+  std::vector<TestTensor> k_partials, v_partials;
+  for (int64_t index = 0; index < ranks; ++index) {
+    ShareTensors t(whole, {ranks, index});
+    run_op(attention, t.forward_args());
+    EXPECT_TRUE(bits_equal(t.o, t.part(whole.o)));
+    EXPECT_TRUE(bits_equal(t.lse, t.part(whole.lse)));
+    TestTensor& k_partial = k_partials.emplace_back(Shape(rows, C));
+    TestTensor& v_partial = v_partials.emplace_back(Shape(rows, C));
+    run_op(attention_backward, t.partial_args(k_partial, v_partial));
+    EXPECT_TRUE(bits_equal(t.d_q, t.part(whole.d_q)));
+  }
+  for (int64_t index = 0; index < ranks; ++index) {
+    const ContextShare share{ranks, index};
+    const auto folded = [&](const std::vector<TestTensor>& partials) {
+      TestTensor received(Shape(rows, C)), d_x(Shape(T, c.G, c.Q), dtype);
+      const int64_t part = rows / ranks * C;
+      for (int64_t from = 0; from < ranks; ++from) {
+        for (int64_t i = 0; i < part; ++i) {
+          received.set(from * part + i, partials[from].at(index * part + i));
+        }
+      }
+      AttentionKeyFoldArgs fold{.partial_MC = received.in<float>(),
+                                .d_x_TGQ = d_x.out<Real>(),
+                                .sequence_length = c.S,
+                                .block_tokens = c.block_tokens,
+                                .share = share};
+      if (c.documents != Documents::absent) {
+        fold.document_start_S = whole.document_start.in<int32_t>();
+      }
+      run_op(attention_key_fold, fold);
+      return d_x;
+    };
+    EXPECT_TRUE(bits_equal(folded(k_partials), share_rows(whole.d_k, share, c.S)));
+    EXPECT_TRUE(bits_equal(folded(v_partials), share_rows(whole.d_v, share, c.S)));
+  }
+}
+
+TEST(AttentionShares, SharesOfASequenceHaveTheBitsOfOneRank) {
+  for (const SharedCase& c : kSharedCases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) expect_shares_equal_one_rank(c, dtype);
+  }
+}
+
+// The oracle's values for one rank, within `bound` as in the tests of whole sequences.
+void expect_share_near_oracle(ShareTensors& t, double bound) {
+  const AttentionTensors& whole = t.whole;
+  const auto forward = attention_oracle(whole.c, whole.values(), whole.scale);
+  const auto gradients =
+      attention_backward_oracle(whole.c, whole.values(), whole.d_o.values(), whole.scale, t.share);
+  const auto part = [&](const TestTensor& shape, const std::vector<double>& values) {
+    TestTensor all(shape.shape());
+    for (int64_t i = 0; i < all.elements(); ++i) all.set(i, values[static_cast<size_t>(i)]);
+    return t.part(all).values();
+  };
+  const double sums = tolerance(2, whole.c.Q + 16);
+  EXPECT_TRUE(within(t.o, part(whole.o, forward.o), bound));
+  EXPECT_TRUE(within(t.lse, part(whole.lse, forward.lse), sums));
+  EXPECT_TRUE(within(t.d_q, part(whole.d_q, gradients.d_q), 2 * bound));
+  EXPECT_TRUE(within(t.d_k, gradients.d_k, 2 * bound));
+  EXPECT_TRUE(within(t.d_v, gradients.d_v, 2 * bound));
+}
+
+TEST(AttentionShares, SharesSumTheKeyGradientsOfTheirQueries) {
+  for (const SharedCase& c : kSharedCases) {
+    AttentionTensors whole(c.whole, InputFamily::normals);
+    for (int64_t index = 0; index < c.ranks; ++index) {
+      ShareTensors t(whole, {c.ranks, index});
+      run_op(attention, t.forward_args());
+      run_op(attention_backward, t.backward_args());
+      expect_share_near_oracle(t, tolerance(2, c.whole.Q + 16));
+    }
+  }
+}
+
+TEST(AttentionShares, MustFailWithTheSumsOfAnotherShare) {
+  const SharedCase& c = kSharedCases[0];
+  AttentionTensors whole(c.whole, InputFamily::normals);
+  ShareTensors t(whole, {c.ranks, 0});
+  run_op(attention, t.forward_args());
+  run_op(attention_backward, t.backward_args());
+  const auto other = attention_backward_oracle(c.whole, whole.values(), whole.d_o.values(),
+                                               whole.scale, {c.ranks, 1});
+  EXPECT_FALSE(within(t.d_k, other.d_k, 0.1));
+  AttentionBackwardArgs both = t.backward_args();
+  both.d_k_TGQ = whole.d_k.out<Real>();
+  EXPECT_THROW(run_op(attention_backward, both), Error);
+}
+
+}  // namespace
+}  // namespace cambium::test
