@@ -265,7 +265,9 @@ void check_supported(const Config& config, ConfigUse use) {
     fail(ExitCode::usage, "{} is not supported yet; nearest supported: {}", what, nearest);
   };
   if (config.run.device == DeviceKind::cuda && parallel.cp > 1) {
-    refuse(fmt::format("parallel.cp = {} with run.device = cuda", parallel.cp),
+    const bool rings = parallel.context == ContextExchange::ring;
+    refuse(fmt::format("parallel.cp = {}{} with run.device = cuda", parallel.cp,
+                       rings ? " and parallel.context = ring" : ""),
            fmt::format("parallel.cp = 1, parallel.dp = {}", parallel.dp * parallel.cp));
   }
   check_device(config, use);

@@ -78,6 +78,9 @@ const RuleRow kRules[] = {
     {{"parallel.pp=2", "model.tie_embeddings=true"},
      "nearest supported: parallel.schedule = zb_v or dualpipev, or parallel.pp = 1"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
+    {{"run.device=cuda", "numerics.compute=bf16", "parallel.cp=2", "parallel.context=ring"},
+     "parallel.cp = 2 and parallel.context = ring with run.device = cuda is not supported yet; "
+     "nearest supported: parallel.cp = 1, parallel.dp = 2"},
     {{"run.transport=nccl"}, "run.transport = nccl with run.device = cpu"},
     {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=1,probability=0.5}]"},
      "faults.probability = 0.5 of kind rng_rank draws rank and step"},

@@ -19,12 +19,13 @@ struct TestLayout {
   int64_t workers = 1;
   int64_t pp = 1, cp = 1;
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
+  ContextExchange context = ContextExchange::all_gather;
 };
 
 inline std::string layout_name(const TestLayout& l) {
-  return fmt::format("pp {} dp {} cp {} ep {} {} {} micro-batch {} workers {}", l.pp, l.dp, l.cp,
-                     l.ep, choice_name(l.schedule), choice_name(l.sharding), l.micro_batch,
-                     l.workers);
+  return fmt::format("pp {} dp {} cp {} ({}) ep {} {} {} micro-batch {} workers {}", l.pp, l.dp,
+                     l.cp, choice_name(l.context), l.ep, choice_name(l.schedule),
+                     choice_name(l.sharding), l.micro_batch, l.workers);
 }
 
 // A tiny model with every part on: clip, sequence balance loss, z-loss, documents.
@@ -46,6 +47,7 @@ inline Config with_layout(Config config, const TestLayout& layout) {
   config.parallel.pp = layout.pp;
   config.parallel.cp = layout.cp;
   config.parallel.schedule = layout.schedule;
+  config.parallel.context = layout.context;
   config.parallel.sharding = layout.sharding;
   config.train.micro_batch_sequences = layout.micro_batch;
   return config;
@@ -56,7 +58,7 @@ struct RankUse {
   std::map<std::string, OpTotals> ops;
   int64_t optimizer_bytes = 0, weight_bytes = 0, peak_bytes = 0;
   CommTotals data_gather, data_all_to_all, expert_all_to_all, expert_data_all_to_all;
-  CommTotals context_scatter, context_all_to_all;
+  CommTotals context_scatter, context_all_to_all, context_exchange;
 };
 
 struct RunTrace {
@@ -78,6 +80,7 @@ inline RankUse rank_use(const Rank& rank) {
   use.peak_bytes = rank.arena.peak_bytes();
   use.data_gather = rank.data->totals(CollectiveKind::all_gather);
   use.context_scatter = rank.context->totals(CollectiveKind::reduce_scatter);
+  use.context_exchange = rank.context->totals(CollectiveKind::exchange);
   use.context_all_to_all = rank.context->totals(CollectiveKind::all_to_all_v);
   use.data_all_to_all = rank.data->totals(CollectiveKind::all_to_all_v);
   use.expert_all_to_all = rank.expert->totals(CollectiveKind::all_to_all_v);
