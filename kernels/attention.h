@@ -23,6 +23,10 @@
 //   partials  of every query block apart (CPU alone), which `attention_key_fold` sums where the
 //             keys are, in the order and to the bits of one rank.
 // On the GPU the chunks are whole tiles: S is a multiple of 2 ranks kAttentionTile.
+// Ring attention (arXiv 2310.01889; CPU alone): k and v hold one rank's part of every sequence,
+// laid out as q is, and a call folds it into what earlier calls left, in fp32: the online softmax
+// goes on from o and its log-sum-exp, dQ is added to. dK and dV are of the part and of this rank's
+// queries.
 #pragma once
 
 #include "kernels/op.h"
@@ -55,17 +59,25 @@ struct ContextShare {
   }
 };
 
+// Which keys k and v hold: those of whole sequences, or a rank's part of them, the first or a later
+// one of a ring.
+enum class KeyPart : uint8_t { all, first, next };
+
 struct AttentionArgs {
   In<Real> q_THQ;  // rows may be strided: parts of a fused projection
   In<Real> k_TGQ;
   In<Real> v_TGQ;
   In<int32_t> document_start_T = {};  // optional: row of k that begins t's document
-  Out<Real> o_THQ;
+  Out<Real> o_THQ;                    // empty with a part of the keys, as lse_TH
   Out<float> lse_TH;
   int64_t sequence_length = 0;  // S; T is a multiple of S / share.ranks
   int64_t block_tokens = 0;
   float scale = 1.0f;
   ContextShare share = {};
+  KeyPart part = KeyPart::all;
+  int64_t key_rank = 0;          // whose part
+  InOut<float> o_sum_THQ = {};   // over the parts so far; 0 and -infinity where a query has
+  InOut<float> lse_sum_TH = {};  // seen no key yet
 };
 
 struct AttentionBackwardArgs {
@@ -88,6 +100,10 @@ struct AttentionBackwardArgs {
   // strided.
   Out<float> d_k_sum_SC = {};
   Out<float> d_v_sum_SC = {};
+  KeyPart part = KeyPart::all;
+  int64_t key_rank = 0;
+  InOut<float> d_q_sum_THQ =
+      {};  // with a part, in place of d_q_THQ; d_k_sum_SC has the part's T rows
   // [rank that owns the key][sequence][query block of this rank][key row there][G Q], flattened to
   // rows of G Q; rows of blocks that the query block does not see are not touched.
   Out<float> d_k_partial_MC = {};
@@ -115,8 +131,11 @@ inline int64_t attention_partial_rows(int64_t T, int64_t S, int64_t block_tokens
 template <class Args>
 void check_attention_inputs(const char* op, const Args& a) {
   const int64_t T = a.q_THQ[0], H = a.q_THQ[1], Q = a.q_THQ[2], G = a.k_TGQ[1];
-  check_shape(op, "k_TGQ", a.k_TGQ, Shape(T * a.share.ranks, G, Q));
-  check_shape(op, "v_TGQ", a.v_TGQ, Shape(T * a.share.ranks, G, Q));
+  const int64_t key_rows = a.part == KeyPart::all ? T * a.share.ranks : T;
+  check_shape(op, "k_TGQ", a.k_TGQ, Shape(key_rows, G, Q));
+  check_shape(op, "v_TGQ", a.v_TGQ, Shape(key_rows, G, Q));
+  CHECK(a.part == KeyPart::all || a.share.ranks > 1);
+  CHECK(a.key_rank >= 0 && a.key_rank < a.share.ranks);
   if (!a.document_start_T.empty()) {
     check_shape(op, "document_start_T", a.document_start_T, Shape(T));
   }
@@ -134,8 +153,15 @@ void check_attention_inputs(const char* op, const Args& a) {
 inline void check_args(const AttentionArgs& a) {
   const int64_t T = a.q_THQ[0], H = a.q_THQ[1], Q = a.q_THQ[2];
   check_attention_inputs("attention", a);
-  check_shape("attention", "o_THQ", a.o_THQ, Shape(T, H, Q));
-  check_shape("attention", "lse_TH", a.lse_TH, Shape(T, H));
+  if (a.part == KeyPart::all) {
+    check_shape("attention", "o_THQ", a.o_THQ, Shape(T, H, Q));
+    check_shape("attention", "lse_TH", a.lse_TH, Shape(T, H));
+    CHECK(a.o_sum_THQ.empty() && a.lse_sum_TH.empty());
+    return;
+  }
+  check_shape("attention", "o_sum_THQ", a.o_sum_THQ, Shape(T, H, Q));
+  check_shape("attention", "lse_sum_TH", a.lse_sum_TH, Shape(T, H));
+  CHECK(a.o_THQ.empty() && a.lse_TH.empty());
 }
 
 inline void check_args(const AttentionBackwardArgs& a) {
@@ -144,8 +170,17 @@ inline void check_args(const AttentionBackwardArgs& a) {
   check_shape("attention_backward", "o_THQ", a.o_THQ, Shape(T, H, Q));
   check_shape("attention_backward", "d_o_THQ", a.d_o_THQ, Shape(T, H, Q));
   check_shape("attention_backward", "lse_TH", a.lse_TH, Shape(T, H));
-  check_shape("attention_backward", "d_q_THQ", a.d_q_THQ, Shape(T, H, Q));
   check_shape("attention_backward", "delta_TH", a.delta_TH, Shape(T, H));
+  if (a.part != KeyPart::all) {
+    check_shape("attention_backward", "d_q_sum_THQ", a.d_q_sum_THQ, Shape(T, H, Q));
+    check_shape("attention_backward", "d_k_sum_SC", a.d_k_sum_SC, Shape(T, G * Q));
+    check_shape("attention_backward", "d_v_sum_SC", a.d_v_sum_SC, Shape(T, G * Q));
+    CHECK(a.d_q_THQ.empty() && a.d_k_TGQ.empty() && a.d_v_TGQ.empty());
+    CHECK(a.d_k_partial_MC.empty() && a.d_v_partial_MC.empty());
+    return;
+  }
+  check_shape("attention_backward", "d_q_THQ", a.d_q_THQ, Shape(T, H, Q));
+  CHECK(a.d_q_sum_THQ.empty());
   CHECK(a.share.ranks > 1 || (a.d_k_sum_SC.empty() && a.d_k_partial_MC.empty()));
   if (a.share.ranks > 1) {
     CHECK(a.d_k_TGQ.empty() && a.d_v_TGQ.empty());
@@ -178,17 +213,27 @@ inline void check_args(const AttentionKeyFoldArgs& a) {
   }
 }
 
-// FLOPs of the causal half with its diagonal; a document mask does not lower the declared cost.
+// (query, key) pairs of a head: the causal half with its diagonal. Of a zigzag share any rank's
+// part of the keys is half of its queries' square, its own with the diagonal.
+template <class Args>
+int64_t attention_pairs(const Args& a) {
+  const int64_t T = a.q_THQ[0], S = a.sequence_length;
+  if (a.part == KeyPart::all) return T * (S + 1) / 2;
+  const int64_t part = S / a.share.ranks;
+  return T * (a.key_rank == a.share.index ? part + 1 : part) / 2;
+}
+
+// A document mask does not lower the declared cost.
 inline Cost cost(const AttentionArgs& a) {
   const int64_t T = a.q_THQ[0], H = a.q_THQ[1], Q = a.q_THQ[2], G = a.k_TGQ[1];
-  const int64_t S = a.sequence_length, pairs = T * (S + 1) / 2 * H;
+  const int64_t S = a.sequence_length, pairs = attention_pairs(a) * H;
   const int64_t bytes = dtype_bytes(a.q_THQ.dtype) * T * 2 * (H + G) * Q + 4 * T * H;
   return {"attention", {T, H, Q, G, S}, pairs * (4 * Q + 5), bytes, 0};
 }
 
 inline Cost cost(const AttentionBackwardArgs& a) {
   const int64_t T = a.q_THQ[0], H = a.q_THQ[1], Q = a.q_THQ[2], G = a.k_TGQ[1];
-  const int64_t S = a.sequence_length, pairs = T * (S + 1) / 2 * H;
+  const int64_t S = a.sequence_length, pairs = attention_pairs(a) * H;
   const int64_t bytes = dtype_bytes(a.q_THQ.dtype) * T * 4 * (H + G) * Q + 8 * T * H;
   return {"attention_backward", {T, H, Q, G, S}, pairs * (10 * Q + 6), bytes, 0};
 }
@@ -207,6 +252,8 @@ void visit_views(const AttentionArgs& a, Visitor&& visit) {
   visit("document_start_T", a.document_start_T);
   visit("o_THQ", a.o_THQ);
   visit("lse_TH", a.lse_TH);
+  visit("o_sum_THQ", a.o_sum_THQ);
+  visit("lse_sum_TH", a.lse_sum_TH);
 }
 
 template <class Visitor>
@@ -222,6 +269,7 @@ void visit_views(const AttentionBackwardArgs& a, Visitor&& visit) {
   visit("d_k_TGQ", a.d_k_TGQ);
   visit("d_v_TGQ", a.d_v_TGQ);
   visit("delta_TH", a.delta_TH);
+  visit("d_q_sum_THQ", a.d_q_sum_THQ);
   visit("d_k_sum_SC", a.d_k_sum_SC);
   visit("d_v_sum_SC", a.d_v_sum_SC);
   visit("d_k_partial_MC", a.d_k_partial_MC);

@@ -6,9 +6,9 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
+#include "reference/attention_blocks.h"
 #include "reference/lane_group.h"
 #include "reference/panel_cutter.h"
 #include "reference/panel_product.h"
@@ -16,166 +16,6 @@
 
 namespace cambium::reference {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// The part of the arguments that both passes read.
-struct AttentionInputs {
-  template <class Args>
-  explicit AttentionInputs(const Args& a)
-      : q(a.q_THQ),
-        k(a.k_TGQ),
-        v(a.v_TGQ),
-        document_start(a.document_start_T.pointer()),
-        heads(a.q_THQ[1] / a.k_TGQ[1]),
-        groups(a.k_TGQ[1]),
-        head_dim(a.q_THQ[2]),
-        sequences(a.k_TGQ[0] / a.sequence_length),
-        sequence_length(a.sequence_length),
-        query_length(a.sequence_length / a.share.ranks),
-        block_tokens(a.block_tokens),
-        scale(a.scale),
-        share(a.share),
-        rounds_operands(a.q_THQ.dtype == DType::bf16) {}
-  ReadF32 q, k, v;
-  const int32_t* document_start;
-  int64_t heads;  // query heads per group
-  int64_t groups, head_dim, sequences;
-  int64_t sequence_length;  // of keys
-  int64_t query_length;     // this rank's part of a sequence
-  int64_t block_tokens;
-  float scale;
-  ContextShare share;
-  bool rounds_operands;  // P and dS, as the tensor cores' operands
-
-  // A register or a group of them as the operand of a product.
-  template <class Values>
-  [[gnu::always_inline]] Values operand(const Values& values) const {
-    return rounds_operands ? bf16_lanes(values) : values;
-  }
-  int64_t block_rows() const { return std::min(block_tokens, sequence_length); }
-  int64_t padded_lanes(int64_t tokens) const {
-    return (heads * tokens + kLanes - 1) / kLanes * kLanes;
-  }
-};
-
-// One (sequence, group) and one of its query blocks.
-struct QueryBlock {
-  int64_t row = 0;  // of the block's first token in q
-  int64_t group = 0;
-  int64_t first = 0;  // position in the sequence
-  int64_t tokens = 0;
-  int64_t lanes = 0;  // heads * tokens; lane = token * heads + head
-  int64_t padded = 0;
-  int64_t first_key_block = 0;  // blocks before it belong to earlier documents
-};
-
-// Keys that a lane sees: first_key <= key <= last_key, positions held as floats (exact below 2^24).
-struct LaneRange {
-  float* first_key = nullptr;
-  float* last_key = nullptr;
-  float latest_first = 0.0f;  // the largest first_key
-};
-
-// `local`: the block's first row in this rank's part of the sequence.
-QueryBlock query_block(const AttentionInputs& in, int64_t chunk, int64_t local, LaneRange& range) {
-  const int64_t key_row = chunk / in.groups * in.sequence_length;
-  const int64_t first = in.share.position(local, in.sequence_length);
-  QueryBlock block;
-  block.row = chunk / in.groups * in.query_length + local;
-  block.group = chunk % in.groups;
-  block.first = first;
-  block.tokens = std::min(in.block_tokens, in.query_length - local);
-  block.lanes = in.heads * block.tokens;
-  block.padded = in.padded_lanes(block.tokens);
-  int64_t earliest = first;
-  range.latest_first = 0.0f;
-  for (int64_t token = 0; token < block.tokens; ++token) {
-    int64_t start = 0;
-    if (in.document_start != nullptr) {
-      start = std::max<int64_t>(0, in.document_start[block.row + token] - key_row);
-      CHECK_LE(start, first + token);
-    }
-    earliest = std::min(earliest, start);
-    range.latest_first = std::max(range.latest_first, static_cast<float>(start));
-    for (int64_t head = 0; head < in.heads; ++head) {
-      range.first_key[token * in.heads + head] = static_cast<float>(start);
-      range.last_key[token * in.heads + head] = static_cast<float>(first + token);
-    }
-  }
-  for (int64_t lane = block.lanes; lane < block.padded; ++lane) {
-    range.first_key[lane] = 0.0f;
-    range.last_key[lane] = kInfinity;
-  }
-  block.first_key_block = earliest / in.block_tokens;
-  return block;
-}
-
-// stacked[lane, d] = the block's rows of a [T, heads, Q] tensor, transposed[d, lane] the same;
-// padding lanes of `transposed` are zero.
-struct QueryPanels {
-  float* stacked = nullptr;
-  float* transposed = nullptr;
-};
-
-void load_queries(const AttentionInputs& in, const ReadF32& tensor, const QueryBlock& block,
-                  QueryPanels to) {
-  const int64_t width = in.heads * in.head_dim;
-  for (int64_t token = 0; token < block.tokens; ++token) {
-    const float* from = tensor.row(block.row + token) + block.group * width;
-    copy_row(from, to.stacked + token * width, width);
-  }
-  panel_transpose({.from = to.stacked,
-                   .from_row = in.head_dim,
-                   .to = to.transposed,
-                   .to_row = block.padded,
-                   .rows = block.lanes,
-                   .columns = in.head_dim});
-  for (int64_t d = 0; d < in.head_dim; ++d) {
-    float* row = to.transposed + d * block.padded;
-    std::fill(row + block.lanes, row + block.padded, 0.0f);
-  }
-}
-
-// to[position, d]: one key/value head of a whole sequence.
-void load_keys(const AttentionInputs& in, const ReadF32& tensor, int64_t chunk, float* to) {
-  const int64_t row = chunk / in.groups * in.sequence_length;
-  const int64_t column = chunk % in.groups * in.head_dim;
-  for (int64_t position = 0; position < in.sequence_length; ++position, to += in.head_dim) {
-    copy_row(tensor.row(row + position) + column, to, in.head_dim);
-  }
-}
-
-// A block of keys and where its scores lie.
-struct KeyBlock {
-  int64_t first = 0;
-  int64_t keys = 0;
-  bool is_diagonal = false;  // keys and queries are the same positions
-  bool is_masked = false;    // some lane does not see some key
-};
-
-// Positions per strip of a diagonal block: a strip's lanes begin at a multiple of a register.
-constexpr int64_t kStripTokens = kLanes;
-
-// body(first, count) for the strips of a diagonal block, or once for another block. On the diagonal
-// keys [first, first + count) are seen by lanes from first * heads on.
-template <class Body>
-void for_strips(const KeyBlock& keys, Body&& body) {
-  const int64_t step = keys.is_diagonal ? kStripTokens : keys.keys;
-  for (int64_t first = 0; first < keys.keys; first += step) {
-    body(first, std::min(step, keys.keys - first));
-  }
-}
-
-KeyBlock key_block(const AttentionInputs& in, const QueryBlock& query, const LaneRange& range,
-                   int64_t index) {
-  KeyBlock block;
-  block.first = index * in.block_tokens;
-  block.keys = std::min(in.block_tokens, in.sequence_length - block.first);
-  block.is_diagonal = block.first == query.first;
-  block.is_masked = block.is_diagonal || range.latest_first > static_cast<float>(block.first);
-  return block;
-}
 
 // scores[key, lane] = k . q, not yet scaled, for the lanes of the key's strip and later.
 void score_product(const AttentionInputs& in, const QueryBlock& query, const KeyBlock& keys,
@@ -287,8 +127,27 @@ void fold_scores(const AttentionInputs& in, const QueryBlock& query, const KeyBl
 
 struct AttentionOutputs {
   const WriteF32& o;
-  Out<float> lse;
+  float* lse;
+  int64_t lse_stride;
 };
+
+// The softmax as it starts, or as the parts before this one left it.
+void start_softmax(const AttentionInputs& in, const QueryBlock& query, const OnlineSoftmax& state,
+                   float* output, const AttentionOutputs& out) {
+  std::fill_n(state.largest, query.padded, -kInfinity);
+  std::fill_n(state.sum, query.padded, 0.0f);
+  std::fill_n(output, query.lanes * in.head_dim, 0.0f);
+  if (in.part != KeyPart::next) return;
+  for (int64_t lane = 0; lane < query.lanes; ++lane, output += in.head_dim) {
+    const int64_t h = query.group * in.heads + lane % in.heads;
+    const int64_t row = query.row + lane / in.heads;
+    const float lse = out.lse[row * out.lse_stride + h];
+    if (lse == -kInfinity) continue;
+    state.largest[lane] = lse;
+    state.sum[lane] = 1.0f;
+    copy_row(out.o.row(row) + h * in.head_dim, output, in.head_dim);
+  }
+}
 
 // o = output / sum and lse of the block's rows.
 void store_output(const AttentionInputs& in, const QueryBlock& query, const OnlineSoftmax& state,
@@ -298,8 +157,14 @@ void store_output(const AttentionInputs& in, const QueryBlock& query, const Onli
     const int64_t row = query.row + lane / in.heads;
     const float sum = state.sum[lane];
     float* to = out.o.row(row) + h * in.head_dim;
+    float& lse = out.lse[row * out.lse_stride + h];
+    if (sum == 0.0f) {  // a part of which the query sees nothing
+      std::fill_n(to, in.head_dim, 0.0f);
+      lse = -kInfinity;
+      continue;
+    }
     for (int64_t d = 0; d < in.head_dim; ++d) to[d] = output[d] / sum;
-    out.lse.pointer()[row * out.lse.row_stride + h] = state.largest[lane] + fmath::log(sum);
+    lse = state.largest[lane] + fmath::log(sum);
   }
 }
 
@@ -321,20 +186,19 @@ void forward_group(const AttentionInputs& in, int64_t chunk, const AttentionOutp
   for (int64_t local = 0; local < in.query_length; local += in.block_tokens) {
     const QueryBlock query = query_block(in, chunk, local, range);
     load_queries(in, in.q, query, {.stacked = output, .transposed = query_transposed});
-    std::fill_n(state.largest, query.padded, -kInfinity);
-    std::fill_n(state.sum, query.padded, 0.0f);
-    for (int64_t index = query.first_key_block; index <= query.first / in.block_tokens; ++index) {
-      const KeyBlock keys = key_block(in, query, range, index);
+    bool stores = in.part != KeyPart::next;
+    start_softmax(in, query, state, output, out);
+    for_key_blocks(in, query, range, [&](const KeyBlock& keys) {
       score_product(in, query, keys, key_panel, query_transposed, scores);
       fold_scores(in, query, keys, range, state, scores);
-      const bool is_first = index == query.first_key_block;
       lane_product(in, query, keys,
                    {.weights = scores,
                     .panel = value_panel + keys.first * Q,
                     .result = output,
-                    .combine = is_first ? PanelCombine::store : PanelCombine::scale_add,
+                    .combine = stores ? PanelCombine::store : PanelCombine::scale_add,
                     .lane_scale = state.rescale});
-    }
+      stores = false;
+    });
     store_output(in, query, state, output, out);
   }
 }
@@ -447,18 +311,31 @@ void load_backward_query(const AttentionInputs& in, const QueryBlock& query,
 // One query block against its key blocks in position order.
 void backward_query_block(const AttentionInputs& in, const QueryBlock& query,
                           const LaneRange& range, KeySums sums, const BackwardPanels& p) {
-  for (int64_t index = query.first_key_block; index <= query.first / in.block_tokens; ++index) {
-    const KeyBlock keys = key_block(in, query, range, index);
+  bool stores = in.part == KeyPart::all;
+  for_key_blocks(in, query, range, [&](const KeyBlock& keys) {
     score_product(in, query, keys, p.keys, p.query.transposed, p.probs);
     score_product(in, query, keys, p.values, p.d_output.transposed, p.d_scores);
     score_gradients(in, query, keys, range, p);
     key_gradients(in, query, keys, sums, p);
-    const bool is_first = index == query.first_key_block;
     lane_product(in, query, keys,
                  {.weights = p.d_scores,
                   .panel = p.keys + keys.first * in.head_dim,
                   .result = p.d_query,
-                  .combine = is_first ? PanelCombine::store : PanelCombine::add});
+                  .combine = stores ? PanelCombine::store : PanelCombine::add});
+    stores = false;
+  });
+}
+
+// What a part's products are added to: zeros, or the sum over the parts before it.
+void start_d_query(const AttentionInputs& in, const QueryBlock& query, const WriteF32& d_q,
+                   float* d_query) {
+  const int64_t width = in.heads * in.head_dim;
+  for (int64_t token = 0; token < query.tokens; ++token, d_query += width) {
+    if (in.part == KeyPart::first) {
+      std::fill_n(d_query, width, 0.0f);
+    } else {
+      copy_row(d_q.row(query.row + token) + query.group * width, d_query, width);
+    }
   }
 }
 
@@ -476,7 +353,9 @@ void store_d_keys(const AttentionInputs& in, int64_t chunk, const float* panel,
                   const WriteF32& tensor) {
   const int64_t S = in.sequence_length, column = chunk % in.groups * in.head_dim;
   for (int64_t key = 0; key < S; ++key, panel += in.head_dim) {
-    const int64_t part = in.share.owner(key, S) * in.sequences + chunk / in.groups;
+    if (!in.has_key(key)) continue;
+    const int64_t owner = in.part == KeyPart::all ? in.share.owner(key, S) : 0;
+    const int64_t part = owner * in.sequences + chunk / in.groups;
     const int64_t row = part * in.query_length + in.share.row(key, S);
     copy_row(panel, tensor.row(row) + column, in.head_dim);
   }
@@ -518,8 +397,10 @@ BackwardPanels cut_backward_panels(const AttentionInputs& in, Scratch& scratch, 
 
 void attention(const AttentionArgs& args, Workers& workers) {
   const AttentionInputs in(args);
-  const WriteF32 o(args.o_THQ);
-  const AttentionOutputs out{o, args.lse_TH};
+  const bool all = args.part == KeyPart::all;
+  const WriteF32 o(all ? RawView(args.o_THQ) : RawView(args.o_sum_THQ));
+  const AttentionOutputs out{o, all ? args.lse_TH.pointer() : args.lse_sum_TH.pointer(),
+                             all ? args.lse_TH.row_stride : args.lse_sum_TH.row_stride};
   workers.parallel_for(in.sequences * in.groups, [&](int64_t chunk, Scratch& scratch) {
     forward_group(in, chunk, out, scratch);
   });
@@ -529,7 +410,7 @@ void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
   const AttentionInputs in(args);
   const BackwardRows rows{ReadF32(args.o_THQ), ReadF32(args.d_o_THQ), args.lse_TH, args.delta_TH};
   const bool one_rank = in.share.ranks == 1;
-  const WriteF32 d_q(args.d_q_THQ);
+  const WriteF32 d_q(in.part == KeyPart::all ? RawView(args.d_q_THQ) : RawView(args.d_q_sum_THQ));
   const WriteF32 d_k(one_rank ? RawView(args.d_k_TGQ) : RawView(args.d_k_sum_SC));
   const WriteF32 d_v(one_rank ? RawView(args.d_v_TGQ) : RawView(args.d_v_sum_SC));
   const KeySums sums = one_rank                  ? KeySums::from_diagonal
@@ -548,6 +429,7 @@ void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
     for (int64_t local = 0; local < in.query_length; local += in.block_tokens) {
       const QueryBlock query = query_block(in, chunk, local, range);
       load_backward_query(in, query, rows, p);
+      if (in.part != KeyPart::all) start_d_query(in, query, d_q, p.d_query);
       backward_query_block(in, query, range, sums, p);
       store_d_query(in, query, p.d_query, d_q);
       if (sums != KeySums::apart) continue;

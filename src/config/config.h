@@ -110,6 +110,9 @@ struct ScheduleConfig {
   double min_lr_ratio = 0.1;  // final lr / optimizer.lr
 };
 
+// How keys and values reach the queries of the other ranks of a sequence.
+enum class ContextExchange { all_gather, ring };
+
 struct ParallelConfig {
   int64_t pp = 1;
   int64_t dp = 1;  // every data-parallel rank
@@ -119,6 +122,7 @@ struct ParallelConfig {
   int64_t shard_ranks = 0;  // consecutive dp x cp ranks that share out one copy; 0 = all
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
   int64_t virtual_stages = 2;
+  ContextExchange context = ContextExchange::all_gather;
   bool overlap = true;  // a pair of dualpipev runs stage by stage in turn, not pass after pass
 };
 
@@ -208,6 +212,7 @@ struct Config {
 // The text of a value as the configuration file spells it, such as "1f1b" or "zero1".
 const char* choice_name(Sharding value);
 const char* choice_name(PipelineSchedule value);
+const char* choice_name(ContextExchange value);
 const char* choice_name(ComputeType value);
 const char* choice_name(ReductionMode value);
 const char* choice_name(DeviceKind value);

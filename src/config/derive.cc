@@ -288,6 +288,11 @@ void check_supported(const Config& config, ConfigUse use) {
     fail(ExitCode::usage, "{} is not supported yet; nearest supported: {}", what, nearest);
   };
   if (config.run.device == DeviceKind::cuda && parallel.cp > 1) {
+    if (parallel.context == ContextExchange::ring) {
+      refuse(fmt::format("parallel.cp = {} and parallel.context = ring with run.device = cuda",
+                         parallel.cp),
+             "parallel.context = all_gather");
+    }
     if (config.numerics.reduction == ReductionMode::exact) {
       refuse(fmt::format("parallel.cp = {} with run.device = cuda and numerics.reduction = exact",
                          parallel.cp),

@@ -90,7 +90,8 @@ void check_faults(const Config& config, const Derived& derived) {
          key, value);
   };
   for (const FaultConfig& fault : config.faults) {
-    needs(fault, "swapped_send", "parallel.pp", parallel.pp);
+    const bool rings = parallel.cp > 1 && parallel.context == ContextExchange::ring;
+    if (!rings) needs(fault, "swapped_send", "parallel.pp", parallel.pp);
     needs(fault, "zigzag_half", "parallel.cp", parallel.cp);
     needs(fault, "gradient_axis", "parallel.ep", parallel.ep);
     if (fault.kind == "missing_wait" && fault.site.empty()) {

@@ -20,6 +20,7 @@ namespace {
 constexpr const char* kShardingNames[] = {"none", "zero1", "zero2", "full"};
 constexpr const char* kScheduleNames[] = {"gpipe", "1f1b", "interleaved_1f1b",
                                           "zb_h1", "zb_v", "dualpipev"};
+constexpr const char* kContextNames[] = {"all_gather", "ring"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
 constexpr const char* kReductionNames[] = {"exact", "fast"};
 constexpr const char* kFastOrderNames[] = {"rank", "ring"};
@@ -355,6 +356,10 @@ const KeySpec kKeys[] = {
      kMay, nullptr, "pipeline schedule"},
     {"parallel", "virtual_stages", in_section<kParallel, &Parallel::virtual_stages>, kUpTo64k,
      kNoChoices, kMay, nullptr, "layer groups of a rank with interleaved_1f1b"},
+    {"parallel", "context", in_section<kParallel, &Parallel::context>, kNoRange, kContextNames,
+     kMay, nullptr,
+     "how keys and values of a shared sequence travel: all at once, or from rank to rank under "
+     "attention"},
     {"parallel", "overlap", in_section<kParallel, &Parallel::overlap>, kNoRange, kNoChoices, kMay,
      nullptr, "run the two passes of a dualpipev pair stage by stage in turn"},
 
@@ -577,6 +582,7 @@ std::string range_problem(const KeySpec& spec, double value) {
 
 const char* choice_name(Sharding value) { return name_at(kShardingNames, value); }
 const char* choice_name(PipelineSchedule value) { return name_at(kScheduleNames, value); }
+const char* choice_name(ContextExchange value) { return name_at(kContextNames, value); }
 const char* choice_name(ComputeType value) { return name_at(kComputeNames, value); }
 const char* choice_name(ReductionMode value) { return name_at(kReductionNames, value); }
 const char* choice_name(DeviceKind value) { return name_at(kDeviceNames, value); }

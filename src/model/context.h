@@ -1,12 +1,21 @@
 // Context parallelism (zigzag, src/parallel/batch_layout.h): what the ranks that share sequences
 // exchange in a layer. With cp = 1 nothing here is called.
 //
-// Forward gathers every rank's keys and values and puts them in position order; they are kept for
-// backward. Backward, fast: each rank's sums of dK and dV over its queries are reduced to the ranks
-// that own the keys. Exact: each query block's dK and dV stay apart, travel, and are folded by the
-// owners in position order: the bits of one rank. Napkin, per layer and rank: 2 T G Q elements
-// travel forward to each other rank; back as many in fp32, exact S / (cp block_tokens) times that.
+// parallel.context = all_gather: forward gathers every rank's keys and values and puts them in
+// position order; they are kept for backward. Backward, fast: each rank's sums of dK and dV over
+// its queries are reduced to the ranks that own the keys. Exact: each query block's dK and dV stay
+// apart, travel, and are folded by the owners in position order: the bits of one rank. Napkin, per
+// layer and rank: 2 T G Q elements travel forward to each other rank; back as many in fp32, exact
+// S / (cp block_tokens) times that.
+//
+// parallel.context = ring, fast: a rank keeps its own keys and values alone. They go from rank to
+// rank, each part on its way to the next one while attention reads it, and are folded by their
+// log-sum-exp; backward sends them round again, and behind them the sums of their dK and dV, which
+// come home with the last hop. Exact: the same hops fill the whole sequences that all_gather would,
+// and the partials go straight to their owners, rank by rank: blocks travel, not sums.
 #pragma once
+
+#include <utility>
 
 #include "kernels/attention.h"
 #include "src/model/qwen3_moe.h"
@@ -15,13 +24,25 @@ namespace cambium {
 
 ContextShare context_share(const Rank& rank);
 
-// Whole sequences' rows [T cp, G Q] of this rank's `x` ([T, G Q], rows may be strided).
-Buffer gather_context(const LayerContext& c, const MicroBatch& batch, In<Real> x_TC);
-
-// What a layer's attention asks of its keys and values.
+// Keys and values of a layer's attention on this rank (rows may be strided), and their gradients.
+struct KeyRows {
+  In<Real> k_TGQ, v_TGQ;
+};
 struct KeyGradients {
   Out<Real> d_k_TGQ, d_v_TGQ;
 };
+
+// K and V of whole sequences, [T cp, G Q].
+std::pair<Buffer, Buffer> gather_context(const LayerContext& c, const MicroBatch& batch,
+                                         const KeyRows& own);
+
+// Whether attention reads one rank's part of the keys after the other: the fast ring.
+bool attends_by_parts(const LayerContext& c);
+// Attention over every rank's part of the keys; `args` lacks k and v, and has o and lse, or d_q.
+void ring_attention(const LayerContext& c, const MicroBatch& batch, const KeyRows& own,
+                    AttentionArgs args);
+void ring_attention_backward(const LayerContext& c, const MicroBatch& batch, const KeyRows& own,
+                             const KeyGradients& d, AttentionBackwardArgs args);
 
 // `sum_SC` [T cp, 2 G Q], a key's dK beside its dV: attention_backward's sums, owner by owner.
 void reduce_context(const LayerContext& c, const MicroBatch& batch, const Buffer& sum_SC,

@@ -1,4 +1,6 @@
 // Stage 1, attention: norm, qkv, q/k norm + RoPE, attention, out + residual; and its backward.
+#include <tuple>
+
 #include "kernels/attention.h"
 #include "kernels/linear.h"
 #include "kernels/qk_norm_rope.h"
@@ -35,17 +37,16 @@ float attention_scale(int64_t head_dim) {
   return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(head_dim)));
 }
 
-// Keys and values that attention reads: this rank's, or whole sequences with cp > 1.
-struct AttentionKeys {
-  In<Real> k, v;
-};
-AttentionKeys attention_keys(const LayerContext& c, const Extents& x, const LayerState& s) {
-  if (c.rank.mesh.cp > 1) {
-    const Shape whole(x.T * c.rank.mesh.cp, x.G, x.Q);
-    return {c.in(s.k_SC, whole), c.in(s.v_SC, whole)};
-  }
+// Keys and values of this rank, and those that are kept for attention: with cp > 1 and no fast ring
+// whole sequences.
+KeyRows own_keys(const LayerContext& c, const Extents& x, const LayerState& s) {
   return {c.in(s.k_TGQ, Shape(x.T, x.G, x.Q)),
           qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G)};
+}
+KeyRows attention_keys(const LayerContext& c, const Extents& x, const LayerState& s) {
+  if (s.k_SC.empty()) return own_keys(c, x, s);
+  const Shape whole(x.T * c.rank.mesh.cp, x.G, x.Q);
+  return {c.in(s.k_SC, whole), c.in(s.v_SC, whole)};
 }
 
 void bias_forward(const LayerContext& c, const ParamTensor* bias, const Buffer& y_TN, Shape shape) {
@@ -96,26 +97,25 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
                ops);
   s.o_TC = c.real(Shape(x.T, x.H, x.Q), "attention output");
   s.lse_TH = floats(c, x.T * x.H, "attention lse");
+  AttentionArgs args{.q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
+                     .document_start_T = batch.document_start_T.empty()
+                                             ? In<int32_t>()
+                                             : in_i32(batch.document_start_T, Shape(x.T)),
+                     .o_THQ = c.out(s.o_TC, Shape(x.T, x.H, x.Q)),
+                     .lse_TH = out_f32(s.lse_TH, Shape(x.T, x.H)),
+                     .sequence_length = batch.sequence_length,
+                     .block_tokens = c.rank.config.numerics.block_tokens,
+                     .scale = attention_scale(x.Q),
+                     .share = context_share(c.rank)};
+  const KeyRows own = own_keys(c, x, s);
+  if (attends_by_parts(c)) return ring_attention(c, batch, own, args);
   if (c.rank.mesh.cp > 1) {
-    const int64_t width = x.G * x.Q;
-    s.k_SC = gather_context(c, batch, c.in(s.k_TGQ, Shape(x.T, width)));
-    const In<Real> v_TGQ = qkv_part<In<Real>>(c, s.qkv_TC, x, (x.H + x.G) * x.Q, x.G);
-    s.v_SC = gather_context(c, batch, {v_TGQ.data, c.dtype(), Shape(x.T, width), x.C});
+    std::tie(s.k_SC, s.v_SC) = gather_context(c, batch, own);
   }
-  const AttentionKeys keys = attention_keys(c, x, s);
-  attention({.q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
-             .k_TGQ = keys.k,
-             .v_TGQ = keys.v,
-             .document_start_T = batch.document_start_T.empty()
-                                     ? In<int32_t>()
-                                     : in_i32(batch.document_start_T, Shape(x.T)),
-             .o_THQ = c.out(s.o_TC, Shape(x.T, x.H, x.Q)),
-             .lse_TH = out_f32(s.lse_TH, Shape(x.T, x.H)),
-             .sequence_length = batch.sequence_length,
-             .block_tokens = c.rank.config.numerics.block_tokens,
-             .scale = attention_scale(x.Q),
-             .share = context_share(c.rank)},
-            ops);
+  const KeyRows keys = attention_keys(c, x, s);
+  args.k_TGQ = keys.k_TGQ;
+  args.v_TGQ = keys.v_TGQ;
+  attention(args, ops);
 }
 
 void attention_out_forward(const LayerContext& c, int64_t tokens, LayerState& s) {
@@ -194,12 +194,12 @@ struct AttentionGrads {
 void attention_core_backward(const LayerContext& c, const MicroBatch& batch, const LayerState& s,
                              const AttentionGrads& d) {
   const Extents x(c, batch.tokens);
-  const AttentionKeys keys = attention_keys(c, x, s);
+  const KeyRows keys = attention_keys(c, x, s);
   const Buffer delta = floats(c, x.T * x.H, "attention delta");
   AttentionBackwardArgs backward{
       .q_THQ = c.in(s.q_THQ, Shape(x.T, x.H, x.Q)),
-      .k_TGQ = keys.k,
-      .v_TGQ = keys.v,
+      .k_TGQ = keys.k_TGQ,
+      .v_TGQ = keys.v_TGQ,
       .o_THQ = c.in(s.o_TC, Shape(x.T, x.H, x.Q)),
       .d_o_THQ = d.o,
       .lse_TH = in_f32(s.lse_TH, Shape(x.T, x.H)),
@@ -212,7 +212,9 @@ void attention_core_backward(const LayerContext& c, const MicroBatch& batch, con
       .block_tokens = c.rank.config.numerics.block_tokens,
       .scale = attention_scale(x.Q),
       .share = context_share(c.rank)};
-  if (c.rank.mesh.cp == 1) {
+  if (attends_by_parts(c)) {
+    ring_attention_backward(c, batch, keys, {d.k, d.v}, backward);
+  } else if (c.rank.mesh.cp == 1) {
     backward.d_k_TGQ = d.k;
     backward.d_v_TGQ = d.v;
     attention_backward(backward, c.rank.ops);

@@ -77,6 +77,12 @@ TEST(Check, NamesTheCauseOfFaultsInPipelinesAndContexts) {
     EXPECT_EQ(run.exit_code, fault.exit_code) << fault.kind << ": " << run.output;
     EXPECT_NE(run.output.find(fault.cause), std::string::npos) << fault.kind << ": " << run.output;
   }
+  // K and V of a ring's first hop change places.
+  const std::string path = scratch.write("ring.toml", faulty_config("swapped_send"));
+  const BinaryRun run =
+      run_binary({"check", path, "--set", "parallel.dp=2", "--set", "parallel.cp=2", "--set",
+                  "parallel.context=ring", "--set", "numerics.block_tokens=8"});
+  EXPECT_EQ(run.exit_code, 51) << run.output;
   // Without a pipeline or a context there is nothing to strike.
   for (const char* kind : {"swapped_send", "zigzag_half"}) {
     const std::string path = scratch.write("nothing.toml", faulty_config(kind));

@@ -220,7 +220,9 @@ TEST(Parity, OptionsOfTheFamiliesPassOnEveryLayout) {
       {"parallel.dp=2", "numerics.reduction=fast"},
       {"parallel.dp=2", "parallel.ep=2"},
       {"parallel.pp=4", "parallel.dp=2", "parallel.sharding=full"},
-      {"parallel.pp=2", "parallel.cp=2", "numerics.block_tokens=8"}};
+      {"parallel.pp=2", "parallel.cp=2", "numerics.block_tokens=8"},
+      {"parallel.dp=2", "parallel.cp=2", "numerics.block_tokens=8", "parallel.context=ring",
+       "numerics.reduction=fast"}};
   for (const char* name : {"qwen3_moe_options", "qwen2_moe"}) {
     const std::string golden = std::string(source_directory()) + "/tests/golden/" + name;
     for (const std::vector<std::string>& layout : layouts) {

@@ -155,6 +155,7 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set run.watchdog_s=0", 2, "run\\.watchdog_s"},
     {"train $Q --set run.transport=nccl", 2, "run\\.device = cuda"},
     {"train $Q --set numerics.compute=fp16", 2, "numerics\\.compute.*fp32"},
+    {"train $Q --set parallel.context=rings", 2, "did you mean ring"},
     {"train $Q --set parallel.schedule=1f1", 2, "did you mean 1f1b"},
     {"train $Q --set model.preset=quickstrat", 2, "did you mean quickstart"},
     {"train $Q --set model.path=$T/nosuch", 2, "model\\.path"},

@@ -29,10 +29,12 @@ const RuleRow kRules[] = {
     {{"parallel.dp=2", "parallel.ep=4"},
      "parallel.ep = 4 does not divide parallel.dp * parallel.cp = 2; nearest: 2"},
     {{"parallel.dp=4", "parallel.shard_ranks=3"},
-     "parallel.shard_ranks = 3 is no divisor of parallel.dp * parallel.cp = 4 that is a multiple of "
+     "parallel.shard_ranks = 3 is no divisor of parallel.dp * parallel.cp = 4 that is a multiple "
+     "of "
      "parallel.cp = 1 and parallel.ep = 1; nearest: 2 or 4"},
     {{"parallel.dp=8", "parallel.ep=4", "parallel.shard_ranks=2"},
-     "parallel.shard_ranks = 2 is no divisor of parallel.dp * parallel.cp = 8 that is a multiple of "
+     "parallel.shard_ranks = 2 is no divisor of parallel.dp * parallel.cp = 8 that is a multiple "
+     "of "
      "parallel.cp = 1 and parallel.ep = 4; nearest: 4"},
     {{"parallel.dp=4", "parallel.shard_ranks=2", "parallel.sharding=none"},
      "parallel.shard_ranks = 2 with parallel.sharding = none, which shares out nothing; nearest "
@@ -94,6 +96,9 @@ const RuleRow kRules[] = {
       "train.sequence_length=256", "model.max_positions=256"},
      "train.sequence_length = 256 is not a multiple of 2 * parallel.cp * (attention's tile on a "
      "GPU, 128) = 512; nearest: 512"},
+    {{"run.device=cuda", "numerics.compute=bf16", "parallel.cp=2", "parallel.context=ring"},
+     "parallel.cp = 2 and parallel.context = ring with run.device = cuda is not supported yet; "
+     "nearest supported: parallel.context = all_gather"},
     {{"run.transport=nccl"}, "run.transport = nccl with run.device = cpu"},
     {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=1,probability=0.5}]"},
      "faults.probability = 0.5 of kind rng_rank draws rank and step"},

@@ -156,6 +156,95 @@ TEST(AttentionShares, SharesSumTheKeyGradientsOfTheirQueries) {
   }
 }
 
+// A share's attention, one rank's part of the keys after the other, as a ring brings them.
+void run_ring(ShareTensors& t, int64_t first_hop = 0) {
+  const int64_t T = t.q.shape()[0], ranks = t.share.ranks;
+  TestTensor o_sum(t.q.shape()), d_q_sum(t.q.shape());
+  const auto each_part = [&](auto&& run) {
+    for (int64_t hop = first_hop; hop < ranks; ++hop) {
+      const int64_t key_rank = (t.share.index - hop + ranks) % ranks;
+      const ContextShare of_keys{ranks, key_rank};
+      TestTensor k = share_rows(t.whole.k, of_keys, t.whole.c.S);
+      TestTensor v = share_rows(t.whole.v, of_keys, t.whole.c.S);
+      run(k, v, hop == first_hop ? KeyPart::first : KeyPart::next, key_rank);
+    }
+  };
+  each_part([&](TestTensor& k, TestTensor& v, KeyPart part, int64_t key_rank) {
+    AttentionArgs args = t.forward_args();
+    args.k_TGQ = k.in<Real>();
+    args.v_TGQ = v.in<Real>();
+    args.o_THQ = {};
+    args.lse_TH = {};
+    args.part = part;
+    args.key_rank = key_rank;
+    args.o_sum_THQ = o_sum.inout<float>();
+    args.lse_sum_TH = t.lse.inout<float>();
+    run_op(attention, args);
+  });
+  for (int64_t i = 0; i < t.o.elements(); ++i) t.o.set(i, o_sum.at(i));
+  TestTensor d_k(Shape(T, t.whole.c.G * t.whole.c.Q)), d_v(d_k.shape());
+  each_part([&](TestTensor& k, TestTensor& v, KeyPart part, int64_t key_rank) {
+    AttentionBackwardArgs args = t.backward_args();
+    args.k_TGQ = k.in<Real>();
+    args.v_TGQ = v.in<Real>();
+    args.d_q_THQ = {};
+    args.part = part;
+    args.key_rank = key_rank;
+    args.d_q_sum_THQ = d_q_sum.inout<float>();
+    args.d_k_sum_SC = d_k.out<float>();
+    args.d_v_sum_SC = d_v.out<float>();
+    run_op(attention_backward, args);
+    for (int64_t i = 0; i < d_k.elements(); ++i) {
+      t.d_k.set(key_rank * d_k.elements() + i, d_k.at(i));
+      t.d_v.set(key_rank * d_k.elements() + i, d_v.at(i));
+    }
+  });
+  for (int64_t i = 0; i < t.d_q.elements(); ++i) t.d_q.set(i, d_q_sum.at(i));
+}
+
+TEST(AttentionShares, PartsOfTheKeysMeetByTheirLogSumExp) {
+  for (const SharedCase& c : kSharedCases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      AttentionTensors whole(c.whole, InputFamily::normals, dtype);
+      for (int64_t index = 0; index < c.ranks; ++index) {
+        ShareTensors t(whole, {c.ranks, index});
+        run_ring(t);
+        const int64_t terms = c.whole.Q + 16;
+        expect_share_near_oracle(
+            t, dtype == DType::f32 ? tolerance(2, terms) : bf16_tolerance(2, terms));
+      }
+    }
+  }
+}
+
+// The pairs of the parts are those of whole keys, and every rank has as many.
+TEST(AttentionShares, PartsOfTheKeysCostWhatWholeOnesDo) {
+  AttentionTensors whole(kSharedCases[1].whole, InputFamily::normals);
+  const int64_t ranks = kSharedCases[1].ranks;
+  for (int64_t index = 0; index < ranks; ++index) {
+    ShareTensors t(whole, {ranks, index});
+    AttentionArgs args = t.forward_args();
+    const int64_t pairs = attention_pairs(args);
+    int64_t of_parts = 0;
+    args.part = KeyPart::next;
+    for (args.key_rank = 0; args.key_rank < ranks; ++args.key_rank) {
+      of_parts += attention_pairs(args);
+    }
+    EXPECT_EQ(of_parts, pairs);
+  }
+}
+
+TEST(AttentionShares, MustFailWithoutOnePartOfTheKeys) {
+  const SharedCase& c = kSharedCases[1];
+  AttentionTensors whole(c.whole, InputFamily::normals);
+  ShareTensors t(whole, {c.ranks, 1});
+  run_ring(t, 1);  // its own keys are missing
+  const auto expected = attention_oracle(whole.c, whole.values(), whole.scale);
+  TestTensor all(whole.o.shape());
+  for (int64_t i = 0; i < all.elements(); ++i) all.set(i, expected.o[static_cast<size_t>(i)]);
+  EXPECT_FALSE(within(t.o, t.part(all).values(), 0.1));
+}
+
 TEST(AttentionShares, MustFailWithTheSumsOfAnotherShare) {
   const SharedCase& c = kSharedCases[0];
   AttentionTensors whole(c.whole, InputFamily::normals);

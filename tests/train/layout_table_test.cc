@@ -93,16 +93,23 @@ void expect_bits_of_one_rank(std::span<const TestLayout> layouts) {
 
 TEST(LayoutTable, PipelinesHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kPipelines); }
 TEST(LayoutTable, SharedSequencesHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kContexts); }
+TEST(LayoutTable, RingsHaveTheBitsOfOneRank) {
+  std::vector<TestLayout> rings(std::begin(kContexts), std::end(kContexts));
+  rings.insert(rings.end(), std::begin(kFourDimensions), std::end(kFourDimensions));
+  for (TestLayout& layout : rings) layout.context = ContextExchange::ring;
+  expect_bits_of_one_rank(rings);
+}
 TEST(LayoutTable, FourDimensionsHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kFourDimensions); }
 
 // Sharding within runs of ranks, the last field, and copies of the state over the runs (HSDP).
+constexpr auto kGather = ContextExchange::all_gather;
 constexpr TestLayout kCopies[] = {
-    {4, 2, 2, kZero1, 1, 1, 1, kOneF, 2}, {4, 1, 1, kZero2, 1, 1, 1, kOneF, 2},
-    {4, 2, 1, kFull, 2, 1, 1, kOneF, 2},  {8, 2, 1, kFull, 2, 1, 1, kOneF, 4},
-    {8, 4, 1, kZero2, 1, 1, 1, kOneF, 4}, {4, 2, 1, kZero1, 1, 2, 1, kZbH1, 2},
-    {4, 2, 1, kFull, 1, 1, 2, kOneF, 4},  {4, 4, 1, kZero2, 1, 2, 2, kDual, 4},
-    {2, 1, 2, kZero1, 1, 3, 2, kZbV, 2},  {4, 1, 2, kZero1, 1, 1, 1, kOneF, 1},
-    {4, 1, 1, kFull, 1, 1, 1, kOneF, 1},  {8, 8, 1, kFull, 2, 4, 2, kDual, 8},
+    {4, 2, 2, kZero1, 1, 1, 1, kOneF, kGather, 2}, {4, 1, 1, kZero2, 1, 1, 1, kOneF, kGather, 2},
+    {4, 2, 1, kFull, 2, 1, 1, kOneF, kGather, 2},  {8, 2, 1, kFull, 2, 1, 1, kOneF, kGather, 4},
+    {8, 4, 1, kZero2, 1, 1, 1, kOneF, kGather, 4}, {4, 2, 1, kZero1, 1, 2, 1, kZbH1, kGather, 2},
+    {4, 2, 1, kFull, 1, 1, 2, kOneF, kGather, 4},  {4, 4, 1, kZero2, 1, 2, 2, kDual, kGather, 4},
+    {2, 1, 2, kZero1, 1, 3, 2, kZbV, kGather, 2},  {4, 1, 2, kZero1, 1, 1, 1, kOneF, kGather, 1},
+    {4, 1, 1, kFull, 1, 1, 1, kOneF, kGather, 1},  {8, 8, 1, kFull, 2, 4, 2, kDual, kGather, 8},
 };
 TEST(LayoutTable, CopiesOfShardedStateHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kCopies); }
 
@@ -119,7 +126,8 @@ TEST(LayoutTable, CopiesOfShardedStateServeATiedHead) {
 // Between copies a rank's shard of each group's gradients travels, once a step.
 TEST(LayoutTable, CopiesOfShardedStateMoveTheDesignsBytes) {
   const auto uses = [](int64_t shard_ranks) {
-    Config config = with_layout(deep_config(), {4, 2, 1, kFull, 1, 1, 1, kOneF, shard_ranks});
+    Config config =
+        with_layout(deep_config(), {4, 2, 1, kFull, 1, 1, 1, kOneF, kGather, shard_ranks});
     config.numerics.reduction = ReductionMode::fast;
     return run_trace(config, 1).ranks;
   };
@@ -151,9 +159,15 @@ std::vector<TestLayout> many_layouts() {
     for (const auto& [dp, cp] : kDataAndContext) {
       for (const Sharding sharding : {kNone, kZero1, kZero2, kFull}) {
         ++turn;
-        TestLayout layout{dp,       int64_t{1} << turn % 4, int64_t{1} << turn / 3 % 3,
-                          sharding, 1 + turn % 3,           shape.pp,
-                          cp,       shape.schedule};
+        TestLayout layout{dp,
+                          int64_t{1} << turn % 4,
+                          int64_t{1} << turn / 3 % 3,
+                          sharding,
+                          1 + turn % 3,
+                          shape.pp,
+                          cp,
+                          shape.schedule,
+                          turn % 2 == 0 ? ContextExchange::ring : ContextExchange::all_gather};
         layout.ep = std::min(layout.ep, dp * cp);
         const MicroBatchNeed need = schedule_need(shape.schedule, shape.pp);
         const auto fits = [&] {
@@ -217,7 +231,10 @@ TEST(LayoutTable, FastModeRepeatsItselfAndStaysClose) {
   config.numerics.reduction = ReductionMode::fast;
   for (const TestLayout& layout :
        {TestLayout{2, 4, 1, kFull, 1, 2, 2, kDual}, TestLayout{2, 2, 1, kZero2, 1, 2, 1, kZbH1},
-        TestLayout{2, 1, 2, kNone, 1, 1, 2, kOneF}, kCopies[0], kCopies[1], kCopies[7]}) {
+        TestLayout{2, 1, 2, kNone, 1, 1, 2, kOneF},
+        TestLayout{1, 2, 4, kZero1, 1, 1, 4, kOneF, ContextExchange::ring},
+        TestLayout{2, 4, 1, kFull, 2, 2, 2, kDual, ContextExchange::ring}, kCopies[0], kCopies[1],
+        kCopies[7]}) {
     const Config fast = with_layout(config, layout);
     const RunTrace run = run_trace(fast, kTableSteps);
     expect_same_bits(run_trace(fast, kTableSteps, 4, 9), run, layout_name(layout));
@@ -245,6 +262,43 @@ TEST(LayoutTable, KeyGradientsOfSharedSequencesMoveTheDesignsBytes) {
   for (const RankUse& rank : run_trace(config, 1).ranks) {
     EXPECT_EQ(rank.context_scatter.sent_bytes, sums);
     EXPECT_EQ(rank.context_all_to_all.sent_bytes, 0);
+  }
+}
+
+// A ring moves what all-gather and all-to-all move: keys and values to every other rank and exact
+// partials back; fast sums take one hop more, home, and the keys and values go round twice.
+TEST(LayoutTable, RingsMoveTheDesignsBytes) {
+  Config config =
+      with_layout(deep_config(), {1, 2, 4, kZero1, 1, 1, 4, kOneF, ContextExchange::ring});
+  const ModelConfig& model = config.model;
+  const int64_t tokens = 16 * 64 / 4, row_bytes = 2 * 4 * model.kv_heads * model.head_dim;
+  const int64_t part = model.layers * tokens * row_bytes;
+  for (const RankUse& rank : run_trace(config, 1).ranks) {
+    EXPECT_EQ(rank.context_exchange.sent_bytes, 3 * part + 3 * part * (64 / 4 / 8));
+    EXPECT_EQ(rank.context_all_to_all.sent_bytes, 0);
+  }
+  config.numerics.reduction = ReductionMode::fast;
+  for (const RankUse& rank : run_trace(config, 1).ranks) {
+    EXPECT_EQ(rank.context_exchange.sent_bytes, 2 * 3 * part + 4 * part);
+    EXPECT_EQ(rank.context_scatter.sent_bytes, 0);
+  }
+}
+
+// In fast mode no rank holds whole sequences' keys, and every rank has the same share of the work.
+TEST(LayoutTable, RingsHoldPartsAndShareTheWork) {
+  const auto uses = [](ContextExchange context) {
+    Config config = with_layout(deep_config(), {1, 1, 16, kZero1, 1, 1, 4, kOneF, context});
+    config.numerics.reduction = ReductionMode::fast;
+    return run_trace(config, 1).ranks;
+  };
+  const std::vector<RankUse> ring = uses(ContextExchange::ring);
+  const std::vector<RankUse> gather = uses(ContextExchange::all_gather);
+  for (size_t i = 0; i < ring.size(); ++i) {
+    EXPECT_LT(ring[i].peak_bytes, gather[i].peak_bytes);
+    for (const char* op : {"attention", "attention_backward"}) {
+      const int64_t flops = kTableSteps * 4 * ring[i].ops.at(op).flops;
+      EXPECT_EQ(flops, one_rank().ranks[0].ops.at(op).flops) << op;
+    }
   }
 }
 

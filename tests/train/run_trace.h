@@ -19,13 +19,14 @@ struct TestLayout {
   int64_t workers = 1;
   int64_t pp = 1, cp = 1;
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
+  ContextExchange context = ContextExchange::all_gather;
   int64_t shard_ranks = 0;
 };
 
 inline std::string layout_name(const TestLayout& l) {
-  return fmt::format("pp {} dp {} cp {} ep {} {} {} over {} micro-batch {} workers {}", l.pp, l.dp,
-                     l.cp, l.ep, choice_name(l.schedule), choice_name(l.sharding), l.shard_ranks,
-                     l.micro_batch, l.workers);
+  return fmt::format("pp {} dp {} cp {} ({}) ep {} {} {} over {} micro-batch {} workers {}", l.pp,
+                     l.dp, l.cp, choice_name(l.context), l.ep, choice_name(l.schedule),
+                     choice_name(l.sharding), l.shard_ranks, l.micro_batch, l.workers);
 }
 
 // A tiny model with every part on: clip, sequence balance loss, z-loss, documents.
@@ -47,6 +48,7 @@ inline Config with_layout(Config config, const TestLayout& layout) {
   config.parallel.pp = layout.pp;
   config.parallel.cp = layout.cp;
   config.parallel.schedule = layout.schedule;
+  config.parallel.context = layout.context;
   config.parallel.sharding = layout.sharding;
   config.parallel.shard_ranks = layout.shard_ranks;
   config.train.micro_batch_sequences = layout.micro_batch;
@@ -59,7 +61,7 @@ struct RankUse {
   int64_t optimizer_bytes = 0, weight_bytes = 0, peak_bytes = 0;
   CommTotals shard_gather, copies_reduce;  // zero where there is one copy of the state
   CommTotals data_gather, data_all_to_all, expert_all_to_all, expert_data_all_to_all;
-  CommTotals context_scatter, context_all_to_all;
+  CommTotals context_scatter, context_all_to_all, context_exchange;
 };
 
 struct RunTrace {
@@ -85,6 +87,7 @@ inline RankUse rank_use(const Rank& rank) {
   }
   use.data_gather = rank.data->totals(CollectiveKind::all_gather);
   use.context_scatter = rank.context->totals(CollectiveKind::reduce_scatter);
+  use.context_exchange = rank.context->totals(CollectiveKind::exchange);
   use.context_all_to_all = rank.context->totals(CollectiveKind::all_to_all_v);
   use.data_all_to_all = rank.data->totals(CollectiveKind::all_to_all_v);
   use.expert_all_to_all = rank.expert->totals(CollectiveKind::all_to_all_v);
