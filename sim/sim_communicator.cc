@@ -20,6 +20,7 @@ Group::Group(std::string name, std::vector<int> members, const ClusterOptions& o
       members_(std::move(members)),
       order_(options.reduction_order),
       poison_(options.poison),
+      moves_data_(options.matching == nullptr),
       workers_(workers),
       races_(races),
       order_hazards_(order_hazards),

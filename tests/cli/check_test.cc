@@ -10,6 +10,8 @@ namespace cambium {
 
 namespace {
 
+constexpr int kSlowCheckS = 400;  // of half a minute, on a machine in use
+
 struct FaultCase {
   const char* kind;
   int exit_code;
@@ -82,6 +84,37 @@ TEST(Check, NamesTheCauseOfFaultsInPipelinesAndContexts) {
     const std::string path = scratch.write("nothing.toml", faulty_config(kind));
     EXPECT_EQ(run_binary({"check", path}).exit_code, 2) << kind;
   }
+}
+
+// The twin of configs/quickstart.toml has half the layers, and so no such call.
+TEST(Check, FindsWhatOnlyTheFullShapeShows) {
+  const FaultCase cases[] = {
+      {"wrong_count", 22, "call #"},
+      {"swapped_collectives", 22, "skipped or reordered"},
+      {"skipped_collective", 22, "skipped or reordered"},
+  };
+  for (const FaultCase& fault : cases) {
+    const BinaryRun run =
+        run_binary({"check", "configs/quickstart.toml", "--set",
+                    fmt::format("faults=[{{kind=\"{}\",rank=3,site=\"expert#20\"}}]", fault.kind)});
+    EXPECT_EQ(run.exit_code, fault.exit_code) << fault.kind << ": " << run.output;
+    for (const char* text : {fault.cause, "'expert' [0,1,2,3]", "src/model/", "REPRO: "}) {
+      EXPECT_NE(run.output.find(text), std::string::npos) << fault.kind << ": " << run.output;
+    }
+  }
+  const BinaryRun clean = run_binary({"check", "configs/quickstart.toml", "--json"});
+  EXPECT_EQ(clean.exit_code, 0) << clean.output;
+  EXPECT_NE(clean.output.find("\"at full shape 2 steps of all 8 ranks match"), std::string::npos)
+      << clean.output;
+}
+
+TEST(Check, PassesOnSixtyFourRanksOfAThirtyBillionParameterModel) {
+  const BinaryRun run =
+      run_binary({"check", "configs/qwen3-30b-a3b-8x8.toml", "--seeds", "1"}, {}, kSlowCheckS);
+  EXPECT_EQ(run.exit_code, 0) << run.output;
+  EXPECT_NE(run.output.find("at full shape 2 steps of all 64 ranks match, cannot deadlock"),
+            std::string::npos)
+      << run.output;
 }
 
 TEST(Check, FindsAMissingWait) {
