@@ -83,8 +83,8 @@ class SimHost final : public Host {
     if (races_ != nullptr) races_->host_waited(rank_, event, site);
     if (virtual_rank_ != nullptr) virtual_rank_->host_waited(event);
   }
-  void touches(const MemoryAccess& access) override {
-    if (races_ != nullptr) races_->host_touches(rank_, access);
+  void touches(const MemoryAccess& access, std::source_location site) override {
+    if (races_ != nullptr) races_->host_touches(rank_, access, site);
   }
   void yield(const char*) override {
     if (injector_ != nullptr) injector_->flush();

@@ -280,7 +280,8 @@ void declare_transfer(const CollectiveCall& call, const SimCommunicator& communi
   }
   for (const Message& message : call.sends) add(message.data, message.count, Access::read);
   for (const Message& message : call.recvs) add(message.data, message.count, Access::write);
-  call.stream->observer()->declare(*call.stream, collective_name(call.kind), accesses, call.site);
+  call.stream->observer()->declare({*call.stream, collective_name(call.kind), accesses, call.site,
+                                    StreamObserver::Task::Kind::transfer});
 }
 
 }  // namespace

@@ -2,9 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <fstream>
+#include <sstream>
 
 #include "fmt/format.h"
 #include "tests/cli/run_binary.h"
+#include "tests/tree.h"
 
 namespace cambium {
 
@@ -132,6 +135,46 @@ TEST(Check, FindsAMissingWait) {
   }
   EXPECT_EQ(run("no_such_place").exit_code, 2);
   EXPECT_EQ(run_binary({"train", path, "--out", scratch.path() + "/run"}).exit_code, 2);
+}
+
+std::string with_single_spaces(const std::string& text) {
+  std::istringstream words(text);
+  std::string joined, word;
+  while (words >> word) joined += (joined.empty() ? "" : " ") + word;
+  return joined;
+}
+
+// README's samples, which leave out what "..." stands for.
+TEST(Check, PrintsTheReportsThatReadmeShows) {
+  std::ifstream file(std::string(source_directory()) + "/README.md");
+  const std::string readme{std::istreambuf_iterator<char>(file), {}};
+  struct Sample {
+    const char* begins;
+    std::vector<std::string> sets;
+  };
+  const Sample samples[] = {
+      {"rank 1, step 1: race: ", {"faults=[{kind=\"missing_wait\",rank=1,site=\"qwen3_moe.cc\"}]"}},
+      {"deadlock: cycle of ranks ",
+       {"parallel.pp=2", "parallel.dp=4",
+        "faults=[{kind=\"skipped_collective\",rank=7,site=\"pipeline\"}]"}},
+  };
+  for (const Sample& sample : samples) {
+    std::vector<std::string> arguments = {"check", "configs/quickstart.toml"};
+    for (const std::string& set : sample.sets) {
+      EXPECT_NE(readme.find(set), std::string::npos) << set;
+      arguments.insert(arguments.end(), {"--set", set});
+    }
+    const std::string output = with_single_spaces(run_binary(arguments).output);
+    const size_t begin = readme.find(std::string("    ") + sample.begins);
+    ASSERT_NE(begin, std::string::npos) << sample.begins;
+    std::string shown =
+        with_single_spaces(readme.substr(begin, readme.find("\n\n", begin) - begin)) + " ...";
+    for (size_t end = 0; (end = shown.find(" ...")) != std::string::npos;) {
+      const std::string part = shown.substr(0, end);
+      EXPECT_NE(output.find(part), std::string::npos) << "README: " << part << "\n" << output;
+      shown.erase(0, std::min(shown.size(), end + 5));
+    }
+  }
 }
 
 TEST(Check, TrainRefusesFaultsUnlessAllowed) {
