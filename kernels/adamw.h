@@ -78,8 +78,8 @@ namespace cuda {
 void adamw(const AdamwArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void adamw(const AdamwArgs& args, OpContext& context) {
-  execute(args, context, reference::adamw, kHasCuda ? cuda::adamw : nullptr);
+inline void adamw(const AdamwArgs& args, OpCall call) {
+  execute(args, call, reference::adamw, kHasCuda ? cuda::adamw : nullptr);
 }
 
 }  // namespace cambium

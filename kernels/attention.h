@@ -293,15 +293,14 @@ void attention(const AttentionArgs& args, Stream& stream);
 void attention_backward(const AttentionBackwardArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void attention(const AttentionArgs& args, OpContext& context) {
-  execute(args, context, reference::attention, kHasCuda ? cuda::attention : nullptr);
+inline void attention(const AttentionArgs& args, OpCall call) {
+  execute(args, call, reference::attention, kHasCuda ? cuda::attention : nullptr);
 }
-inline void attention_backward(const AttentionBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::attention_backward,
-          kHasCuda ? cuda::attention_backward : nullptr);
+inline void attention_backward(const AttentionBackwardArgs& args, OpCall call) {
+  execute(args, call, reference::attention_backward, kHasCuda ? cuda::attention_backward : nullptr);
 }
-inline void attention_key_fold(const AttentionKeyFoldArgs& args, OpContext& context) {
-  execute(args, context, reference::attention_key_fold, kCpuOnly);
+inline void attention_key_fold(const AttentionKeyFoldArgs& args, OpCall call) {
+  execute(args, call, reference::attention_key_fold, kCpuOnly);
 }
 
 }  // namespace cambium

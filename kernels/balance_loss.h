@@ -73,8 +73,8 @@ namespace cuda {
 void balance_loss(const BalanceLossArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void balance_loss(const BalanceLossArgs& args, OpContext& context) {
-  execute(args, context, reference::balance_loss, kHasCuda ? cuda::balance_loss : nullptr);
+inline void balance_loss(const BalanceLossArgs& args, OpCall call) {
+  execute(args, call, reference::balance_loss, kHasCuda ? cuda::balance_loss : nullptr);
 }
 
 }  // namespace cambium

@@ -51,8 +51,8 @@ namespace cuda {
 void combine_rows(const CombineRowsArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void combine_rows(const CombineRowsArgs& args, OpContext& context) {
-  execute(args, context, reference::combine_rows, kHasCuda ? cuda::combine_rows : nullptr);
+inline void combine_rows(const CombineRowsArgs& args, OpCall call) {
+  execute(args, call, reference::combine_rows, kHasCuda ? cuda::combine_rows : nullptr);
 }
 
 }  // namespace cambium

@@ -101,20 +101,20 @@ void add_values(const AddValuesArgs& args, Stream& stream);
 void scale_values(const ScaleValuesArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void copy_bytes(const CopyBytesArgs& args, OpContext& context) {
-  execute(args, context, reference::copy_bytes, kHasCuda ? cuda::copy_op : nullptr);
+inline void copy_bytes(const CopyBytesArgs& args, OpCall call) {
+  execute(args, call, reference::copy_bytes, kHasCuda ? cuda::copy_op : nullptr);
 }
-inline void zero_bytes(const ZeroBytesArgs& args, OpContext& context) {
-  execute(args, context, reference::zero_bytes, kHasCuda ? cuda::zero_bytes : nullptr);
+inline void zero_bytes(const ZeroBytesArgs& args, OpCall call) {
+  execute(args, call, reference::zero_bytes, kHasCuda ? cuda::zero_bytes : nullptr);
 }
-inline void scale_values(const ScaleValuesArgs& args, OpContext& context) {
-  execute(args, context, reference::scale_values, kHasCuda ? cuda::scale_values : nullptr);
+inline void scale_values(const ScaleValuesArgs& args, OpCall call) {
+  execute(args, call, reference::scale_values, kHasCuda ? cuda::scale_values : nullptr);
 }
-inline void add_values(const AddValuesArgs& args, OpContext& context) {
-  execute(args, context, reference::add_values, kHasCuda ? cuda::add_values : nullptr);
+inline void add_values(const AddValuesArgs& args, OpCall call) {
+  execute(args, call, reference::add_values, kHasCuda ? cuda::add_values : nullptr);
 }
-inline void cast_real(const CastRealArgs& args, OpContext& context) {
-  execute(args, context, reference::cast_real, kHasCuda ? cuda::cast_real : nullptr);
+inline void cast_real(const CastRealArgs& args, OpCall call) {
+  execute(args, call, reference::cast_real, kHasCuda ? cuda::cast_real : nullptr);
 }
 
 }  // namespace cambium

@@ -52,8 +52,8 @@ namespace cuda {
 void cross_entropy(const CrossEntropyArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void cross_entropy(const CrossEntropyArgs& args, OpContext& context) {
-  execute(args, context, reference::cross_entropy, kHasCuda ? cuda::cross_entropy : nullptr);
+inline void cross_entropy(const CrossEntropyArgs& args, OpCall call) {
+  execute(args, call, reference::cross_entropy, kHasCuda ? cuda::cross_entropy : nullptr);
 }
 
 }  // namespace cambium

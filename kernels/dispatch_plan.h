@@ -74,8 +74,8 @@ namespace cuda {
 void dispatch_plan(const DispatchPlanArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void dispatch_plan(const DispatchPlanArgs& args, OpContext& context) {
-  execute(args, context, reference::dispatch_plan, kHasCuda ? cuda::dispatch_plan : nullptr);
+inline void dispatch_plan(const DispatchPlanArgs& args, OpCall call) {
+  execute(args, call, reference::dispatch_plan, kHasCuda ? cuda::dispatch_plan : nullptr);
 }
 
 }  // namespace cambium

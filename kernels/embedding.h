@@ -86,11 +86,11 @@ void embedding(const EmbeddingArgs& args, Stream& stream);
 void embedding_wgrad(const EmbeddingWgradArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void embedding(const EmbeddingArgs& args, OpContext& context) {
-  execute(args, context, reference::embedding, kHasCuda ? cuda::embedding : nullptr);
+inline void embedding(const EmbeddingArgs& args, OpCall call) {
+  execute(args, call, reference::embedding, kHasCuda ? cuda::embedding : nullptr);
 }
-inline void embedding_wgrad(const EmbeddingWgradArgs& args, OpContext& context) {
-  execute(args, context, reference::embedding_wgrad, kHasCuda ? cuda::embedding_wgrad : nullptr);
+inline void embedding_wgrad(const EmbeddingWgradArgs& args, OpCall call) {
+  execute(args, call, reference::embedding_wgrad, kHasCuda ? cuda::embedding_wgrad : nullptr);
 }
 
 }  // namespace cambium

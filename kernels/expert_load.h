@@ -64,12 +64,11 @@ void expert_histogram(const ExpertHistogramArgs& args, Stream& stream);
 void router_bias_update(const RouterBiasUpdateArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void expert_histogram(const ExpertHistogramArgs& args, OpContext& context) {
-  execute(args, context, reference::expert_histogram, kHasCuda ? cuda::expert_histogram : nullptr);
+inline void expert_histogram(const ExpertHistogramArgs& args, OpCall call) {
+  execute(args, call, reference::expert_histogram, kHasCuda ? cuda::expert_histogram : nullptr);
 }
-inline void router_bias_update(const RouterBiasUpdateArgs& args, OpContext& context) {
-  execute(args, context, reference::router_bias_update,
-          kHasCuda ? cuda::router_bias_update : nullptr);
+inline void router_bias_update(const RouterBiasUpdateArgs& args, OpCall call) {
+  execute(args, call, reference::router_bias_update, kHasCuda ? cuda::router_bias_update : nullptr);
 }
 
 }  // namespace cambium

@@ -83,11 +83,11 @@ void grad_merge(const GradMergeArgs& args, Stream& stream);
 void grad_finish(const GradFinishArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void grad_merge(const GradMergeArgs& args, OpContext& context) {
-  execute(args, context, reference::grad_merge, kHasCuda ? cuda::grad_merge : nullptr);
+inline void grad_merge(const GradMergeArgs& args, OpCall call) {
+  execute(args, call, reference::grad_merge, kHasCuda ? cuda::grad_merge : nullptr);
 }
-inline void grad_finish(const GradFinishArgs& args, OpContext& context) {
-  execute(args, context, reference::grad_finish, kHasCuda ? cuda::grad_finish : nullptr);
+inline void grad_finish(const GradFinishArgs& args, OpCall call) {
+  execute(args, call, reference::grad_finish, kHasCuda ? cuda::grad_finish : nullptr);
 }
 
 }  // namespace cambium

@@ -94,11 +94,11 @@ void square_sum(const SquareSumArgs& args, Stream& stream);
 void clip_scale(const ClipScaleArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void square_sum(const SquareSumArgs& args, OpContext& context) {
-  execute(args, context, reference::square_sum, kHasCuda ? cuda::square_sum : nullptr);
+inline void square_sum(const SquareSumArgs& args, OpCall call) {
+  execute(args, call, reference::square_sum, kHasCuda ? cuda::square_sum : nullptr);
 }
-inline void clip_scale(const ClipScaleArgs& args, OpContext& context) {
-  execute(args, context, reference::clip_scale, kHasCuda ? cuda::clip_scale : nullptr);
+inline void clip_scale(const ClipScaleArgs& args, OpCall call) {
+  execute(args, call, reference::clip_scale, kHasCuda ? cuda::clip_scale : nullptr);
 }
 
 }  // namespace cambium

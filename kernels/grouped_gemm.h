@@ -251,21 +251,20 @@ void grouped_up_dgrad(const GroupedUpDgradArgs& args, Stream& stream);
 void grouped_wgrad(const GroupedWgradArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void grouped_up(const GroupedUpArgs& args, OpContext& context) {
-  execute(args, context, reference::grouped_up, kHasCuda ? cuda::grouped_up : nullptr);
+inline void grouped_up(const GroupedUpArgs& args, OpCall call) {
+  execute(args, call, reference::grouped_up, kHasCuda ? cuda::grouped_up : nullptr);
 }
-inline void grouped_down(const GroupedDownArgs& args, OpContext& context) {
-  execute(args, context, reference::grouped_down, kHasCuda ? cuda::grouped_down : nullptr);
+inline void grouped_down(const GroupedDownArgs& args, OpCall call) {
+  execute(args, call, reference::grouped_down, kHasCuda ? cuda::grouped_down : nullptr);
 }
-inline void grouped_down_dgrad(const GroupedDownDgradArgs& args, OpContext& context) {
-  execute(args, context, reference::grouped_down_dgrad,
-          kHasCuda ? cuda::grouped_down_dgrad : nullptr);
+inline void grouped_down_dgrad(const GroupedDownDgradArgs& args, OpCall call) {
+  execute(args, call, reference::grouped_down_dgrad, kHasCuda ? cuda::grouped_down_dgrad : nullptr);
 }
-inline void grouped_up_dgrad(const GroupedUpDgradArgs& args, OpContext& context) {
-  execute(args, context, reference::grouped_up_dgrad, kHasCuda ? cuda::grouped_up_dgrad : nullptr);
+inline void grouped_up_dgrad(const GroupedUpDgradArgs& args, OpCall call) {
+  execute(args, call, reference::grouped_up_dgrad, kHasCuda ? cuda::grouped_up_dgrad : nullptr);
 }
-inline void grouped_wgrad(const GroupedWgradArgs& args, OpContext& context) {
-  execute(args, context, reference::grouped_wgrad, kHasCuda ? cuda::grouped_wgrad : nullptr);
+inline void grouped_wgrad(const GroupedWgradArgs& args, OpCall call) {
+  execute(args, call, reference::grouped_wgrad, kHasCuda ? cuda::grouped_wgrad : nullptr);
 }
 
 }  // namespace cambium

@@ -55,8 +55,8 @@ namespace cuda {
 void leaf_fold(const LeafFoldArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void leaf_fold(const LeafFoldArgs& args, OpContext& context) {
-  execute(args, context, reference::leaf_fold, kHasCuda ? cuda::leaf_fold : nullptr);
+inline void leaf_fold(const LeafFoldArgs& args, OpCall call) {
+  execute(args, call, reference::leaf_fold, kHasCuda ? cuda::leaf_fold : nullptr);
 }
 
 }  // namespace cambium

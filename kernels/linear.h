@@ -155,17 +155,17 @@ void linear_dgrad(const LinearDgradArgs& args, Stream& stream);
 void linear_wgrad(const LinearWgradArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void linear(const LinearArgs& args, OpContext& context) {
-  execute(args, context, reference::linear, kHasCuda ? cuda::linear : nullptr);
+inline void linear(const LinearArgs& args, OpCall call) {
+  execute(args, call, reference::linear, kHasCuda ? cuda::linear : nullptr);
 }
-inline void add_bias(const AddBiasArgs& args, OpContext& context) {
-  execute(args, context, reference::add_bias, kHasCuda ? cuda::add_bias : nullptr);
+inline void add_bias(const AddBiasArgs& args, OpCall call) {
+  execute(args, call, reference::add_bias, kHasCuda ? cuda::add_bias : nullptr);
 }
-inline void linear_dgrad(const LinearDgradArgs& args, OpContext& context) {
-  execute(args, context, reference::linear_dgrad, kHasCuda ? cuda::linear_dgrad : nullptr);
+inline void linear_dgrad(const LinearDgradArgs& args, OpCall call) {
+  execute(args, call, reference::linear_dgrad, kHasCuda ? cuda::linear_dgrad : nullptr);
 }
-inline void linear_wgrad(const LinearWgradArgs& args, OpContext& context) {
-  execute(args, context, reference::linear_wgrad, kHasCuda ? cuda::linear_wgrad : nullptr);
+inline void linear_wgrad(const LinearWgradArgs& args, OpCall call) {
+  execute(args, call, reference::linear_wgrad, kHasCuda ? cuda::linear_wgrad : nullptr);
 }
 
 }  // namespace cambium

@@ -57,11 +57,11 @@ namespace cuda {
 void metric_sum(const MetricSumArgs& args, Stream& stream);
 void count_fraction(const CountFractionArgs& args, Stream& stream);
 }  // namespace cuda
-inline void metric_sum(const MetricSumArgs& args, OpContext& context) {
-  execute(args, context, reference::metric_sum, kHasCuda ? cuda::metric_sum : nullptr);
+inline void metric_sum(const MetricSumArgs& args, OpCall call) {
+  execute(args, call, reference::metric_sum, kHasCuda ? cuda::metric_sum : nullptr);
 }
-inline void count_fraction(const CountFractionArgs& args, OpContext& context) {
-  execute(args, context, reference::count_fraction, kHasCuda ? cuda::count_fraction : nullptr);
+inline void count_fraction(const CountFractionArgs& args, OpCall call) {
+  execute(args, call, reference::count_fraction, kHasCuda ? cuda::count_fraction : nullptr);
 }
 
 }  // namespace cambium

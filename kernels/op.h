@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <source_location>
 #include <string>
 #include <vector>
 
@@ -67,13 +68,23 @@ struct OpContext {
   OpCharge* charge = nullptr;                         // shape-only execution
 };
 
+// What an op is called with: `rms_norm(args, rank.ops)` makes one, which knows where that is
+// written.
+struct OpCall {
+  OpCall(OpContext& op_context,
+         std::source_location call_site = std::source_location::current())  // NOLINT: implicit
+      : context(op_context), site(call_site) {}
+  OpContext& context;
+  std::source_location site;
+};
+
 // Stands where an op has no CUDA kernel yet (`CPU_ONLY` in kernels/ops.cmake).
 inline constexpr std::nullptr_t kCpuOnly = nullptr;
 
 // Tells the stream's observer the bytes of every view; a view of rows with gaps is one interval a
 // row.
 template <class Args>
-void declare_accesses(const char* op, const Args& args, Stream& stream) {
+void declare_accesses(const char* op, const Args& args, Stream& stream, std::source_location site) {
   std::vector<MemoryAccess> accesses;
   visit_views(args, [&](const char* name, const RawView& view) {
     if (view.empty() || view.elements() == 0) return;
@@ -85,7 +96,7 @@ void declare_accesses(const char* op, const Args& args, Stream& stream) {
            view.elements() / rows * element, view.access, name});
     }
   });
-  stream.observer()->declare(stream, op, accesses, {});
+  stream.observer()->declare({stream, op, accesses, site});
 }
 
 // `cuda` is written `kHasCuda ? cuda::op : nullptr`: the condition is constant, so a CPU build
@@ -105,8 +116,9 @@ struct TimedCall {
 };
 
 template <class Args>
-void execute(const Args& args, OpContext& context, void (*reference)(const Args&, Workers&),
+void execute(const Args& args, OpCall op_call, void (*reference)(const Args&, Workers&),
              std::type_identity_t<void (*)(const Args&, Stream&)> cuda) {
+  OpContext& context = op_call.context;
   check_args(args);
   const Cost call = cost(args);
   if (context.totals != nullptr) {
@@ -117,7 +129,9 @@ void execute(const Args& args, OpContext& context, void (*reference)(const Args&
   }
   switch (context.backend) {
     case Backend::reference:
-      if (context.stream->observer() != nullptr) declare_accesses(call.op, args, *context.stream);
+      if (context.stream->observer() != nullptr) {
+        declare_accesses(call.op, args, *context.stream, op_call.site);
+      }
       if (context.timer == nullptr) return context.stream->enqueue(call.op, reference, args);
       context.stream->enqueue(
           call.op, TimedCall<Args>::run,

@@ -43,8 +43,8 @@ namespace cuda {
 void param_digest(const ParamDigestArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void param_digest(const ParamDigestArgs& args, OpContext& context) {
-  execute(args, context, reference::param_digest, kHasCuda ? cuda::param_digest : nullptr);
+inline void param_digest(const ParamDigestArgs& args, OpCall call) {
+  execute(args, call, reference::param_digest, kHasCuda ? cuda::param_digest : nullptr);
 }
 
 }  // namespace cambium

@@ -98,15 +98,14 @@ void gather_row_blocks(const GatherRowBlocksArgs& args, Stream& stream);
 void gather_present_rows(const GatherRowsArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void gather_rows(const GatherRowsArgs& args, OpContext& context) {
-  execute(args, context, reference::gather_rows, kHasCuda ? cuda::gather_rows : nullptr);
+inline void gather_rows(const GatherRowsArgs& args, OpCall call) {
+  execute(args, call, reference::gather_rows, kHasCuda ? cuda::gather_rows : nullptr);
 }
-inline void gather_scalars(const GatherScalarsArgs& args, OpContext& context) {
-  execute(args, context, reference::gather_scalars, kHasCuda ? cuda::gather_scalars : nullptr);
+inline void gather_scalars(const GatherScalarsArgs& args, OpCall call) {
+  execute(args, call, reference::gather_scalars, kHasCuda ? cuda::gather_scalars : nullptr);
 }
-inline void gather_row_blocks(const GatherRowBlocksArgs& args, OpContext& context) {
-  execute(args, context, reference::gather_row_blocks,
-          kHasCuda ? cuda::gather_row_blocks : nullptr);
+inline void gather_row_blocks(const GatherRowBlocksArgs& args, OpCall call) {
+  execute(args, call, reference::gather_row_blocks, kHasCuda ? cuda::gather_row_blocks : nullptr);
 }
 
 }  // namespace cambium

@@ -224,11 +224,11 @@ void qk_norm_rope(const QkNormRopeArgs& args, Stream& stream);
 void qk_norm_rope_backward(const QkNormRopeBackwardArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void qk_norm_rope(const QkNormRopeArgs& args, OpContext& context) {
-  execute(args, context, reference::qk_norm_rope, kHasCuda ? cuda::qk_norm_rope : nullptr);
+inline void qk_norm_rope(const QkNormRopeArgs& args, OpCall call) {
+  execute(args, call, reference::qk_norm_rope, kHasCuda ? cuda::qk_norm_rope : nullptr);
 }
-inline void qk_norm_rope_backward(const QkNormRopeBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::qk_norm_rope_backward,
+inline void qk_norm_rope_backward(const QkNormRopeBackwardArgs& args, OpCall call) {
+  execute(args, call, reference::qk_norm_rope_backward,
           kHasCuda ? cuda::qk_norm_rope_backward : nullptr);
 }
 

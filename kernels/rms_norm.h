@@ -104,12 +104,11 @@ void rms_norm(const RmsNormArgs& args, Stream& stream);
 void rms_norm_backward(const RmsNormBackwardArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void rms_norm(const RmsNormArgs& args, OpContext& context) {
-  execute(args, context, reference::rms_norm, kHasCuda ? cuda::rms_norm : nullptr);
+inline void rms_norm(const RmsNormArgs& args, OpCall call) {
+  execute(args, call, reference::rms_norm, kHasCuda ? cuda::rms_norm : nullptr);
 }
-inline void rms_norm_backward(const RmsNormBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::rms_norm_backward,
-          kHasCuda ? cuda::rms_norm_backward : nullptr);
+inline void rms_norm_backward(const RmsNormBackwardArgs& args, OpCall call) {
+  execute(args, call, reference::rms_norm_backward, kHasCuda ? cuda::rms_norm_backward : nullptr);
 }
 
 }  // namespace cambium

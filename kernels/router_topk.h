@@ -112,11 +112,11 @@ void router_topk(const RouterTopkArgs& args, Stream& stream);
 void router_topk_backward(const RouterTopkBackwardArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void router_topk(const RouterTopkArgs& args, OpContext& context) {
-  execute(args, context, reference::router_topk, kHasCuda ? cuda::router_topk : nullptr);
+inline void router_topk(const RouterTopkArgs& args, OpCall call) {
+  execute(args, call, reference::router_topk, kHasCuda ? cuda::router_topk : nullptr);
 }
-inline void router_topk_backward(const RouterTopkBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::router_topk_backward,
+inline void router_topk_backward(const RouterTopkBackwardArgs& args, OpCall call) {
+  execute(args, call, reference::router_topk_backward,
           kHasCuda ? cuda::router_topk_backward : nullptr);
 }
 

@@ -61,8 +61,8 @@ namespace cuda {
 void routing_sort(const RoutingSortArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void routing_sort(const RoutingSortArgs& args, OpContext& context) {
-  execute(args, context, reference::routing_sort, kHasCuda ? cuda::routing_sort : nullptr);
+inline void routing_sort(const RoutingSortArgs& args, OpCall call) {
+  execute(args, call, reference::routing_sort, kHasCuda ? cuda::routing_sort : nullptr);
 }
 
 }  // namespace cambium

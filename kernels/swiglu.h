@@ -69,11 +69,11 @@ void swiglu(const SwigluArgs& args, Stream& stream);
 void swiglu_backward(const SwigluBackwardArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void swiglu(const SwigluArgs& args, OpContext& context) {
-  execute(args, context, reference::swiglu, kHasCuda ? cuda::swiglu : nullptr);
+inline void swiglu(const SwigluArgs& args, OpCall call) {
+  execute(args, call, reference::swiglu, kHasCuda ? cuda::swiglu : nullptr);
 }
-inline void swiglu_backward(const SwigluBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::swiglu_backward, kHasCuda ? cuda::swiglu_backward : nullptr);
+inline void swiglu_backward(const SwigluBackwardArgs& args, OpCall call) {
+  execute(args, call, reference::swiglu_backward, kHasCuda ? cuda::swiglu_backward : nullptr);
 }
 
 }  // namespace cambium

@@ -109,11 +109,11 @@ void token_gate(const TokenGateArgs& args, Stream& stream);
 void token_gate_backward(const TokenGateBackwardArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void token_gate(const TokenGateArgs& args, OpContext& context) {
-  execute(args, context, reference::token_gate, kHasCuda ? cuda::token_gate : nullptr);
+inline void token_gate(const TokenGateArgs& args, OpCall call) {
+  execute(args, call, reference::token_gate, kHasCuda ? cuda::token_gate : nullptr);
 }
-inline void token_gate_backward(const TokenGateBackwardArgs& args, OpContext& context) {
-  execute(args, context, reference::token_gate_backward,
+inline void token_gate_backward(const TokenGateBackwardArgs& args, OpCall call) {
+  execute(args, call, reference::token_gate_backward,
           kHasCuda ? cuda::token_gate_backward : nullptr);
 }
 

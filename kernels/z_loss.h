@@ -45,8 +45,8 @@ namespace cuda {
 void z_loss(const ZLossArgs& args, Stream& stream);
 }  // namespace cuda
 
-inline void z_loss(const ZLossArgs& args, OpContext& context) {
-  execute(args, context, reference::z_loss, kHasCuda ? cuda::z_loss : nullptr);
+inline void z_loss(const ZLossArgs& args, OpCall call) {
+  execute(args, call, reference::z_loss, kHasCuda ? cuda::z_loss : nullptr);
 }
 
 }  // namespace cambium

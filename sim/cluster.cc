@@ -13,6 +13,7 @@
 #include "sim/deadlock.h"
 #include "sim/order_hazards.h"
 #include "sim/race_detector.h"
+#include "sim/routing.h"
 #include "sim/scheduler.h"
 #include "sim/sim_communicator.h"
 #include "sim/virtual_time.h"
@@ -29,7 +30,9 @@ class Groups {
  public:
   Groups(const ClusterOptions& options, Workers& workers, RaceDetector* races)
       : options_(options), workers_(workers), races_(races) {
-    if (races != nullptr) order_hazards_ = std::make_unique<OrderHazards>(options.ranks);
+    if (races != nullptr || options.matching != nullptr) {
+      order_hazards_ = std::make_unique<OrderHazards>(options.ranks);
+    }
     if (options.transfer_slots == 0) return;
     slots_.resize(static_cast<size_t>(options.ranks), DeviceSlots{options.transfer_slots, {}});
   }
@@ -41,7 +44,9 @@ class Groups {
     }
     return *made[number];
   }
-  const OrderHazards& order_hazards() const { return *order_hazards_; }
+  int64_t launches_compared() const {
+    return order_hazards_ == nullptr ? 0 : order_hazards_->compared();
+  }
   std::vector<const Group*> all() const {
     std::vector<const Group*> groups;
     for (const auto& [key, made] : groups_) {
@@ -78,8 +83,8 @@ class SimHost final : public Host {
     if (races_ != nullptr) races_->host_waited(rank_, event, site);
     if (virtual_rank_ != nullptr) virtual_rank_->host_waited(event);
   }
-  void touches(const MemoryAccess& access) override {
-    if (races_ != nullptr) races_->host_touches(rank_, access);
+  void touches(const MemoryAccess& access, std::source_location site) override {
+    if (races_ != nullptr) races_->host_touches(rank_, access, site);
   }
   void yield(const char*) override {
     if (injector_ != nullptr) injector_->flush();
@@ -100,6 +105,22 @@ class SimHost final : public Host {
   VirtualRank* virtual_rank_;  // null when values are computed
 };
 
+// Ops do nothing; the counts of a dispatch come from its step's routing.
+class MatchingRank final : public ShapeOnlyRun {
+ public:
+  MatchingRank(std::vector<RoutingModel>& routing, const RankEnvironment& environment)
+      : routing_(routing), environment_(environment) {}
+  void charge(const Cost&, Stream&) override {}
+  DispatchCounts dispatch_counts(const WorkPlace& place) override {
+    const auto steps_done = static_cast<size_t>(environment_.step() - 1);
+    return routing_[steps_done % routing_.size()].dispatch_counts(environment_.rank(), place);
+  }
+
+ private:
+  std::vector<RoutingModel>& routing_;
+  const RankEnvironment& environment_;
+};
+
 class SimEnvironment final : public RankEnvironment {
  public:
   SimEnvironment(int rank, const ClusterOptions& options, Workers& workers, Scheduler& scheduler,
@@ -114,7 +135,11 @@ class SimEnvironment final : public RankEnvironment {
         virtual_rank_(options.time == nullptr
                           ? nullptr
                           : std::make_unique<VirtualRank>(*options.time, rank, place)),
-        host_(scheduler, rank, injector_.get(), races, virtual_rank_.get()) {}
+        host_(scheduler, rank, injector_.get(), races, virtual_rank_.get()) {
+    if (options.matching != nullptr) {
+      matching_rank_ = std::make_unique<MatchingRank>(*options.matching, *this);
+    }
+  }
 
   int rank() const override { return rank_; }
   int ranks() const override { return options_.ranks; }
@@ -156,7 +181,10 @@ class SimEnvironment final : public RankEnvironment {
     if (injector_ != nullptr) injector_->set_step(step);
   }
   int64_t step() const override { return step_; }
-  ShapeOnlyRun* shape_only() override { return virtual_rank_.get(); }
+  ShapeOnlyRun* shape_only() override {
+    if (matching_rank_ != nullptr) return matching_rank_.get();
+    return virtual_rank_.get();
+  }
 
   // After the rank's main returned: its buffers are gone, so nothing may be queued.
   void check_idle() const {
@@ -212,6 +240,7 @@ class SimEnvironment final : public RankEnvironment {
   RaceDetector* races_;
   std::unique_ptr<FaultInjector> injector_;
   std::unique_ptr<VirtualRank> virtual_rank_;
+  std::unique_ptr<MatchingRank> matching_rank_;
   SimHost host_;
   std::vector<std::unique_ptr<Stream>> streams_;
   std::vector<std::unique_ptr<DeviceStream>> native_streams_;  // of streams_, on a GPU
@@ -369,12 +398,10 @@ ClusterReport run(const ClusterOptions& options, RankMain main, void* body) {
     scheduler.cancel();
     throw error;
   }
-  check_faults_struck(environments);
+  if (options.matching == nullptr) check_faults_struck(environments);
   ClusterReport report = scheduler.report();
-  if (races != nullptr) {
-    report.races = races->report();
-    report.races.launches = groups.order_hazards().compared();
-  }
+  if (races != nullptr) report.races = races->report();
+  report.races.launches = groups.launches_compared();
   return report;
 }
 

@@ -26,6 +26,7 @@
 
 namespace cambium::sim {
 
+class RoutingModel;
 class VirtualTime;
 
 // Reductions: `rank` adds contributions 0, 1, .. n-1 in fp32 and rounds once; `ring` adds chunk c
@@ -122,6 +123,9 @@ struct ClusterOptions {
   LeftOutWait left_out_wait = {};
   // Shape-only: nothing is computed, ops and transfers take their virtual time (one thread).
   VirtualTime* time = nullptr;
+  // Shape-only without time: ops do nothing, transfers meet, and are compared, but move nothing.
+  // Step s routes by the (s - 1)-th of these, in turn; a fault may find no place.
+  std::vector<RoutingModel>* matching = nullptr;
   // Folding: the ranks that stand for all; the others' calls are taken for theirs. Empty = all.
   std::vector<int> only_ranks = {};
   int64_t stack_bytes = 1 << 20;  // per rank; only touched pages cost memory

@@ -98,30 +98,30 @@ VectorClock RaceDetector::clock_at(const Event& event) {
   return clock;
 }
 
-void RaceDetector::declare(const Stream& stream, const char* op_name,
-                           std::span<const MemoryAccess> accesses, std::source_location site) {
+void RaceDetector::declare(const Task& task) {
   const std::lock_guard lock(mutex_);
+  const Stream& stream = task.stream;
   StreamState& s = state(stream);
   note_host(s);
-  Declared task{.sequence = stream.enqueued() + 1, .order = ++s.rank->orders, .notes = {}};
-  for (const MemoryAccess& access : accesses) {
+  Declared declared{.sequence = stream.enqueued() + 1, .order = ++s.rank->orders, .notes = {}};
+  for (const MemoryAccess& access : task.accesses) {
     if (access.bytes == 0) continue;
     const auto begin = reinterpret_cast<uintptr_t>(access.data);
-    task.notes.push_back(
-        std::make_shared<Note>(Note{.op_name = op_name,
+    declared.notes.push_back(
+        std::make_shared<Note>(Note{.op_name = task.op_name,
                                     .view = access.view,
-                                    .site = site,
+                                    .site = task.site,
                                     .place = *s.rank->place,
                                     .timeline = stream.name(),
                                     .access = access.access,
-                                    .number = task.sequence,
+                                    .number = declared.sequence,
                                     .begin = begin,
                                     .end = begin + static_cast<uintptr_t>(access.bytes)}));
   }
-  s.declared.push_back(std::move(task));
-  if (site.line() == 0) return;
+  s.declared.push_back(std::move(declared));
+  if (task.kind != Task::Kind::transfer) return;
   s.last_ticket = stream.enqueued() + 1;
-  s.last_site = site;
+  s.last_site = task.site;
 }
 
 WaitSite& RaceDetector::wait_site(const std::string& waiter, const Event& event,
@@ -209,7 +209,7 @@ void RaceDetector::host_waited(int rank, const Event& event, std::source_locatio
   ++host.version;
 }
 
-void RaceDetector::host_touches(int rank, const MemoryAccess& access) {
+void RaceDetector::host_touches(int rank, const MemoryAccess& access, std::source_location site) {
   if (access.bytes == 0) return;
   const std::lock_guard lock(mutex_);
   RankState& host = *ranks_[static_cast<size_t>(rank)];
@@ -221,7 +221,7 @@ void RaceDetector::host_touches(int rank, const MemoryAccess& access) {
       host.timeline, tick,
       std::make_shared<Note>(Note{.op_name = "host",
                                   .view = access.view,
-                                  .site = {},
+                                  .site = site,
                                   .place = host.place == nullptr ? WorkPlace{} : *host.place,
                                   .timeline = fmt::format("rank {} host", rank),
                                   .access = access.access,
@@ -312,10 +312,9 @@ void RaceDetector::report_race(const Note& later, const Note& earlier) const {
     const char* verb = note.access == Access::read    ? "reads"
                        : note.access == Access::write ? "writes"
                                                       : "reads and writes";
-    return fmt::format("'{}' (number {} of '{}'{}{}) {} bytes {} to {} of {}", note.op_name,
-                       note.number, note.timeline, place_text(note.place),
-                       note.site.line() == 0 ? "" : ", posted at " + describe_site(note.site), verb,
-                       begin - note.begin, end - note.begin, note.view);
+    return fmt::format("'{}' at {} (number {} of '{}'{}) {} bytes {} to {} of {}", note.op_name,
+                       describe_site(note.site), note.number, note.timeline, place_text(note.place),
+                       verb, begin - note.begin, end - note.begin, note.view);
   };
   fail(
       ExitCode::verification_mismatch,

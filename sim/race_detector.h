@@ -39,8 +39,7 @@ class RaceDetector final : public StreamObserver {
   RaceDetector(int ranks, LeftOutWait left_out_wait);
 
   void add_stream(const Stream& stream, int rank, const WorkPlace& place);
-  void declare(const Stream& stream, const char* op_name, std::span<const MemoryAccess> accesses,
-               std::source_location site) override;
+  void declare(const Task& task) override;
   bool keeps_wait(const Stream& stream, const Event& event, std::source_location site) override;
   void starts(const Stream& stream) override;
   void waited(const Stream& stream, const Event& event) override;
@@ -52,7 +51,7 @@ class RaceDetector final : public StreamObserver {
   // The host of `rank`: false when the wait is left out.
   bool keeps_host_wait(int rank, const Event& event, std::source_location site);
   void host_waited(int rank, const Event& event, std::source_location site);
-  void host_touches(int rank, const MemoryAccess& access);
+  void host_touches(int rank, const MemoryAccess& access, std::source_location site);
   // The rank's program returned: a ticket that nothing led to the host is an Error.
   void check_tickets(int rank) const;
 

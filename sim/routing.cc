@@ -36,6 +36,8 @@ double scatter(uint64_t seed, uint64_t what, uint64_t i) {
 
 RoutingModel::RoutingModel(const Config& config, int64_t tokens)
     : is_uniform_(config.plan.routing == "uniform"),
+      is_concentrated_(config.plan.routing == "concentrated"),
+      mesh_(make_mesh(config.parallel)),
       seed_(config.run.seed),
       tokens_(tokens),
       top_k_(config.model.top_k),
@@ -45,6 +47,7 @@ RoutingModel::RoutingModel(const Config& config, int64_t tokens)
   const auto E = static_cast<size_t>(experts_);
   tokens_by_row_.assign(static_cast<size_t>(layers_),
                         std::vector<double>(static_cast<size_t>(ranks_), 1.0));
+  if (is_concentrated_) return;
   if (is_uniform_) {
     // The chance that none of a token's top_k experts is among a rank's e.
     const int64_t e = experts_ / ranks_;
@@ -88,7 +91,8 @@ void RoutingModel::read_shares(const std::string& path) {
   std::ifstream file(path);
   if (!file) {
     fail(ExitCode::usage,
-         "plan.routing = '{}' is neither uniform nor zipf nor a readable file; next: metrics.jsonl "
+         "plan.routing = '{}' is neither uniform, zipf, concentrated nor a readable file; next: "
+         "metrics.jsonl "
          "of a run, or a routing trace (.h5)",
          path);
   }
@@ -168,6 +172,12 @@ std::vector<int32_t> RoutingModel::draw(int64_t layer, int64_t micro_batch, int6
     }
     return rows;
   }
+  if (is_concentrated_) {
+    for (int64_t k = 0; k < top_k_; ++k) {
+      rows[static_cast<size_t>((layer * top_k_ + k) % experts_)] = static_cast<int32_t>(tokens_);
+    }
+    return rows;
+  }
   const std::vector<double>& share = share_[static_cast<size_t>(layer)];
   const double sum = std::accumulate(share.begin(), share.end(), 0.0);
   const auto what = static_cast<uint64_t>(layer) << 48 | static_cast<uint64_t>(micro_batch) << 24 |
@@ -196,10 +206,31 @@ std::vector<int32_t> RoutingModel::draw(int64_t layer, int64_t micro_batch, int6
 const std::vector<int32_t>& RoutingModel::expert_rows(int64_t layer, int64_t micro_batch,
                                                       int64_t source) {
   const std::array<int64_t, 3> key = is_uniform_ ? std::array<int64_t, 3>{0, 0, source % experts_}
-                                                 : std::array{layer, micro_batch, source};
+                                     : is_concentrated_ ? std::array<int64_t, 3>{layer, 0, 0}
+                                                        : std::array{layer, micro_batch, source};
   const auto found = drawn_.find(key);
   if (found != drawn_.end()) return found->second;
   return drawn_.emplace(key, draw(layer, micro_batch, source)).first->second;
+}
+
+DispatchCounts RoutingModel::dispatch_counts(int rank, const WorkPlace& place) {
+  const MeshCoordinates at = mesh_coordinates(mesh_, rank);
+  const std::vector<int> group = expert_group(mesh_, at);
+  const int64_t e = experts_ / ranks_;
+  const auto count = [&](int source, int64_t destination, std::vector<int64_t>& tokens,
+                         std::vector<int64_t>& rows) {
+    const std::vector<int32_t>& drawn = expert_rows(place.layer, place.micro_batch, source);
+    int64_t sum = 0;
+    for (int64_t i = destination * e; i < (destination + 1) * e; ++i) sum += drawn[i];
+    rows.push_back(sum);
+    tokens.push_back(tokens_of(sum, place.layer, destination));
+  };
+  DispatchCounts counts;
+  for (int64_t p = 0; p < ranks_; ++p) {
+    count(rank, p, counts.send_tokens, counts.send_rows);
+    count(group[static_cast<size_t>(p)], at.ep_index, counts.recv_tokens, counts.recv_rows);
+  }
+  return counts;
 }
 
 int64_t RoutingModel::tokens_of(int64_t rows, int64_t layer, int64_t index) const {

@@ -20,6 +20,7 @@ Group::Group(std::string name, std::vector<int> members, const ClusterOptions& o
       members_(std::move(members)),
       order_(options.reduction_order),
       poison_(options.poison),
+      moves_data_(options.matching == nullptr),
       workers_(workers),
       races_(races),
       order_hazards_(order_hazards),
@@ -279,7 +280,8 @@ void declare_transfer(const CollectiveCall& call, const SimCommunicator& communi
   }
   for (const Message& message : call.sends) add(message.data, message.count, Access::read);
   for (const Message& message : call.recvs) add(message.data, message.count, Access::write);
-  call.stream->observer()->declare(*call.stream, collective_name(call.kind), accesses, call.site);
+  call.stream->observer()->declare({*call.stream, collective_name(call.kind), accesses, call.site,
+                                    StreamObserver::Task::Kind::transfer});
 }
 
 }  // namespace

@@ -132,6 +132,7 @@ class Group {
   VirtualTime* time() const { return time_; }
   ReductionOrder order() const { return order_; }
   Poison poison() const { return poison_; }
+  bool moves_data() const { return moves_data_; }
   Workers& workers() const { return workers_; }
   RaceDetector* races() const { return races_; }
   // Of a member's device; null when any number of transfers fits.
@@ -164,6 +165,7 @@ class Group {
   std::vector<int> members_;
   ReductionOrder order_;
   Poison poison_;
+  bool moves_data_;
   Workers& workers_;
   RaceDetector* races_;
   OrderHazards* order_hazards_;  // null when races are not looked for

@@ -293,7 +293,7 @@ bool Transfer::advance_collective(Workers& workers) {
       }
     }
     if (missing.load(std::memory_order_acquire) > 0) return false;
-    run_stage(stage_, workers);
+    if (group->moves_data()) run_stage(stage_, workers);
     ++stage_;
     arrived_ = false;
   }
@@ -319,8 +319,10 @@ bool Transfer::advance_exchange(Workers& workers) {
       continue;
     }
     order_after(*call.stream, *mail->send->call.stream);
-    copy_bytes(mail->received.data, mail->sent.data, mail->received.count * dtype_bytes(call.dtype),
-               {*call.stream, workers});
+    if (group->moves_data()) {
+      copy_bytes(mail->received.data, mail->sent.data,
+                 mail->received.count * dtype_bytes(call.dtype), {*call.stream, workers});
+    }
     mail->copied.store(true, std::memory_order_release);
     if (mail->send != this) mail->send->call.stream->wake();
   }

@@ -166,25 +166,7 @@ RankTimes VirtualRank::times() const {
 }
 
 DispatchCounts VirtualRank::dispatch_counts(const WorkPlace& place) {
-  const Mesh mesh = make_mesh(time_.config_.parallel);
-  const MeshCoordinates at = mesh_coordinates(mesh, rank_);
-  const std::vector<int> group = expert_group(mesh, at);
-  const int64_t e = time_.config_.model.experts / mesh.ep;
-  RoutingModel& routing = time_.routing_;
-  const auto count = [&](int source, int64_t destination, std::vector<int64_t>& tokens,
-                         std::vector<int64_t>& rows) {
-    const std::vector<int32_t>& drawn = routing.expert_rows(place.layer, place.micro_batch, source);
-    int64_t sum = 0;
-    for (int64_t i = destination * e; i < (destination + 1) * e; ++i) sum += drawn[i];
-    rows.push_back(sum);
-    tokens.push_back(routing.tokens_of(sum, place.layer, destination));
-  };
-  DispatchCounts counts;
-  for (int64_t p = 0; p < mesh.ep; ++p) {
-    count(rank_, p, counts.send_tokens, counts.send_rows);
-    count(group[static_cast<size_t>(p)], at.ep_index, counts.recv_tokens, counts.recv_rows);
-  }
-  return counts;
+  return time_.routing_.dispatch_counts(rank_, place);
 }
 
 // Rows of this rank's experts, from all ranks of its group.

@@ -103,9 +103,15 @@ struct MemoryAccess {
 class StreamObserver {
  public:
   virtual ~StreamObserver() = default;
-  // The next task to be enqueued touches these.
-  virtual void declare(const Stream& stream, const char* op_name,
-                       std::span<const MemoryAccess> accesses, std::source_location site) = 0;
+  // The next task to be enqueued.
+  struct Task {
+    const Stream& stream;
+    const char* op_name = "";
+    std::span<const MemoryAccess> accesses;  // what it touches
+    std::source_location site;
+    enum class Kind : uint8_t { op, transfer } kind = Kind::op;
+  };
+  virtual void declare(const Task& task) = 0;
   // False: the wait is left out, to see what it is good for.
   virtual bool keeps_wait(const Stream& stream, const Event& event, std::source_location site) = 0;
   // The task at the head starts, or its wait is over.
@@ -312,7 +318,8 @@ class Host {
   virtual void wait(const Event& event,
                     std::source_location site = std::source_location::current()) = 0;
   // The host reads or writes memory that tasks touch too: to be found by race detection.
-  virtual void touches(const MemoryAccess&) {}
+  virtual void touches(const MemoryAccess&,
+                       std::source_location = std::source_location::current()) {}
   // Lets other ranks run: before checkpoint I/O and other long host work.
   virtual void yield(const char* why) = 0;
   // Nanoseconds on this rank's clock: wall time, or virtual time when shapes only are run.

@@ -9,7 +9,7 @@ namespace cambium {
 namespace {
 
 constexpr int64_t kSeedsOfACandidate = 8;
-constexpr int64_t kMostRuns = 400;
+constexpr int64_t kMostRuns = 200;  // checks of the part that failed, alone
 
 using Sets = std::vector<std::string>;
 
@@ -72,8 +72,10 @@ class Shrinker {
   bool fails(const Sets& added, int64_t seeds, const std::string& schedule) {
     if (++repro_.runs > kMostRuns) return false;
     try {
-      const CheckReport report =
-          request_.verdict({.config = config_with(added), .seeds = seeds, .schedule = schedule});
+      const CheckReport report = request_.verdict({.config = config_with(added),
+                                                   .seeds = seeds,
+                                                   .schedule = schedule,
+                                                   .only = request_.failed.part});
       schedule_ = report.schedule;
       return report.exit_code == request_.failed.exit_code;
     } catch (const Error&) {

@@ -1,13 +1,15 @@
 // cambium check: the cheap proof before GPU time.
 //
-// On the configuration, or on its small twin when it is large (same mesh, schedule, experts, top-k
-// and layer pattern; reduced widths, vocabulary and sequence), with synthetic documents:
-//   1. bits: the layout against one rank, exact mode, poisoned memory: losses, norm, parameters
-//   2. no rank computes what another did: FLOPs of all ranks equal one rank's
-//   3. threads: 1, 2 and 4 workers give the same bits
-//   4. schedules: seeded random orders of ranks and streams give the same bits
-//   5. races: every access that an op or a transfer declares is ordered with those it conflicts
+// First, on the configuration as it is, shapes alone: its ranks' transfers match and cannot
+// deadlock. Then, on the configuration, or on its small twin when it is large (same mesh, schedule,
+// experts, top-k and layer pattern; reduced widths, vocabulary and sequence), with synthetic
+// documents:
+//   1. races: every access that an op or a transfer declares is ordered with those it conflicts
 //      with, and all ranks launch the transfers that they share in one order
+//   2. bits: the layout against one rank, exact mode, poisoned memory: losses, norm, parameters
+//   3. no rank computes what another did: FLOPs of all ranks equal one rank's
+//   4. threads: 1, 2 and 4 workers give the same bits
+//   5. schedules: seeded random orders of ranks and streams give the same bits
 //   6. the configured reduction mode, when it is `fast`, repeats itself bit for bit
 // Every run also proves collective matching and freedom from deadlock for its schedule. Injected
 // [[faults]] strike the layout's runs, never the one rank it is compared with. Layouts for GPUs are
@@ -300,7 +302,48 @@ void find_races(const Config& exact, CheckReport& report) {
   }
 }
 
-void run_checks(const Config& config, const CheckRequest& request, CheckReport& report) {
+// Of steps of the configuration as it is given, whatever its size.
+void match_full_shape(const Config& given, CheckReport& report) {
+  Config config = given;
+  config.faults = drawn_faults(config, {0, kCheckSteps});
+  const int64_t launches = match_layout(config, kCheckSteps);
+  report.passed.push_back(fmt::format(
+      "at full shape {} steps of all {} ranks match, cannot deadlock, and launch {} "
+      "shared transfers in one order (layers {}, hidden {}, sequences {} of {})",
+      kCheckSteps, derive(config, ConfigUse::planned).ranks, launches, config.model.layers,
+      config.model.hidden, config.train.global_batch_sequences, config.train.sequence_length));
+}
+
+void compare_bits(const Trace& one, const Config& exact, CheckReport& report) {
+  const Trace layout = run_trace({exact, 2, 0});
+  report.exit_code = ExitCode::verification_mismatch;
+  const std::string difference = first_difference(one, layout);
+  if (!difference.empty()) {
+    report.failure = fmt::format("bits against one rank: {}", difference);
+    return;
+  }
+  report.passed.push_back(fmt::format("bits of {} steps equal one rank's", kCheckSteps));
+  const Derived derived = derive(exact);
+  if (exact.parallel.sharding != Sharding::none || derived.data_ranks == 1) {
+    for (const auto& [op, flops] : one.flops) {
+      // Every rank folds the same few norm partials into one scale; every copy updates its state.
+      const int64_t times = op == "adamw" ? derived.copies : 1;
+      if (op == "clip_scale" || layout.flops.at(op) == times * flops) continue;
+      report.failure = fmt::format(
+          "op '{}': FLOPs of all ranks are {}, of one rank {}: a rank computes what another did",
+          op, layout.flops.at(op), times * flops);
+      return;
+    }
+    report.passed.push_back(
+        derived.copies == 1
+            ? "FLOPs of all ranks equal one rank's"
+            : fmt::format("FLOPs of all ranks equal one rank's, AdamW's {} times", derived.copies));
+  }
+  report.exit_code = ExitCode::done;
+}
+
+// With bits of its own for every layout.
+Config exact_config(const Config& config, CheckReport& report) {
   Config exact = config;
   exact.numerics.reduction = ReductionMode::exact;
   exact.numerics.fast_order = FastOrder::rank;
@@ -311,40 +354,33 @@ void run_checks(const Config& config, const CheckRequest& request, CheckReport& 
     report.passed.push_back(
         "(balance.loss = sequence stands in for a loss that depends on layout)");
   }
-  const Trace one = run_trace({one_rank(exact), 1, 0});
-  if (config.run.device == DeviceKind::cpu) find_races(exact, report);
-  const Trace layout = run_trace({exact, 2, 0});
-  const std::string difference = first_difference(one, layout);
-  if (!difference.empty()) {
-    report.failure = fmt::format("bits against one rank: {}", difference);
-    report.exit_code = ExitCode::verification_mismatch;
-    return;
-  }
-  report.passed.push_back(fmt::format("bits of {} steps equal one rank's", kCheckSteps));
-  const Derived derived = derive(config);
-  if (config.parallel.sharding != Sharding::none || derived.data_ranks == 1) {
-    for (const auto& [op, flops] : one.flops) {
-      // Every rank folds the same few norm partials into one scale; every copy updates its state.
-      const int64_t times = op == "adamw" ? derived.copies : 1;
-      if (op == "clip_scale" || layout.flops.at(op) == times * flops) continue;
-      report.failure = fmt::format(
-          "op '{}': FLOPs of all ranks are {}, of one rank {}: a rank computes what another did",
-          op, layout.flops.at(op), times * flops);
-      report.exit_code = ExitCode::verification_mismatch;
-      return;
+  return exact;
+}
+
+void run_checks(const Config& config, const CheckRequest& request, CheckReport& report) {
+  const auto begins = [&](CheckPart part) {
+    if (!report.failure.empty()) return false;
+    if (request.only != CheckPart::all && request.only != part) return false;
+    report.part = part;
+    return true;
+  };
+  if (begins(CheckPart::full_shape)) match_full_shape(request.config, report);
+  const Config exact = exact_config(config, report);
+  if (config.run.device == DeviceKind::cpu && begins(CheckPart::races)) find_races(exact, report);
+  const bool compares_to_one = request.only == CheckPart::all || request.only == CheckPart::bits ||
+                               request.only == CheckPart::threads ||
+                               request.only == CheckPart::exact_schedules;
+  if (compares_to_one) {
+    const Trace one = run_trace({one_rank(exact), 1, 0});
+    if (begins(CheckPart::bits)) compare_bits(one, exact, report);
+    if (request.schedule.empty() && begins(CheckPart::threads)) {
+      for (const int64_t workers : {1, 4}) {
+        expect_equal(one, {exact, workers, 0}, fmt::format("{} worker threads", workers), report);
+      }
     }
-    report.passed.push_back(
-        derived.copies == 1
-            ? "FLOPs of all ranks equal one rank's"
-            : fmt::format("FLOPs of all ranks equal one rank's, AdamW's {} times", derived.copies));
+    if (begins(CheckPart::exact_schedules)) explore(one, exact, request, report);
   }
-  if (request.schedule.empty()) {
-    for (const int64_t workers : {1, 4}) {
-      expect_equal(one, {exact, workers, 0}, fmt::format("{} worker threads", workers), report);
-    }
-  }
-  explore(one, exact, request, report);
-  if (config.numerics.reduction == ReductionMode::fast && report.failure.empty()) {
+  if (config.numerics.reduction == ReductionMode::fast && begins(CheckPart::fast_schedules)) {
     explore(run_trace({config, 2, 0}), config, request, report);
   }
 }

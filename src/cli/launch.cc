@@ -9,6 +9,7 @@
 #include "kernels/nccl_comm.h"
 #include "sim/cluster.h"
 #include "sim/machine_writer.h"
+#include "sim/matching.h"
 #include "sim/planner.h"
 #include "src/base/digest.h"
 #include "src/comm/nccl_environment.h"
@@ -145,6 +146,19 @@ std::string machine_with_collectives(const std::string& base, const std::string&
                                      const std::string& source,
                                      const std::vector<MeasuredCollective>& collectives) {
   return sim::machine_text(sim::MeasuredLinks{base, name, source, collectives});
+}
+int64_t match_layout(const Config& config, int64_t steps) {
+  constexpr const char* kPostOtherwise[] = {"wrong_count", "swapped_collectives",
+                                            "skipped_collective"};
+  sim::ClusterOptions struck;
+  for (const FaultConfig& fault : config.faults) {
+    if (std::ranges::find(kPostOtherwise, fault.kind) != std::end(kPostOtherwise)) {
+      add_fault(fault, struck);
+    }
+  }
+  sim::MatchingProof proof{.config = config, .steps = steps, .faults = struck.faults};
+  proof.config.faults.clear();
+  return sim::prove_matching(proof);
 }
 PlanReport plan_layout(const PlanRun& run) { return sim::plan_step(run); }
 

@@ -37,6 +37,10 @@ void launch(const LaunchOptions& options, void (*main)(void* body, RankEnvironme
             void* body);
 }
 
+// Collective matching and freedom from deadlock at full shape (sim/matching.h).
+// Of the faults those strike that change what a rank posts. Returns how many launches were compared
+// between two ranks each; an Error of exit code 22 or 23 where they do not match.
+int64_t match_layout(const Config& config, int64_t steps);
 // One step, shapes alone, on a machine that need not be there (sim/planner.h).
 PlanReport plan_layout(const PlanRun& run);
 // The text of a machine file, and of one with other measured collectives (sim/machine_writer.h).

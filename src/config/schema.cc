@@ -453,9 +453,9 @@ const KeySpec kKeys[] = {
      nullptr, "machine name or file"},
     {"plan", "routing", in_section<kPlan, &PlanConfig::routing>, kNoRange, kNoChoices, kSame,
      nullptr,
-     "how tokens choose experts: uniform, zipf, or a run's metrics.jsonl, whose last loads count, "
-     "or "
-     "routing trace"},
+     "how tokens choose experts: uniform, zipf, concentrated (all tokens the same top_k of a "
+     "layer), "
+     "or a run's metrics.jsonl, whose last loads count, or routing trace"},
     {"plan", "zipf", in_section<kPlan, &PlanConfig::zipf>, kTenfold, kNoChoices, kSame, nullptr,
      "exponent of plan.routing = zipf: expert i is chosen with a weight of (i + 1)^-zipf"},
 

@@ -121,28 +121,29 @@ std::byte* Rank::stage(int64_t bytes) {
   return staged;
 }
 
-Buffer Rank::upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what) {
+Buffer Rank::upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what,
+                    std::source_location site) {
   std::byte* staged = stage(bytes);
-  host.touches({staged, bytes, Access::write, "staging"});
+  host.touches({staged, bytes, Access::write, "staging"}, site);
   if (!is_shape_only()) std::memcpy(staged, source, static_cast<size_t>(bytes));
   Buffer buffer = arena.allocate(bytes, memory_class, what);
   copy_bytes({.from_N = {reinterpret_cast<const uint8_t*>(staged), Shape(bytes)},
               .to_N = {buffer.as<uint8_t>(), Shape(bytes)}},
-             ops);
+             {ops, site});
   return buffer;
 }
 
-const std::byte* Rank::download(const void* from, int64_t bytes) {
+const std::byte* Rank::download(const void* from, int64_t bytes, std::source_location site) {
   std::byte* staged = stage(bytes);
   copy_bytes({.from_N = {static_cast<const uint8_t*>(from), Shape(bytes)},
               .to_N = {reinterpret_cast<uint8_t*>(staged), Shape(bytes)}},
-             ops);
+             {ops, site});
   return staged;
 }
 
-void Rank::zero(const Buffer& buffer) {
+void Rank::zero(const Buffer& buffer, std::source_location site) {
   const int64_t bytes = buffer.size_bytes();
-  zero_bytes({.to_N = {buffer.as<uint8_t>(), Shape(bytes)}}, ops);
+  zero_bytes({.to_N = {buffer.as<uint8_t>(), Shape(bytes)}}, {ops, site});
 }
 
 void Rank::finish_step() {

@@ -78,34 +78,40 @@ class Rank {
     return arena.allocate(bytes, MemoryClass::workspace, what);
   }
   // Host data to the device in stream order. The copy of `source` lives until `finish_step`.
-  Buffer upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what);
+  Buffer upload(const void* source, int64_t bytes, MemoryClass memory_class, const char* what,
+                std::source_location site = std::source_location::current());
   template <class T>
-  Buffer upload(const std::vector<T>& values, const char* what) {
+  Buffer upload(const std::vector<T>& values, const char* what,
+                std::source_location site = std::source_location::current()) {
     return upload(values.data(), static_cast<int64_t>(values.size() * sizeof(T)),
-                  MemoryClass::activations, what);
+                  MemoryClass::activations, what, site);
   }
   // Device data to the host in `compute`'s order. What is returned is valid once the host has
   // waited for it, and until the first upload or download after `finish_step`.
   template <class T>
-  const T* download(const Buffer& buffer) {
-    return reinterpret_cast<const T*>(download(buffer.data(), buffer.size_bytes()));
+  const T* download(const Buffer& buffer,
+                    std::source_location site = std::source_location::current()) {
+    return reinterpret_cast<const T*>(download(buffer.data(), buffer.size_bytes(), site));
   }
   // The values at a device address, now: waits.
   template <class T>
-  std::vector<T> read(const void* from, int64_t count) {
-    const std::byte* bytes = download(from, count * static_cast<int64_t>(sizeof(T)));
+  std::vector<T> read(const void* from, int64_t count,
+                      std::source_location site = std::source_location::current()) {
+    const std::byte* bytes = download(from, count * static_cast<int64_t>(sizeof(T)), site);
     host.wait(compute.record());
-    const T* values = landed(reinterpret_cast<const T*>(bytes), count);
+    const T* values = landed(reinterpret_cast<const T*>(bytes), count, site);
     return {values, values + count};
   }
   // Says that the host reads what it waited for: race detection looks for a missing wait here.
   template <class T>
-  const T* landed(const T* values, int64_t count) {
-    host.touches({values, count * static_cast<int64_t>(sizeof(T)), Access::read, "downloaded"});
+  const T* landed(const T* values, int64_t count,
+                  std::source_location site = std::source_location::current()) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    host.touches({values, bytes, Access::read, "downloaded"}, site);
     return values;
   }
   // Fills a buffer's bytes in stream order.
-  void zero(const Buffer& buffer);
+  void zero(const Buffer& buffer, std::source_location site = std::source_location::current());
   // What follows belongs to this part of the step.
   void enter(const WorkPlace& place) {
     environment.place = place;
@@ -124,7 +130,7 @@ class Rank {
 
  private:
   std::byte* stage(int64_t bytes);
-  const std::byte* download(const void* from, int64_t bytes);
+  const std::byte* download(const void* from, int64_t bytes, std::source_location site);
 
   // Blocks of staged uploads and downloads, used again from the first one on after `finish_step`.
   std::vector<HostBuffer> staging_;

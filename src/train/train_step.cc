@@ -290,10 +290,11 @@ void TrainStep::download_results() {
 std::map<std::string, Digest128> TrainStep::read_digests() {
   const int64_t tensors = std::ssize(model_.tensors());
   std::map<std::string, Digest128> digests;
-  for (int64_t rank = 0; rank < rank_.world->ranks(); ++rank) {
-    for (int64_t tensor = 0; tensor < tensors; ++tensor) {
+  for (int64_t tensor = 0; tensor < tensors; ++tensor) {
+    Digest128& digest = digests[model_.tensors()[tensor].name];
+    for (int64_t rank = 0; rank < rank_.world->ranks(); ++rank) {
       const uint64_t* sum = host_digests_ + 2 * (rank * tensors + tensor);
-      digests[model_.tensors()[tensor].name] += Digest128{sum[0], sum[1]};
+      digest += Digest128{sum[0], sum[1]};
     }
   }
   return digests;

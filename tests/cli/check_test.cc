@@ -2,13 +2,18 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <fstream>
+#include <sstream>
 
 #include "fmt/format.h"
 #include "tests/cli/run_binary.h"
+#include "tests/tree.h"
 
 namespace cambium {
 
 namespace {
+
+constexpr int kSlowCheckS = 400;  // of half a minute, on a machine in use
 
 struct FaultCase {
   const char* kind;
@@ -90,6 +95,37 @@ TEST(Check, NamesTheCauseOfFaultsInPipelinesAndContexts) {
   }
 }
 
+// The twin of configs/quickstart.toml has half the layers, and so no such call.
+TEST(Check, FindsWhatOnlyTheFullShapeShows) {
+  const FaultCase cases[] = {
+      {"wrong_count", 22, "call #"},
+      {"swapped_collectives", 22, "skipped or reordered"},
+      {"skipped_collective", 22, "skipped or reordered"},
+  };
+  for (const FaultCase& fault : cases) {
+    const BinaryRun run =
+        run_binary({"check", "configs/quickstart.toml", "--set",
+                    fmt::format("faults=[{{kind=\"{}\",rank=3,site=\"expert#20\"}}]", fault.kind)});
+    EXPECT_EQ(run.exit_code, fault.exit_code) << fault.kind << ": " << run.output;
+    for (const char* text : {fault.cause, "'expert' [0,1,2,3]", "src/model/", "REPRO: "}) {
+      EXPECT_NE(run.output.find(text), std::string::npos) << fault.kind << ": " << run.output;
+    }
+  }
+  const BinaryRun clean = run_binary({"check", "configs/quickstart.toml", "--json"});
+  EXPECT_EQ(clean.exit_code, 0) << clean.output;
+  EXPECT_NE(clean.output.find("\"at full shape 2 steps of all 8 ranks match"), std::string::npos)
+      << clean.output;
+}
+
+TEST(Check, PassesOnSixtyFourRanksOfAThirtyBillionParameterModel) {
+  const BinaryRun run =
+      run_binary({"check", "configs/qwen3-30b-a3b-8x8.toml", "--seeds", "1"}, {}, kSlowCheckS);
+  EXPECT_EQ(run.exit_code, 0) << run.output;
+  EXPECT_NE(run.output.find("at full shape 2 steps of all 64 ranks match, cannot deadlock"),
+            std::string::npos)
+      << run.output;
+}
+
 TEST(Check, FindsAMissingWait) {
   const ScratchDirectory scratch;
   const std::string path = scratch.write("f.toml", faulty_config("missing_wait"));
@@ -105,6 +141,46 @@ TEST(Check, FindsAMissingWait) {
   }
   EXPECT_EQ(run("no_such_place").exit_code, 2);
   EXPECT_EQ(run_binary({"train", path, "--out", scratch.path() + "/run"}).exit_code, 2);
+}
+
+std::string with_single_spaces(const std::string& text) {
+  std::istringstream words(text);
+  std::string joined, word;
+  while (words >> word) joined += (joined.empty() ? "" : " ") + word;
+  return joined;
+}
+
+// README's samples, which leave out what "..." stands for.
+TEST(Check, PrintsTheReportsThatReadmeShows) {
+  std::ifstream file(std::string(source_directory()) + "/README.md");
+  const std::string readme{std::istreambuf_iterator<char>(file), {}};
+  struct Sample {
+    const char* begins;
+    std::vector<std::string> sets;
+  };
+  const Sample samples[] = {
+      {"rank 1, step 1: race: ", {"faults=[{kind=\"missing_wait\",rank=1,site=\"qwen3_moe.cc\"}]"}},
+      {"deadlock: cycle of ranks ",
+       {"parallel.pp=2", "parallel.dp=4",
+        "faults=[{kind=\"skipped_collective\",rank=7,site=\"pipeline\"}]"}},
+  };
+  for (const Sample& sample : samples) {
+    std::vector<std::string> arguments = {"check", "configs/quickstart.toml"};
+    for (const std::string& set : sample.sets) {
+      EXPECT_NE(readme.find(set), std::string::npos) << set;
+      arguments.insert(arguments.end(), {"--set", set});
+    }
+    const std::string output = with_single_spaces(run_binary(arguments).output);
+    const size_t begin = readme.find(std::string("    ") + sample.begins);
+    ASSERT_NE(begin, std::string::npos) << sample.begins;
+    std::string shown =
+        with_single_spaces(readme.substr(begin, readme.find("\n\n", begin) - begin)) + " ...";
+    for (size_t end = 0; (end = shown.find(" ...")) != std::string::npos;) {
+      const std::string part = shown.substr(0, end);
+      EXPECT_NE(output.find(part), std::string::npos) << "README: " << part << "\n" << output;
+      shown.erase(0, std::min(shown.size(), end + 5));
+    }
+  }
 }
 
 TEST(Check, TrainRefusesFaultsUnlessAllowed) {

@@ -265,7 +265,7 @@ TEST(Plan, MakesTheSameCallsWhereTokensTravel) {
 }
 
 TEST(Plan, RowsOfAllRanksAreThoseThatTokensChose) {
-  for (const std::string routing : {"uniform", "zipf"}) {
+  for (const std::string routing : {"uniform", "zipf", "concentrated"}) {
     const Config config =
         plan_config("[parallel]\ndp = 4\nep = 4\n[plan]\nrouting = \"" + routing + "\"\n");
     const PlanReport plan = plan_step({.config = config, .machine = "laptop"});

@@ -23,12 +23,13 @@ struct RaceBench {
     world = given.make_communicator("world", members);
   }
   Buffer block() { return arena.allocate(kBytes, MemoryClass::activations, "block"); }
-  void copy(Stream& stream, const Buffer& from, const Buffer& to, int64_t bytes = kBytes) {
+  void copy(Stream& stream, const Buffer& from, const Buffer& to, int64_t bytes = kBytes,
+            std::source_location site = std::source_location::current()) {
     OpContext context;
     context.stream = &stream;
     copy_bytes(
         {.from_N = {from.as<uint8_t>(), Shape(bytes)}, .to_N = {to.as<uint8_t>(), Shape(bytes)}},
-        context);
+        {context, site});
   }
   Ticket gather(Stream& stream, const Buffer& from, const Buffer& to) {
     return all_gather({.communicator = *world,
@@ -82,8 +83,9 @@ TEST(Races, StreamsAreOrderedByEventsAlone) {
             }).message,
             "");
   const RunError error = program([](RaceBench&) {});
-  for (const char* text : {"of 64 bytes", "'copy_bytes' (number 1 of 'rank ", " first') writes",
-                           "to_N", " second') reads", "from_N"}) {
+  for (const char* text :
+       {"of 64 bytes", "'copy_bytes' at tests/sim/race_test.cc:", " (number 1 of 'rank ",
+        " first') writes", "to_N", " second') reads", "from_N"}) {
     EXPECT_TRUE(error.says(text)) << text << "\n" << error.message;
   }
   // The event of an earlier task does not order a later one.
@@ -179,7 +181,7 @@ TEST(Races, HostReadsWhatItDidNotWaitFor) {
     });
   };
   EXPECT_EQ(program(true).message, "");
-  EXPECT_TRUE(program(false).says("'host'"));
+  EXPECT_TRUE(program(false).says("'host' at tests/sim/race_test.cc:"));
 }
 
 TEST(Races, LeakedTicket) {
