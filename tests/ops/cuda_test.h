@@ -31,7 +31,7 @@ inline GuardedBytes guarded_bytes(const RawView& view) {
 // Copies every view's tensor (a TestTensor, guards included) to the GPU, runs `op` there through
 // execute(), and copies what it may have written back. Views of the same memory stay so.
 template <class Args>
-void run_cuda_op(void (*op)(const Args&, OpContext&), Args args) {
+void run_cuda_op(void (*op)(const Args&, OpCall), Args args) {
   if constexpr (kHasCuda) {
     struct Mirror {
       GuardedBytes host;
@@ -132,7 +132,7 @@ inline testing::AssertionResult agrees(const TestTensor& actual, const TestTenso
 // bytes (D1), it writes nothing outside its outputs' elements, and these agree with the reference:
 // bit for bit where `bound` is 0.
 template <class Args>
-void expect_cuda_agrees(void (*op)(const Args&, OpContext&), const std::type_identity_t<Args>& args,
+void expect_cuda_agrees(void (*op)(const Args&, OpCall), const std::type_identity_t<Args>& args,
                         double bound = 0) {
   ArgsCopy<Args> reference(args), gpu(args), again(args);
   run_op(op, reference.args);
@@ -163,7 +163,7 @@ void expect_cuda_agrees(void (*op)(const Args&, OpContext&), const std::type_ide
 // D2 on the GPU: rows of a batch of `row_count` have the same bits in smaller batches. Views whose
 // first extent is `row_count` are cut; the others stay whole and are not compared.
 template <class Args>
-void expect_cuda_rows_independent(void (*op)(const Args&, OpContext&),
+void expect_cuda_rows_independent(void (*op)(const Args&, OpCall),
                                   const std::type_identity_t<Args>& args, int64_t row_count) {
   ArgsCopy<Args> whole(args);
   run_cuda_op(op, whole.args);

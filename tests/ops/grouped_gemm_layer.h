@@ -18,7 +18,7 @@ enum class Device { cpu, gpu };
 enum class RowStrides { padded, contiguous };  // padded: odd, which only plain kernels can take
 
 template <class Args>
-void run_on(Device device, void (*op)(const Args&, OpContext&), const Args& args, int threads = 2) {
+void run_on(Device device, void (*op)(const Args&, OpCall), const Args& args, int threads = 2) {
   if (device == Device::cpu) {
     run_op(op, args, threads);
   } else {

@@ -236,7 +236,7 @@ inline TestTensor whole_tensor_blocks(int64_t elements, int64_t first = 0, int d
 
 // Runs `op(args, context)` on `threads` workers and returns when its stream is idle.
 template <class Args>
-void run_op(void (*op)(const Args&, OpContext&), const Args& args, int threads = 2) {
+void run_op(void (*op)(const Args&, OpCall), const Args& args, int threads = 2) {
   Workers workers(threads);
   Stream stream("test");
   ImmediateHost host(workers);

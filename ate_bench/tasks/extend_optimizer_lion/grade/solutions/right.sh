@@ -39,8 +39,8 @@ namespace reference {
 void lion(const LionArgs& args, Workers& workers);
 }
 
-inline void lion(const LionArgs& args, OpContext& context) {
-  execute(args, context, reference::lion, nullptr);
+inline void lion(const LionArgs& args, OpCall call) {
+  execute(args, call, reference::lion, nullptr);
 }
 
 }  // namespace cambium
