@@ -21,7 +21,7 @@ static_assert(kColumnBlock % kTileColumns == 0);
 constexpr int64_t kPanelPadding = kTileColumns;
 
 constexpr int64_t kPrefetchedRows = 16;  // strided rows, which no hardware prefetcher follows
-constexpr int64_t kPackedRows = 16;  // that are packed together
+constexpr int64_t kPackedRows = 16;      // that are packed together
 
 constexpr int64_t kGroupTiles = 16;  // one level of their stacks is 6 or 12 KB
 
