@@ -32,7 +32,7 @@ constexpr int64_t kVocabulary = 151936, kBlockTokens = 32, kBlocks = T / kBlockT
 
 // Times `op` beside a copy that moves `bytes` (half read, half written).
 template <class Args>
-void run_beside_copy(benchmark::State& state, void (*op)(const Args&, OpContext&),
+void run_beside_copy(benchmark::State& state, void (*op)(const Args&, OpCall),
                      const std::type_identity_t<Args>& args, double bytes) {
   const auto half = static_cast<int64_t>(bytes / 2) / 16 * 16;
   DeviceTensor from(Shape(half / 4), DType::f32), to(Shape(half / 4), DType::f32);
@@ -49,7 +49,7 @@ void run_beside_copy(benchmark::State& state, void (*op)(const Args&, OpContext&
   run_gpu_bench(state, contenders, {.samples = 11, .warmups = 2, .l2 = L2State::cold});
 }
 template <class Args>
-void run_beside_copy(benchmark::State& state, void (*op)(const Args&, OpContext&),
+void run_beside_copy(benchmark::State& state, void (*op)(const Args&, OpCall),
                      const std::type_identity_t<Args>& args) {
   run_beside_copy(state, op, args, static_cast<double>(cost(args).bytes));
 }

@@ -97,7 +97,7 @@ struct GpuExperts {
             }};
   }
   template <class Args>
-  GpuContender ours(void (*op)(const Args&, OpContext&), const Args& args, double flops) {
+  GpuContender ours(void (*op)(const Args&, OpCall), const Args& args, double flops) {
     return {"ours", flops, 0, [op, args](OpContext& context, int64_t) { op(args, context); }};
   }
   GroupedWgradArgs wgrad(DeviceTensor& d_y_rows, DeviceTensor& x_rows, int64_t N, int64_t K,
