@@ -40,6 +40,9 @@ std::vector<int> folded_ranks(const Config& config, const Machine& machine,
   if (!routing.is_symmetric()) {
     refuse(fmt::format("plan.routing = {} differs between ranks", config.plan.routing));
   }
+  if (mesh.cp > 1 && config.parallel.context == ContextExchange::ring) {
+    refuse("each hop of parallel.context = ring names the two ranks that it joins");
+  }
   if (config.model.tie_embeddings && mesh.stage_ranks() > 1) {
     refuse("a tied embedding's gradient is added where its shard lies");
   }

@@ -244,6 +244,9 @@ const WrongInput kWrongInputs[] = {
     {"plan $Q --machine laptop --set numerics.compute=bf16", 2, "fp32.*calibrate"},
     {"plan $Q --machine laptop --ranks 3 --set parallel.pp=2", 2, "--ranks = 3"},
     {"plan $Q --machine laptop --fold", 2, "folded.*exact"},
+    {"plan $Q --machine laptop --fold --set parallel.dp=4 --set parallel.cp=2 --set "
+     "parallel.context=ring",
+     2, "folded.*parallel\\.context = ring"},
     {"plan $Q --machine laptop --set plan.routing=$T/nosuch.jsonl", 2, "nosuch.*metrics"},
     {"plan $Q --machine laptop --set plan.routing=$T/bad.jsonl", 2, "no expert_load"},
     {"plan $Q --machine $T/bad.toml", 2, "bad\\.toml"},

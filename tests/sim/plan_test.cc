@@ -246,7 +246,7 @@ TEST(Plan, DoesTheOpsCallsAndAllocationsOfARunThatComputes) {
   for (const std::string layout :
        {"dp = 1", "dp = 4\nsharding = \"none\"", "dp = 4\nsharding = \"zero1\"",
         "dp = 2\nsharding = \"zero2\"", "dp = 2\nsharding = \"full\"", "dp = 2\ncp = 2",
-        "cp = 4\ncontext = \"ring\"", "pp = 2\ndp = 2", "pp = 2\nschedule = \"zb_h1\"",
+        "cp = 2\ncontext = \"ring\"", "pp = 2\ndp = 2", "pp = 2\nschedule = \"zb_h1\"",
         "pp = 2\nschedule = \"dualpipev\""}) {
     SCOPED_TRACE(layout);
     expect_equal_work(plan_config("[parallel]\n" + layout + "\n"), false);
@@ -281,8 +281,7 @@ TEST(Plan, FoldedRanksAgreeExactlyWithAllOfThem) {
   std::ofstream(path) << plain_machine("4");
   for (const std::string layout :
        {"dp = 4\nep = 2\nsharding = \"none\"", "pp = 2\ndp = 4\nep = 4",
-        "dp = 4\ncp = 2\nsharding = \"zero2\"", "dp = 4\ncp = 2\ncontext = \"ring\"",
-        "pp = 2\ndp = 4\nep = 2\nsharding = \"full\""}) {
+        "dp = 4\ncp = 2\nsharding = \"zero2\"", "pp = 2\ndp = 4\nep = 2\nsharding = \"full\""}) {
     SCOPED_TRACE(layout);
     PlanRun run{
         .config = plan_config("[parallel]\n" + layout + "\n[numerics]\nreduction = \"fast\"\n"),
