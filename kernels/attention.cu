@@ -30,6 +30,7 @@ EncodeTiled encode_tiled() {
 template <class Args>
 AttentionShape attention_shape(const Args& a) {
   const int64_t T = a.k_TGQ[0];
+  CHECK(a.part == KeyPart::all);  // derive() refuses a ring on a GPU
   CHECK_LT(T, int64_t{INT_MAX});
   CHECK_GT(a.scale, 0.0f);  // the largest score is that of the largest product
   return {.sequences = static_cast<int>(T / a.sequence_length),
