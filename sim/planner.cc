@@ -57,7 +57,8 @@ std::vector<int> folded_ranks(const Config& config, const Machine& machine,
     refuse(fmt::format("{} ranks of a node share {} NICs", machine.node_ranks, machine.nics));
   }
   // Groups must cut nodes in the same way wherever they lie.
-  for (const int64_t count : {mesh.stage_ranks(), mesh.ep, mesh.cp}) {
+  for (const int64_t count :
+       {mesh.stage_ranks(), mesh.stage_ranks() / mesh.copies, mesh.ep, mesh.cp}) {
     if (count % machine.node_ranks != 0 && machine.node_ranks % count != 0) {
       refuse(fmt::format("groups of {} ranks lie across nodes of {} differently", count,
                          machine.node_ranks));

@@ -281,7 +281,8 @@ TEST(Plan, FoldedRanksAgreeExactlyWithAllOfThem) {
   std::ofstream(path) << plain_machine("4");
   for (const std::string layout :
        {"dp = 4\nep = 2\nsharding = \"none\"", "pp = 2\ndp = 4\nep = 4",
-        "dp = 4\ncp = 2\nsharding = \"zero2\"", "pp = 2\ndp = 4\nep = 2\nsharding = \"full\""}) {
+        "dp = 4\ncp = 2\nsharding = \"zero2\"", "pp = 2\ndp = 4\nep = 2\nsharding = \"full\"",
+        "dp = 4\nep = 2\nsharding = \"full\"\nshard_ranks = 2"}) {
     SCOPED_TRACE(layout);
     PlanRun run{
         .config = plan_config("[parallel]\n" + layout + "\n[numerics]\nreduction = \"fast\"\n"),
