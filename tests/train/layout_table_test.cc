@@ -108,7 +108,7 @@ constexpr TestLayout kCopies[] = {
     {4, 2, 1, kFull, 2, 1, 1, kOneF, kGather, 2},  {8, 2, 1, kFull, 2, 1, 1, kOneF, kGather, 4},
     {8, 4, 1, kZero2, 1, 1, 1, kOneF, kGather, 4}, {4, 2, 1, kZero1, 1, 2, 1, kZbH1, kGather, 2},
     {4, 2, 1, kFull, 1, 1, 2, kOneF, kGather, 4},  {4, 4, 1, kZero2, 1, 2, 2, kDual, kGather, 4},
-    {2, 1, 2, kZero1, 1, 3, 2, kZbV, kGather, 2},  {4, 1, 2, kZero1, 1, 1, 1, kOneF, kGather, 1},
+    {2, 1, 1, kZero1, 1, 3, 2, kZbV, kGather, 2},  {4, 1, 2, kZero1, 1, 1, 1, kOneF, kGather, 1},
     {4, 1, 1, kFull, 1, 1, 1, kOneF, kGather, 1},  {8, 8, 1, kFull, 2, 4, 2, kDual, kGather, 8},
 };
 TEST(LayoutTable, CopiesOfShardedStateHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kCopies); }
