@@ -104,12 +104,13 @@ TEST(LayoutTable, FourDimensionsHaveTheBitsOfOneRank) { expect_bits_of_one_rank(
 // Sharding within runs of ranks, the last field, and copies of the state over the runs (HSDP).
 constexpr auto kGather = ContextExchange::all_gather;
 constexpr TestLayout kCopies[] = {
-    {4, 2, 2, kZero1, 1, 1, 1, kOneF, kGather, 2}, {4, 1, 1, kZero2, 1, 1, 1, kOneF, kGather, 2},
-    {4, 2, 1, kFull, 2, 1, 1, kOneF, kGather, 2},  {8, 2, 1, kFull, 2, 1, 1, kOneF, kGather, 4},
-    {8, 4, 1, kZero2, 1, 1, 1, kOneF, kGather, 4}, {4, 2, 1, kZero1, 1, 2, 1, kZbH1, kGather, 2},
-    {4, 2, 1, kFull, 1, 1, 2, kOneF, kGather, 4},  {4, 4, 1, kZero2, 1, 2, 2, kDual, kGather, 4},
-    {2, 1, 1, kZero1, 1, 3, 2, kZbV, kGather, 2},  {4, 1, 2, kZero1, 1, 1, 1, kOneF, kGather, 1},
-    {4, 1, 1, kFull, 1, 1, 1, kOneF, kGather, 1},  {8, 8, 1, kFull, 2, 4, 2, kDual, kGather, 8},
+    {4, 2, 2, kZero1, 1, 1, 1, kOneF, kGather, 2},  {4, 1, 1, kZero2, 1, 1, 1, kOneF, kGather, 2},
+    {4, 2, 1, kFull, 2, 1, 1, kOneF, kGather, 2},   {8, 2, 1, kFull, 2, 1, 1, kOneF, kGather, 4},
+    {8, 4, 1, kZero2, 1, 1, 1, kOneF, kGather, 4},  {4, 2, 1, kZero1, 1, 2, 1, kZbH1, kGather, 2},
+    {4, 2, 1, kFull, 1, 1, 2, kOneF, kGather, 4},   {4, 4, 1, kZero2, 1, 2, 2, kDual, kGather, 4},
+    {2, 1, 1, kZero1, 1, 3, 2, kZbV, kGather, 2},   {4, 1, 2, kZero1, 1, 1, 1, kOneF, kGather, 1},
+    {4, 1, 1, kFull, 1, 1, 1, kOneF, kGather, 1},   {2, 2, 1, kFull, 2, 4, 2, kDual, kGather, 2},
+    {16, 8, 1, kFull, 2, 1, 4, kOneF, kGather, 16},
 };
 TEST(LayoutTable, CopiesOfShardedStateHaveTheBitsOfOneRank) { expect_bits_of_one_rank(kCopies); }
 
