@@ -286,13 +286,13 @@ bool Transfer::advance_collective(Workers& workers) {
     std::atomic<int>& missing = meeting->missing[static_cast<size_t>(stage_)];
     if (!arrived_) {
       arrived_ = true;
-      if (missing.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      if (missing.fetch_sub(1) == 1) {
         for (Transfer* peer : meeting->transfers) {
           if (peer != this) peer->call.stream->wake();
         }
       }
     }
-    if (missing.load(std::memory_order_acquire) > 0) return false;
+    if (missing.load() > 0) return false;
     if (group->moves_data()) run_stage(stage_, workers);
     ++stage_;
     arrived_ = false;
@@ -314,7 +314,7 @@ bool Transfer::advance_exchange(Workers& workers) {
   bool complete = true;
   for (Mail* mail : recvs) {
     if (mail->copied.load(std::memory_order_relaxed)) continue;
-    if (mail->missing.load(std::memory_order_acquire) > 0) {
+    if (mail->missing.load() > 0) {
       complete = false;
       continue;
     }
@@ -323,11 +323,11 @@ bool Transfer::advance_exchange(Workers& workers) {
       copy_bytes(mail->received.data, mail->sent.data,
                  mail->received.count * dtype_bytes(call.dtype), {*call.stream, workers});
     }
-    mail->copied.store(true, std::memory_order_release);
+    mail->copied.store(true);
     if (mail->send != this) mail->send->call.stream->wake();
   }
   for (const Mail* mail : sends) {
-    if (!mail->copied.load(std::memory_order_acquire)) complete = false;
+    if (!mail->copied.load()) complete = false;
   }
   done = complete;
   if (!complete) return false;

@@ -172,7 +172,9 @@ int64_t Stream::drain(Workers& workers, int64_t most) {
 
 int64_t Stream::run_ready(Workers& workers, int64_t most) {
   int64_t ran = 0;
-  state_.store(State::running, std::memory_order_relaxed);
+  // Sequentially consistent, as is what tasks wait for: whoever makes it true and then still reads
+  // `queued` in wake() is seen by the task that reads it after this store.
+  state_.store(State::running);
   while (true) {
     ran += drain(workers, most - ran);
     if (ran == most && !is_idle()) {
@@ -184,13 +186,13 @@ int64_t Stream::run_ready(Workers& workers, int64_t most) {
     if (state_.compare_exchange_strong(expected, State::parked, std::memory_order_acq_rel)) {
       return ran;
     }
-    state_.store(State::running, std::memory_order_relaxed);  // woken meanwhile
+    state_.store(State::running);  // woken meanwhile
   }
 }
 
 void Stream::wake() {
   if (ready_ == nullptr) return;
-  State state = state_.load(std::memory_order_acquire);
+  State state = state_.load();
   while (state == State::parked || state == State::running) {
     const State next = state == State::parked ? State::queued : State::notified;
     if (state_.compare_exchange_weak(state, next, std::memory_order_acq_rel)) {

@@ -83,6 +83,7 @@ void expect_same_work(const RunTrace& run, const std::string& what, int64_t copi
 
 void expect_bits_of_one_rank(std::span<const TestLayout> layouts) {
   for (const TestLayout& layout : layouts) {
+    SCOPED_TRACE(layout_name(layout));
     const RunTrace run = run_trace(with_layout(deep_config(), layout), kTableSteps, layout.workers);
     expect_same_bits(run, one_rank(), layout_name(layout));
     if (layout.sharding == Sharding::none) continue;
