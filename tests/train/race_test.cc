@@ -89,9 +89,10 @@ TEST(TrainerRaces, NoneAndEveryWaitIsMissedWhenLeftOut) {
     EXPECT_NE(missed[name].find("race: nothing orders two accesses"), std::string::npos)
         << missed[name];
     // Both accesses say where the trainer calls for them, not where ops are wrapped.
-    const size_t first = missed[name].find("' at src/");
-    EXPECT_NE(missed[name].find("' at src/", first + 1), std::string::npos) << missed[name];
-    EXPECT_EQ(missed[name].find("' at kernels/"), std::string::npos) << missed[name];
+    // (Files that are compiled together have absolute paths.)
+    const size_t first = missed[name].find("src/");
+    EXPECT_NE(missed[name].find("src/", first + 1), std::string::npos) << missed[name];
+    EXPECT_EQ(missed[name].find("kernels/"), std::string::npos) << missed[name];
   }
 }
 
