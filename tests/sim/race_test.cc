@@ -84,7 +84,7 @@ TEST(Races, StreamsAreOrderedByEventsAlone) {
             "");
   const RunError error = program([](RaceBench&) {});
   for (const char* text :
-       {"of 64 bytes", "'copy_bytestests/sim/race_test.cc:", " (number 1 of 'rank ",
+       {"of 64 bytes", "'copy_bytes' at ", "tests/sim/race_test.cc:", " (number 1 of 'rank ",
         " first') writes", "to_N", " second') reads", "from_N"}) {
     EXPECT_TRUE(error.says(text)) << text << "\n" << error.message;
   }
@@ -181,7 +181,7 @@ TEST(Races, HostReadsWhatItDidNotWaitFor) {
     });
   };
   EXPECT_EQ(program(true).message, "");
-  EXPECT_TRUE(program(false).says("'hosttests/sim/race_test.cc:"));
+  EXPECT_TRUE(program(false).says("tests/sim/race_test.cc:"));
 }
 
 TEST(Races, LeakedTicket) {
