@@ -1,38 +1,20 @@
-cat >src/optim/sqrt_cooldown.h <<'H'
-// Warm-up, stable, 1-sqrt cooldown (Hägele et al., arXiv 2405.18392).
-//
-//   cooldown: floor + (peak - floor) * (1 - sqrt(x)), x the share of it that is done
-#pragma once
+python3 - <<'P'
+def edit(path, old, new):
+    text = open(path).read()
+    assert text.count(old) == 1, (path, old)
+    open(path, "w").write(text.replace(old, new))
 
-#include <cstdint>
-
-namespace cambium {
-
-struct SqrtCooldown {
-  double peak = 0, floor = 0;
-  int64_t warmup = 0, cooldown = 0, total = 0;  // steps
-};
-
-// The rate of 1-based `step`.
-double sqrt_cooldown_rate(const SqrtCooldown& schedule, int64_t step);
-
-}  // namespace cambium
-H
-cat >src/optim/sqrt_cooldown.cc <<'H'
-#include "src/optim/sqrt_cooldown.h"
-
-#include <algorithm>
-#include <cmath>
-
-namespace cambium {
-
-double sqrt_cooldown_rate(const SqrtCooldown& s, int64_t step) {
-  if (step <= s.warmup) return s.peak * static_cast<double>(step) / static_cast<double>(s.warmup);
-  const int64_t first = s.total - s.cooldown;
-  if (s.cooldown == 0 || step <= first) return s.peak;
-  const double x = static_cast<double>(step - first) / static_cast<double>(s.cooldown);
-  return s.floor + (s.peak - s.floor) * (1.0 - std::sqrt(std::min(1.0, x)));
-}
-
-}  // namespace cambium
-H
+edit("src/config/config.h", "{ constant, cosine, wsd }", "{ constant, cosine, wsd, wsd_sqrt }")
+edit("src/config/schema.cc", '{"constant", "cosine", "wsd"}', '{"constant", "cosine", "wsd", "wsd_sqrt"}')
+edit("src/optim/lr_schedule.h", "over the last decay_steps\n", """over the last decay_steps
+//   wsd_sqrt  the same with a fall of 1 - sqrt(done) (arXiv 2405.18392)
+""")
+edit("src/optim/lr_schedule.cc", "#include <algorithm>\n", "#include <algorithm>\n#include <cmath>\n")
+edit("src/optim/lr_schedule.cc", "    case ScheduleKind::wsd: {", """    case ScheduleKind::wsd_sqrt: {
+      const int64_t cooldown = derived.decay_steps, stable = total - cooldown;
+      if (step <= stable || cooldown == 0) return peak;
+      const double x = static_cast<double>(step - stable) / static_cast<double>(cooldown);
+      return floor + (peak - floor) * (1.0 - std::sqrt(std::min(1.0, x)));
+    }
+    case ScheduleKind::wsd: {""")
+P

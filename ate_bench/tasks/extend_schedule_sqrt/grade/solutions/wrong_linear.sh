@@ -1,5 +1,5 @@
 # The linear cooldown of wsd.
 . "$(dirname "$0")/right.sh"
-cp src/optim/sqrt_cooldown.cc .ate/before
-sed -i 's/std::sqrt(std::min(1.0, x))/std::min(1.0, x)/' src/optim/sqrt_cooldown.cc
-! cmp -s src/optim/sqrt_cooldown.cc .ate/before
+cp src/optim/lr_schedule.cc .ate/before
+sed -i 's/std::sqrt(std::min(1.0, x))/std::min(1.0, x)/' src/optim/lr_schedule.cc
+! cmp -s src/optim/lr_schedule.cc .ate/before

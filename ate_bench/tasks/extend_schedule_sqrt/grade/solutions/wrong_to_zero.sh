@@ -1,5 +1,5 @@
 # Falls to zero instead of the floor.
 . "$(dirname "$0")/right.sh"
-cp src/optim/sqrt_cooldown.cc .ate/before
-sed -i 's/s.floor + (s.peak - s.floor)/s.peak/' src/optim/sqrt_cooldown.cc
-! cmp -s src/optim/sqrt_cooldown.cc .ate/before
+cp src/optim/lr_schedule.cc .ate/before
+sed -i 's/floor + (peak - floor) \* (1.0 - std::sqrt/peak * (1.0 - std::sqrt/' src/optim/lr_schedule.cc
+! cmp -s src/optim/lr_schedule.cc .ate/before

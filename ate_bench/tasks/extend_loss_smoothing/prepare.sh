@@ -1,0 +1,1 @@
+python3 "$(dirname "${BASH_SOURCE[0]}")/../../corpus.py"
