@@ -96,6 +96,10 @@ int session_command(Options options) {
   const std::string text = read_file(options.target);
   if (text.empty()) throw std::runtime_error("no transcript " + options.target);
   const Transcript transcript = read_transcript(transcript_format(options.agent.name), text, {});
+  if (measure_transcript(transcript).agent_turns == 0) {
+    throw std::runtime_error(options.target + " has no turn of " + options.agent.name +
+                             ": is --agent right?");
+  }
   AttemptRecord record;
   record.task = std::filesystem::path(options.target).stem();
   record.suite = record.framework = "none";
@@ -148,7 +152,8 @@ int main_checked(int count, char** values) {
   grade->add_option("attempt", options.target)->required();
   auto* report = app.add_subcommand("report", "report.md, report.csv, report.html of attempts");
   report->add_option("directory", options.target)->required();
-  report->add_option("--prices", options.prices, "TOML: [model] input, cached_input, output");
+  report->add_option("--prices", options.prices,
+                     "TOML: [model] input, cached_input, output, cache_write");
   auto* session = app.add_subcommand("session", "the report of a transcript recorded elsewhere");
   session->add_option("transcript", options.target)->required();
   session->add_option("--agent", options.agent.name, "claude, codex, generic")->required();

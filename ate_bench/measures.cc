@@ -7,8 +7,11 @@
 namespace ate {
 
 double active_seconds(const std::vector<TranscriptRecord>& records) {
+  std::set<std::string> answered, open_calls;
+  for (const TranscriptRecord& record : records) {
+    if (record.kind == RecordKind::tool_result) answered.insert(record.call_id);
+  }
   double total_s = 0;
-  std::set<std::string> open_calls;
   for (size_t index = 0; index < records.size(); ++index) {
     const TranscriptRecord& record = records[index];
     if (index > 0) {
@@ -17,7 +20,9 @@ double active_seconds(const std::vector<TranscriptRecord>& records) {
     }
     if (record.kind == RecordKind::tool_call) open_calls.insert(record.call_id);
     if (record.kind == RecordKind::tool_result) open_calls.erase(record.call_id);
-    if (record.kind == RecordKind::turn) open_calls.clear();  // a lost result ends with the turn
+    if (record.kind == RecordKind::turn) {  // ends calls whose result was lost, and no others
+      std::erase_if(open_calls, [&](const std::string& id) { return answered.count(id) == 0; });
+    }
   }
   return total_s;
 }
@@ -45,36 +50,46 @@ Measures measure_transcript(const Transcript& transcript) {
     if (!record.read_path.empty()) paths.insert(record.read_path);
   }
   if (transcript.tells_reads) measures.files_read = static_cast<int64_t>(paths.size());
-  if (transcript.total_output_tokens >= 0 || !contexts.empty()) {
-    measures.output_tokens = std::max(output, transcript.total_output_tokens);
+  TokenCounts total;
+  for (const auto& [model, counts] : transcript.totals) {
+    total.input += counts.input;
+    total.output += counts.output;
+  }
+  if (!transcript.totals.empty() || !contexts.empty()) {
+    measures.output_tokens = std::max(output, total.output);
   }
   measures.session_duration_s = active_seconds(transcript.records);
   if (!contexts.empty()) {
     measures.per_turn_context = median(contexts);
-  } else if (transcript.total_input_tokens >= 0 && measures.agent_turns > 0) {
+  } else if (!transcript.totals.empty() && measures.agent_turns > 0) {
     measures.context_is_mean = true;
-    measures.per_turn_context = static_cast<double>(transcript.total_input_tokens) /
-                                static_cast<double>(measures.agent_turns);
+    measures.per_turn_context =
+        static_cast<double>(total.input) / static_cast<double>(measures.agent_turns);
   }
   return measures;
 }
 
-std::optional<double> session_cost(const Transcript& transcript, const Measures& measures,
+std::optional<double> session_cost(const Transcript& transcript, const std::string& model,
                                    const std::map<std::string, Price>& prices) {
-  const auto price = prices.find(transcript.model);
-  if (price == prices.end() || !measures.output_tokens) return std::nullopt;
-  int64_t input = transcript.total_input_tokens, cached = transcript.total_cached_tokens;
-  if (input < 0) {  // no total: cut off, or a format that tells turns
-    input = cached = 0;
-    for (const TranscriptRecord& record : transcript.records) {
-      if (record.kind != RecordKind::turn) continue;
-      input += std::max<int64_t>(0, record.input_tokens);
-      cached += record.cached_tokens;
-    }
+  std::map<std::string, TokenCounts> spent;
+  for (const TranscriptRecord& record : transcript.records) {
+    if (record.kind != RecordKind::turn || record.input_tokens < 0) continue;
+    TokenCounts& counts = spent[record.model];
+    counts = {counts.input + record.input_tokens, counts.cached + record.cached_tokens,
+              counts.written + record.written_tokens, counts.output + record.output_tokens};
   }
-  return 1e-6 * (static_cast<double>(input - cached) * price->second.input +
-                 static_cast<double>(cached) * price->second.cached_input +
-                 static_cast<double>(*measures.output_tokens) * price->second.output);
+  if (!transcript.totals.empty()) spent = transcript.totals;
+  double cost = 0;
+  for (const auto& [name, counts] : spent) {
+    const auto price = prices.find(name.empty() ? model : name);
+    if (price == prices.end()) return std::nullopt;
+    const auto plain = static_cast<double>(counts.input - counts.cached - counts.written);
+    cost += 1e-6 * (plain * price->second.input +
+                    static_cast<double>(counts.cached) * price->second.cached_input +
+                    static_cast<double>(counts.written) * price->second.cache_write +
+                    static_cast<double>(counts.output) * price->second.output);
+  }
+  return spent.empty() ? std::nullopt : std::optional(cost);
 }
 
 void add_run_log(const std::string& text, Measures& measures) {

@@ -17,7 +17,7 @@ constexpr double kGapLimitS = 600;
 struct Measures {
   int64_t agent_turns = 0;                 // model invocations
   std::optional<double> per_turn_context;  // median over turns of input tokens, cached included
-  bool context_is_mean = false;            // the agent tells totals only (Codex)
+  bool context_is_mean = false;            // the agent tells totals only (codex exec)
   std::optional<int64_t> output_tokens;    // absent when no record tells a usage
   double session_duration_s = 0;           // active wall time
   double active_gpu_s = 0;                 // wall time of runs on a GPU, from their logs
@@ -29,15 +29,16 @@ struct Measures {
   std::optional<double> cost;         // absent without the model's price or any usage
 };
 
-// Dollars for a million tokens.
+// Dollars for a million tokens. `cache_write`: of input that is written to a cache.
 struct Price {
-  double input = 0, cached_input = 0, output = 0;
+  double input = 0, cached_input = 0, output = 0, cache_write = input;
 };
 
 double active_seconds(const std::vector<TranscriptRecord>& records);
 double median(std::vector<double> values);  // of the two middle ones the mean; 0 for none
 Measures measure_transcript(const Transcript& transcript);
-std::optional<double> session_cost(const Transcript& transcript, const Measures& measures,
+// Every model of the session needs its price. `model` is that of turns that name none.
+std::optional<double> session_cost(const Transcript& transcript, const std::string& model,
                                    const std::map<std::string, Price>& prices);
 
 // Adds the runs of one log of .ate/run: lines `start T gpu|cpu`, `busy SECONDS`, `exit T CODE`.

@@ -115,6 +115,14 @@ double group_median(const AttemptGroup& group, const MeasureColumn& column) {
   return values.empty() ? NAN : median(values);
 }
 
+constexpr const char* kMeanNote =
+    "Per-Turn Context of codex exec is a mean: it tells totals alone.";
+
+bool has_mean(const std::vector<AttemptReport>& attempts) {
+  return std::any_of(attempts.begin(), attempts.end(),
+                     [](const AttemptReport& attempt) { return attempt.measures.context_is_mean; });
+}
+
 std::string bars_html(const std::vector<AttemptGroup>& groups, const MeasureColumn& column) {
   double most = 0;
   for (const AttemptGroup& group : groups) {
@@ -156,11 +164,10 @@ std::vector<AttemptReport> collect_attempts(const std::string& directory,
     std::vector<double> times;
     std::istringstream stream(read_file(path + "/transcript.times"));
     for (double at_s = 0; stream >> at_s;) times.push_back(at_s);
-    Transcript transcript = read_transcript(transcript_format(attempt.record.agent),
-                                            read_file(path + "/transcript.jsonl"), times);
-    if (transcript.model.empty()) transcript.model = attempt.record.model;  // Codex tells none
+    const Transcript transcript = read_transcript(transcript_format(attempt.record.agent),
+                                                  read_file(path + "/transcript.jsonl"), times);
     attempt.measures = measure_transcript(transcript);
-    attempt.measures.cost = session_cost(transcript, attempt.measures, prices);
+    attempt.measures.cost = session_cost(transcript, attempt.record.model, prices);
     attempt.measures.lines_changed = count_changed_lines(read_file(path + "/diff.patch"));
     if (fs::exists(path + "/runs")) {
       for (const auto& log : fs::directory_iterator(path + "/runs")) {
@@ -197,10 +204,7 @@ std::string report_markdown(const std::vector<AttemptReport>& attempts) {
                         attempt.grade.success ? "yes" : "no", failed_checks(attempt),
                         one_line(attempt.record.detail));
   }
-  const bool mean = std::any_of(attempts.begin(), attempts.end(), [](const AttemptReport& attempt) {
-    return attempt.measures.context_is_mean;
-  });
-  if (mean) text += "\nPer-Turn Context of Codex is a mean: it tells totals alone.\n";
+  if (has_mean(attempts)) text += fmt::format("\n{}\n", kMeanNote);
   return text;
 }
 
@@ -233,6 +237,7 @@ std::string report_html(const std::vector<AttemptReport>& attempts) {
       "td,th{padding:2px 8px;border-bottom:1px solid #ccc;text-align:left}</style>"
       "<h1>ATE-Bench report</h1><p>Bars: medians over attempts. Orange: not all of them passed."
       "</p>\n";
+  if (has_mean(attempts)) html += fmt::format("<p>{}</p>\n", kMeanNote);
   const std::vector<AttemptGroup> groups = group_attempts(attempts);
   for (const MeasureColumn& column : kColumns) html += bars_html(groups, column);
   html += "<h2>Attempts</h2><table><tr><th>attempt<th>outcome<th>success<th>checks</tr>\n";

@@ -92,13 +92,15 @@ std::map<std::string, Price> load_prices(const std::string& path) {
   if (path.empty()) return prices;
   const toml::table table = toml::parse_file(path);
   for (const auto& [model, node] : table) {
+    const toml::table* row = node.as_table();
     const auto price = [&, name = std::string(model.str())](const char* key) {
-      const toml::table* row = node.as_table();
       const auto value = row != nullptr ? (*row)[key].value<double>() : std::nullopt;
       if (!value) throw std::runtime_error(path + ": [" + name + "] needs the number " + key);
       return *value;
     };
-    prices[std::string(model.str())] = {price("input"), price("cached_input"), price("output")};
+    const double input = price("input");
+    prices[std::string(model.str())] = {input, price("cached_input"), price("output"),
+                                        (*row)["cache_write"].value_or(input)};
   }
   return prices;
 }

@@ -225,6 +225,12 @@ TEST(AteAttempt, SessionsFromElsewhereHaveAReport) {
             "/");
   const std::string csv = read_file(out + "/session-claude/report.csv");
   EXPECT_NE(csv.find("claude,claude-x,recorded,0,0,3,2020,120,"), std::string::npos) << csv;
+  // Another agent's file has no turns, which is no report of zeros.
+  run_shell(
+      "status=0; \"$1\" session \"$2\" --agent codex --out \"$3\" || status=$?; [ $status = 2 ]",
+      {bench.binary,
+       cambium::source_directory() + std::string("/tests/ate/transcripts/claude.jsonl"), out},
+      "/");
 }
 
 TEST(AteAttempt, PriceTablesWithHolesAreRefused) {

@@ -35,13 +35,13 @@ TEST(AteTranscript, ClaudeCountsMessagesNotBlocks) {
   EXPECT_FALSE(measures.context_is_mean);
   // 11 s to the second message; 1989 s of running tools count in full; 10 s more.
   EXPECT_DOUBLE_EQ(measures.session_duration_s, 2010);
-  const auto cost = session_cost(transcript, measures, {{"claude-x", {2, 0.5, 10}}});
+  const auto cost = session_cost(transcript, "", {{"claude-x", {2, 0.5, 10, 4}}});
   ASSERT_TRUE(cost.has_value());
-  EXPECT_NEAR(*cost, 1e-6 * (260 * 2 + 6000 * 0.5 + 120 * 10), 1e-12);
-  EXPECT_FALSE(session_cost(transcript, measures, {}).has_value());
+  EXPECT_NEAR(*cost, 1e-6 * (60 * 2 + 200 * 4 + 6000 * 0.5 + 120 * 10), 1e-12);
+  EXPECT_FALSE(session_cost(transcript, "", {}).has_value());
   // Cut off after the second message: what is known of it is counted, cached tokens as such.
   const Transcript cut = read_transcript(TranscriptFormat::claude, first_lines(kClaude, 6), {});
-  EXPECT_NEAR(*session_cost(cut, measure_transcript(cut), {{"claude-x", {2, 0.5, 10}}}),
+  EXPECT_NEAR(*session_cost(cut, "", {{"claude-x", {2, 0.5, 10}}}),
               1e-6 * (230 * 2 + 3000 * 0.5 + 100 * 10), 1e-12);
 }
 
@@ -88,6 +88,51 @@ TEST(AteTranscript, CodexTellsTotals) {
   EXPECT_TRUE(is_network_error(lost.error));
 }
 
+TEST(AteTranscript, ClaudeSubagentsLieBetweenAMessage) {
+  const std::vector<double> arrival_s = {0, 1, 2, 3, 4, 5, 5000, 5001, 5002, 5010, 5010};
+  const Transcript transcript =
+      read_transcript(TranscriptFormat::claude, recorded("claude_subagents"), arrival_s);
+  EXPECT_TRUE(transcript.complete);
+  const Measures measures = measure_transcript(transcript);
+  EXPECT_EQ(measures.agent_turns, 4);
+  EXPECT_EQ(measures.tool_calls, 3);
+  EXPECT_EQ(measures.per_turn_context, (200 + 4005) / 2.0);
+  EXPECT_EQ(measures.output_tokens, 60) << "subagents write, too";
+  EXPECT_DOUBLE_EQ(measures.session_duration_s, 5010) << "a subagent's turn ends no call";
+  const std::map<std::string, Price> prices = {{"claude-x", {2, 0.5, 10}},
+                                               {"claude-y", {1, 0.1, 5, 3}}};
+  EXPECT_NEAR(*session_cost(transcript, "", prices),
+              1e-6 * (11 * 2 + 9000 * 0.5 + 40 * 10 + 210 * 1 + 90 * 3 + 20 * 5), 1e-12);
+  EXPECT_FALSE(session_cost(transcript, "", {{"claude-x", {2, 0.5, 10}}}).has_value())
+      << "a model without a price is not free";
+}
+
+TEST(AteTranscript, CodexCallsOfOneInvocationOverlap) {
+  const Transcript transcript =
+      read_transcript(TranscriptFormat::codex, recorded("codex_parallel"), {});
+  EXPECT_TRUE(transcript.complete) << "it reconnected";
+  const Measures measures = measure_transcript(transcript);
+  EXPECT_EQ(measures.agent_turns, 2) << "the two calls and the plan; the message";
+  EXPECT_EQ(measures.tool_calls, 2);
+  EXPECT_EQ(measures.per_turn_context, 4000);
+  EXPECT_NEAR(*session_cost(transcript, "gpt-x", {{"gpt-x", {1, 0.1, 10}}}),
+              1e-6 * (2000 * 1 + 6000 * 0.1 + 300 * 10), 1e-12);
+}
+
+TEST(AteTranscript, CodexSessionFilesTellTurns) {
+  const Transcript transcript =
+      read_transcript(TranscriptFormat::codex, recorded("codex_session"), {});
+  EXPECT_TRUE(transcript.complete);
+  EXPECT_EQ(transcript.model, "gpt-x");
+  const Measures measures = measure_transcript(transcript);
+  EXPECT_EQ(measures.agent_turns, 2) << "a count that is repeated is no turn";
+  EXPECT_EQ(measures.tool_calls, 1);
+  EXPECT_FALSE(measures.context_is_mean);
+  EXPECT_EQ(measures.per_turn_context, 2000);
+  EXPECT_EQ(measures.output_tokens, 70);
+  EXPECT_DOUBLE_EQ(measures.session_duration_s, 20 * 60 + 21) << "the tool ran for 20 minutes";
+}
+
 TEST(AteTranscript, ClaudeErrorResultIsNoEnd) {
   const Transcript failed = read_transcript(
       TranscriptFormat::claude,
@@ -97,6 +142,12 @@ TEST(AteTranscript, ClaudeErrorResultIsNoEnd) {
   EXPECT_FALSE(failed.complete);
   EXPECT_TRUE(is_network_error(failed.error));
   EXPECT_FALSE(is_network_error("error_max_turns: "));
+  for (const char* result : {R"({"type":"result","subtype":"error_max_turns","is_error":false})",
+                             R"({"type":"result","subtype":"success","is_error":true})"}) {
+    EXPECT_FALSE(
+        read_transcript(TranscriptFormat::claude, first_lines(kClaude, 3) + result, {}).complete)
+        << result;
+  }
 }
 
 TEST(AteTranscript, GenericAndStamps) {
