@@ -293,12 +293,6 @@ void check_supported(const Config& config, ConfigUse use) {
                          parallel.cp),
              "parallel.context = all_gather");
     }
-    if (config.numerics.reduction == ReductionMode::exact) {
-      refuse(fmt::format("parallel.cp = {} with run.device = cuda and numerics.reduction = exact",
-                         parallel.cp),
-             fmt::format("numerics.reduction = fast, or parallel.cp = 1, parallel.dp = {}",
-                         parallel.dp * parallel.cp));
-    }
     check_multiple({"2 * parallel.cp * (attention's tile on a GPU, 128)",
                     2 * parallel.cp * kAttentionTile, "train.sequence_length",
                     config.train.sequence_length});

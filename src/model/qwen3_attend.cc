@@ -211,7 +211,8 @@ void attention_core_backward(const LayerContext& c, const MicroBatch& batch, con
       .sequence_length = batch.sequence_length,
       .block_tokens = c.rank.config.numerics.block_tokens,
       .scale = attention_scale(x.Q),
-      .share = context_share(c.rank)};
+      .share = context_share(c.rank),
+      .one_chain = is_exact(c)};
   if (attends_by_parts(c)) {
     ring_attention_backward(c, batch, keys, {d.k, d.v}, backward);
   } else if (c.rank.mesh.cp == 1) {
@@ -225,6 +226,8 @@ void attention_core_backward(const LayerContext& c, const MicroBatch& batch, con
     backward.d_v_sum_SC = {sum_SC.f32() + width, Shape(rows, width), 2 * width};
     attention_backward(backward, c.rank.ops);
     reduce_context(c, batch, sum_SC, {d.k, d.v});
+  } else if (c.rank.config.parallel.context == ContextExchange::all_gather) {
+    chain_context(c, batch, {d.k, d.v}, backward);
   } else {
     const int64_t width = x.G * x.Q;
     const int64_t rows =
