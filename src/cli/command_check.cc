@@ -236,6 +236,7 @@ Config checked_config(const Config& given, const Derived& derived, std::string& 
   if (config.run.device == DeviceKind::cuda && (!kHasCuda || !is_exact_there)) {
     config.run.device = DeviceKind::cpu;
     config.run.transport = Transport::sim;
+    config.numerics.attention = AttentionKernel::own;
     what += fmt::format(
         ", on the CPU's reference as {}",
         kHasCuda ? "no GPU has exact mode for parallel.cp > 1" : "this build has no CUDA kernels");
@@ -347,6 +348,7 @@ Config exact_config(const Config& config, CheckReport& report) {
   Config exact = config;
   exact.numerics.reduction = ReductionMode::exact;
   exact.numerics.fast_order = FastOrder::rank;
+  exact.numerics.attention = AttentionKernel::own;
   const BalanceLoss loss = config.balance.loss;
   if (loss == BalanceLoss::global_batch || loss == BalanceLoss::micro_batch) {
     // These depend on the layout by definition: exact mode refuses them.
