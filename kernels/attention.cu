@@ -253,6 +253,7 @@ CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int 
 
 void attention(const AttentionArgs& args, Stream& stream) {
   if (args.q_THQ[0] == 0) return;
+  if (args.kernel == AttentionKernel::cudnn) return attention_cudnn(args, stream);
   const AttentionShape shape = attention_shape(args);
   if (args.share.ranks == 1) return attention_of(args, shape, stream);
   attention_of(args, SharedAttentionShape{shape, args.share}, stream);
@@ -260,6 +261,7 @@ void attention(const AttentionArgs& args, Stream& stream) {
 
 void attention_backward(const AttentionBackwardArgs& args, Stream& stream) {
   if (args.q_THQ[0] == 0) return;
+  if (args.kernel == AttentionKernel::cudnn) return attention_backward_cudnn(args, stream);
   const AttentionShape shape = attention_shape(args);
   if (args.share.ranks == 1) return attention_backward_of(args, shape, stream);
   CHECK(args.d_k_partial_MC.empty());  // the CPU's

@@ -32,6 +32,7 @@
 // queries.
 #pragma once
 
+#include "kernels/attention_cudnn.h"
 #include "kernels/op.h"
 
 namespace cambium {
@@ -79,6 +80,7 @@ struct AttentionArgs {
   int64_t sequence_length = 0;  // S; T is a multiple of S / share.ranks
   int64_t block_tokens = 0;
   float scale = 1.0f;
+  AttentionKernel kernel = AttentionKernel::own;  // on a GPU
   ContextShare share = {};
   KeyPart part = KeyPart::all;
   int64_t key_rank = 0;          // whose part
@@ -101,6 +103,7 @@ struct AttentionBackwardArgs {
   int64_t sequence_length = 0;
   int64_t block_tokens = 0;
   float scale = 1.0f;
+  AttentionKernel kernel = AttentionKernel::own;
   ContextShare share = {};
   // [rank that owns the key][sequence][key row there], C = G Q: every row is written. Rows may be
   // strided.
@@ -157,6 +160,11 @@ void check_attention_inputs(const char* op, const Args& a) {
   CHECK_GE(a.sequence_length, 1);
   CHECK_EQ(T * a.share.ranks % a.sequence_length, 0);
   CHECK_GE(a.block_tokens, 1);
+  if (a.kernel == AttentionKernel::cudnn) {
+    CHECK(a.share.ranks == 1 && a.document_start_T.empty());
+    CHECK_EQ(Q % kCudnnHeadStep, 0);
+    CHECK_LE(Q, kCudnnMostHeadColumns);
+  }
   if (a.share.ranks > 1) {
     CHECK_EQ(a.sequence_length % (2 * a.share.ranks * a.block_tokens), 0);
     CHECK(a.share.index >= 0 && a.share.index < a.share.ranks);
