@@ -83,6 +83,14 @@ void forward_tiles(const AttentionArgs& a, const Shape& shape, Stream& stream) {
          stream, maps, ForwardArgs<Shape>{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
 }
 
+// Where the dK and dV of shared sequences go.
+struct KeySums {
+  explicit KeySums(const AttentionBackwardArgs& a)
+      : d_k(a.d_k_chain_SC.empty() ? RawView(a.d_k_sum_SC) : RawView(a.d_k_chain_SC)),
+        d_v(a.d_v_chain_SC.empty() ? RawView(a.d_v_sum_SC) : RawView(a.d_v_chain_SC)) {}
+  RawView d_k, d_v;
+};
+
 template <int kColumns, class Shape>
 void backward_tiles(const AttentionBackwardArgs& a, const Shape& shape, Stream& stream) {
   const DeltaArgs delta{static_cast<const __nv_bfloat16*>(a.o_THQ.data),
@@ -109,15 +117,16 @@ void backward_tiles(const AttentionBackwardArgs& a, const Shape& shape, Stream& 
     maps.d_k = attention_map(a.d_k_TGQ, shape, kWarpgroupRows);
     maps.d_v = attention_map(a.d_v_TGQ, shape, kWarpgroupRows);
   }
+  const KeySums sums(a);
   const BackwardArgs<Shape> args{shape,
                                  a.lse_TH.pointer(),
                                  a.lse_TH.row_stride,
                                  a.delta_TH.pointer(),
                                  a.delta_TH.row_stride,
-                                 a.d_k_sum_SC.pointer(),
-                                 a.d_v_sum_SC.pointer(),
-                                 a.d_k_sum_SC.row_stride,
-                                 a.d_v_sum_SC.row_stride};
+                                 static_cast<float*>(sums.d_k.data),
+                                 static_cast<float*>(sums.d_v.data),
+                                 sums.d_k.row_stride,
+                                 sums.d_v.row_stride};
   launch("attention d_q", attention_query_gradient_kernel<kColumns, Shape>,
          {.blocks = persistent_blocks(shape),
           .threads = kTileThreads,
@@ -125,7 +134,7 @@ void backward_tiles(const AttentionBackwardArgs& a, const Shape& shape, Stream& 
          stream, maps, args);
   maps.q = attention_map(a.q_THQ, shape, kStepRows);
   maps.d_o = attention_map(a.d_o_THQ, shape, kStepRows);
-  const int split = shape.heads() % 2 == 0 ? 2 : 1;
+  const int split = shape.heads() % 2 == 0 && !a.one_chain ? 2 : 1;
   launch("attention d_k, d_v",
          split == 2 ? attention_key_gradient_kernel<kColumns, 2, Shape>
                     : attention_key_gradient_kernel<kColumns, 1, Shape>,
@@ -141,7 +150,8 @@ template <class T, class Shape>
 void launch_plain(void (*kernel)(PlainArgs<T, Shape>), PlainRows rows, Stream& stream,
                   const PlainArgs<T, Shape>& args) {
   const Shape& shape = args.shape;
-  const int64_t length = rows == PlainRows::keys ? shape.S : shape.query_length();
+  const int64_t length =
+      rows == PlainRows::keys ? shape.S : shape.end_query() - shape.first_query();
   const int heads = rows == PlainRows::keys ? shape.G : shape.H;
   launch("attention", kernel,
          {.blocks = blocks_for(int64_t{shape.sequences} * length * heads, kPlainWarps),
@@ -179,8 +189,9 @@ void backward_plain(const AttentionBackwardArgs& a, const Shape& shape, Stream& 
   plain.d_o = plain_tensor<const T>(a.d_o_THQ);
   plain.d_q = plain_tensor<T>(a.d_q_THQ);
   if constexpr (Shape::kIsShared) {
-    plain.d_k = plain_tensor<float>(a.d_k_sum_SC);
-    plain.d_v = plain_tensor<float>(a.d_v_sum_SC);
+    const KeySums sums(a);
+    plain.d_k = plain_tensor<float>(sums.d_k);
+    plain.d_v = plain_tensor<float>(sums.d_v);
   } else {
     plain.d_k = plain_tensor<T>(a.d_k_TGQ);
     plain.d_v = plain_tensor<T>(a.d_v_TGQ);
@@ -242,6 +253,7 @@ CUtensorMap attention_map(const RawView& view, const AttentionShape& shape, int 
 
 void attention(const AttentionArgs& args, Stream& stream) {
   if (args.q_THQ[0] == 0) return;
+  if (args.kernel == AttentionKernel::cudnn) return attention_cudnn(args, stream);
   const AttentionShape shape = attention_shape(args);
   if (args.share.ranks == 1) return attention_of(args, shape, stream);
   attention_of(args, SharedAttentionShape{shape, args.share}, stream);
@@ -249,10 +261,11 @@ void attention(const AttentionArgs& args, Stream& stream) {
 
 void attention_backward(const AttentionBackwardArgs& args, Stream& stream) {
   if (args.q_THQ[0] == 0) return;
+  if (args.kernel == AttentionKernel::cudnn) return attention_backward_cudnn(args, stream);
   const AttentionShape shape = attention_shape(args);
   if (args.share.ranks == 1) return attention_backward_of(args, shape, stream);
-  CHECK(!args.d_k_sum_SC.empty());  // partials are the CPU's
-  attention_backward_of(args, SharedAttentionShape{shape, args.share}, stream);
+  CHECK(args.d_k_partial_MC.empty());  // the CPU's
+  attention_backward_of(args, SharedAttentionShape{shape, args.share, args.queries}, stream);
 }
 
 }  // namespace cambium::cuda

@@ -12,16 +12,19 @@
 //   d_v = sum p d_o,  ds = p * (d_o . v - d_o . o) * scale,  d_q = sum ds k,  d_k = sum ds q
 // On the GPU (kernels/attention_*.cuh) blocks are the kernels' tiles of 128 positions, counted from
 // each sequence's start, whatever block_tokens is: the forward pass folds a query's tiles from its
-// own backwards, dQ sums them in position order, dK and dV sum (head of the group, position) over
-// each half of the group's heads. With bf16 storage P and dS are rounded to bf16, as operands of
-// the tensor cores, in the reference too; the softmax sums unrounded P.
+// own backwards, dQ sums them in position order, dK and dV sum (query tile, head of the group,
+// position) over each half of the group's heads, or with `one_chain` over all. With bf16 storage P
+// and dS are rounded to bf16, as operands of the tensor cores, in the reference too; the softmax
+// sums unrounded P.
 // Napkin: forward 2 T S H Q FLOPs (causal half of 4), backward 5 T S H Q.
 // Context parallelism: with `share` of several ranks, q holds this rank's part of every sequence
 // (zigzag: chunks `index` and 2 ranks - 1 - index of 2 ranks), k and v hold whole sequences. What
 // the backward pass then leaves for the ranks that own the keys is the caller's choice:
 //   sums      of this rank's queries, which a reduce-scatter adds to those of the others;
+//   chain     one of the rank's two chunks of queries goes on from the sums that the chunks before
+//             it left, in position order: the bits of one rank;
 //   partials  of every query block apart (CPU alone), which `attention_key_fold` sums where the
-//             keys are, in the order and to the bits of one rank.
+//             keys are: the bits of one rank too, S / (2 block_tokens) times the bytes of a chain.
 // On the GPU the chunks are whole tiles: S is a multiple of 2 ranks kAttentionTile.
 // Ring attention (arXiv 2310.01889; CPU alone): k and v hold one rank's part of every sequence,
 // laid out as q is, and a call folds it into what earlier calls left, in fp32: the online softmax
@@ -29,6 +32,7 @@
 // queries.
 #pragma once
 
+#include "kernels/attention_cudnn.h"
 #include "kernels/op.h"
 
 namespace cambium {
@@ -59,6 +63,9 @@ struct ContextShare {
   }
 };
 
+// Which of a share's two chunks of queries a chain's call takes.
+enum class QueryChunk : uint8_t { both, near, far };
+
 // Which keys k and v hold: those of whole sequences, or a rank's part of them, the first or a later
 // one of a ring.
 enum class KeyPart : uint8_t { all, first, next };
@@ -73,6 +80,7 @@ struct AttentionArgs {
   int64_t sequence_length = 0;  // S; T is a multiple of S / share.ranks
   int64_t block_tokens = 0;
   float scale = 1.0f;
+  AttentionKernel kernel = AttentionKernel::own;  // on a GPU
   ContextShare share = {};
   KeyPart part = KeyPart::all;
   int64_t key_rank = 0;          // whose part
@@ -95,6 +103,7 @@ struct AttentionBackwardArgs {
   int64_t sequence_length = 0;
   int64_t block_tokens = 0;
   float scale = 1.0f;
+  AttentionKernel kernel = AttentionKernel::own;
   ContextShare share = {};
   // [rank that owns the key][sequence][key row there], C = G Q: every row is written. Rows may be
   // strided.
@@ -104,6 +113,13 @@ struct AttentionBackwardArgs {
   int64_t key_rank = 0;
   InOut<float> d_q_sum_THQ =
       {};  // with a part, in place of d_q_THQ; d_k_sum_SC has the part's T rows
+  // A key's dK and dV as one chain over its queries, which ranks may share: exact mode.
+  bool one_chain = false;
+  // One chunk's queries go on from the chunks before it. Of the keys that it does not see nothing
+  // changes. Laid out as the sums; before the last chunk d_k is what the device adds, not scaled.
+  QueryChunk queries = QueryChunk::both;
+  InOut<float> d_k_chain_SC = {};
+  InOut<float> d_v_chain_SC = {};
   // [rank that owns the key][sequence][query block of this rank][key row there][G Q], flattened to
   // rows of G Q; rows of blocks that the query block does not see are not touched.
   Out<float> d_k_partial_MC = {};
@@ -144,6 +160,11 @@ void check_attention_inputs(const char* op, const Args& a) {
   CHECK_GE(a.sequence_length, 1);
   CHECK_EQ(T * a.share.ranks % a.sequence_length, 0);
   CHECK_GE(a.block_tokens, 1);
+  if (a.kernel == AttentionKernel::cudnn) {
+    CHECK(a.share.ranks == 1 && a.document_start_T.empty());
+    CHECK_EQ(Q % kCudnnHeadStep, 0);
+    CHECK_LE(Q, kCudnnMostHeadColumns);
+  }
   if (a.share.ranks > 1) {
     CHECK_EQ(a.sequence_length % (2 * a.share.ranks * a.block_tokens), 0);
     CHECK(a.share.index >= 0 && a.share.index < a.share.ranks);
@@ -181,12 +202,19 @@ inline void check_args(const AttentionBackwardArgs& a) {
   }
   check_shape("attention_backward", "d_q_THQ", a.d_q_THQ, Shape(T, H, Q));
   CHECK(a.d_q_sum_THQ.empty());
-  CHECK(a.share.ranks > 1 || (a.d_k_sum_SC.empty() && a.d_k_partial_MC.empty()));
+  const int asked = !a.d_k_sum_SC.empty() + !a.d_k_chain_SC.empty() + !a.d_k_partial_MC.empty();
+  CHECK_EQ(asked, a.share.ranks > 1 ? 1 : 0);
+  CHECK_EQ(a.queries != QueryChunk::both, !a.d_k_chain_SC.empty());
   if (a.share.ranks > 1) {
     CHECK(a.d_k_TGQ.empty() && a.d_v_TGQ.empty());
-    CHECK(a.d_k_sum_SC.empty() != a.d_k_partial_MC.empty());
+    const Shape whole(T * a.share.ranks, G * Q);
+    if (!a.d_k_chain_SC.empty()) {
+      CHECK(a.one_chain);
+      check_shape("attention_backward", "d_k_chain_SC", a.d_k_chain_SC, whole);
+      check_shape("attention_backward", "d_v_chain_SC", a.d_v_chain_SC, whole);
+      return;
+    }
     if (!a.d_k_sum_SC.empty()) {
-      const Shape whole(T * a.share.ranks, G * Q);
       check_shape("attention_backward", "d_k_sum_SC", a.d_k_sum_SC, whole);
       check_shape("attention_backward", "d_v_sum_SC", a.d_v_sum_SC, whole);
       return;
@@ -223,6 +251,15 @@ int64_t attention_pairs(const Args& a) {
   return T * (a.key_rank == a.share.index ? part + 1 : part) / 2;
 }
 
+// Those of one chunk of the queries: its own half square, and the whole of the chunks before it.
+inline int64_t attention_pairs_of_chunk(const AttentionBackwardArgs& a) {
+  if (a.queries == QueryChunk::both) return attention_pairs(a);
+  const int64_t rows = a.q_THQ[0] / 2, chunk = a.sequence_length / (2 * a.share.ranks);
+  const int64_t place =
+      a.queries == QueryChunk::near ? a.share.index : 2 * a.share.ranks - 1 - a.share.index;
+  return rows * (2 * place * chunk + chunk + 1) / 2;
+}
+
 // A document mask does not lower the declared cost.
 inline Cost cost(const AttentionArgs& a) {
   const int64_t T = a.q_THQ[0], H = a.q_THQ[1], Q = a.q_THQ[2], G = a.k_TGQ[1];
@@ -233,8 +270,9 @@ inline Cost cost(const AttentionArgs& a) {
 
 inline Cost cost(const AttentionBackwardArgs& a) {
   const int64_t T = a.q_THQ[0], H = a.q_THQ[1], Q = a.q_THQ[2], G = a.k_TGQ[1];
-  const int64_t S = a.sequence_length, pairs = attention_pairs(a) * H;
-  const int64_t bytes = dtype_bytes(a.q_THQ.dtype) * T * 4 * (H + G) * Q + 8 * T * H;
+  const int64_t S = a.sequence_length, pairs = attention_pairs_of_chunk(a) * H;
+  const int64_t rows = a.queries == QueryChunk::both ? T : T / 2;
+  const int64_t bytes = dtype_bytes(a.q_THQ.dtype) * rows * 4 * (H + G) * Q + 8 * rows * H;
   return {"attention_backward", {T, H, Q, G, S}, pairs * (10 * Q + 6), bytes, 0};
 }
 
@@ -272,6 +310,8 @@ void visit_views(const AttentionBackwardArgs& a, Visitor&& visit) {
   visit("d_q_sum_THQ", a.d_q_sum_THQ);
   visit("d_k_sum_SC", a.d_k_sum_SC);
   visit("d_v_sum_SC", a.d_v_sum_SC);
+  visit("d_k_chain_SC", a.d_k_chain_SC);
+  visit("d_v_chain_SC", a.d_v_chain_SC);
   visit("d_k_partial_MC", a.d_k_partial_MC);
   visit("d_v_partial_MC", a.d_v_partial_MC);
 }

@@ -4,11 +4,13 @@
 // that adds in a fixed order, nothing waits for another block, no gradient is staged in fp32
 // through memory, and dS stays in registers as the next product's operand.
 //   dQ: 128 queries of a head against its key tiles in position order.
-//   dK, dV: 128 keys of a group against (head of the group, query tile of 64), scores transposed:
+//   dK, dV: 128 keys of a group against (query tile of 64, head of the group), scores transposed:
 //     S^T = K Q^T, dP^T = V dO^T, so that P^T and dS^T are register operands of dV += P^T dO and
 //     dK += dS^T Q. Where heads of a group are even in number, two blocks of a cluster take half
 //     of them each and add their sums through shared memory: twice as many blocks of half the
-//     length keep the GPU busy in small batches too.
+//     length keep the GPU busy in small batches too. A chain (exact mode) is one block's, which
+//     goes on from the sums of a call for earlier queries and leaves its own unscaled, so that
+//     where the chain is cut changes no bit.
 // P and dS are rounded to bf16 as operands; everything else is fp32. `delta` = d_o . o per row.
 // Napkin at Q = 128: a step of 128 x 128 takes 3,072 (dQ) and 4,096 (dK, dV) cycles of tensor
 // cores beside 1,024 of exp2 each.
@@ -33,7 +35,7 @@ struct BackwardArgs {
   int64_t lse_stride;
   const float* delta;
   int64_t delta_stride;
-  float *d_k_sum, *d_v_sum;  // of shared sequences
+  float *d_k_sum, *d_v_sum;  // of shared sequences: the sums, or the chain so far
   int64_t d_k_stride, d_v_stride;
 };
 

@@ -49,11 +49,11 @@ __device__ __forceinline__ KeyTile key_tile(const Shape& shape) {
   tile.first = index / columns * kTileRows;
   tile.heads = shape.heads() / kSplit;
   tile.first_head = tile.group * shape.heads() + static_cast<int>(blockIdx.x) % kSplit * tile.heads;
-  const int first_row = shape.first_row(tile.first), length = shape.query_length();
+  const int end = shape.end_query();
+  const int first_row = min(max(shape.first_row(tile.first), shape.first_query()), end);
   tile.first_step = first_row / kStepRows;
-  tile.end_step = (length + kStepRows - 1) / kStepRows;
-  tile.is_own =
-      !Shape::kIsShared || (first_row < length && shape.position(first_row) == tile.first);
+  tile.end_step = (end + kStepRows - 1) / kStepRows;
+  tile.is_own = !Shape::kIsShared || (first_row < end && shape.position(first_row) == tile.first);
   int seen = tile.first_step + tile.is_own;  // its own queries always see the tile
   while (shape.document_start != nullptr && seen < tile.end_step) {
     const int middle = (seen + tile.end_step) / 2;
@@ -83,8 +83,8 @@ __device__ __forceinline__ void key_gradient_producer(const BackwardMaps& maps,
     load_tile<kColumns>(&maps.v, &shared.keys_full, shared.v, keys);
   }
   RingPosition<kKeyStages> ring;
-  for (int head = tile.first_head; head < tile.first_head + tile.heads; ++head) {
-    for (int step = tile.first_step; step < tile.end_step; ++step, ring.advance()) {
+  for (int step = tile.first_step; step < tile.end_step; ++step) {
+    for (int head = tile.first_head; head < tile.first_head + tile.heads; ++head, ring.advance()) {
       const int stage = ring.stage;
       wait_barrier(shared_address(&shared.empty[stage]), ring.parity ^ 1);
       if (lane == 0) {
@@ -164,22 +164,40 @@ __device__ __forceinline__ void store_key_gradient(const CUtensorMap* map, const
   wait_stores_read<0>();
 }
 
-// This warpgroup's 64 rows into fp32 rows of sums, by owner of the keys.
+// body(i, its place) for pairs of this warpgroup's 64 rows of fp32 sums, by owner of the keys.
+template <int kElements, class Body>
+__device__ __forceinline__ void for_key_sums(const SharedAttentionShape& shape, float* sum,
+                                             int64_t stride, const KeyTile& at, Body&& body) {
+  const AccumulatorLane lane = accumulator_lane();
+  const int64_t row =
+      shape.sum_row(at.sequence, at.first) + consumer_index() * kWarpgroupRows + lane.row;
+  float* first = sum + row * stride + at.group * shape.Q + lane.column;
+#pragma unroll
+  for (int i = 0; i < kElements; i += 2) {
+    const int column = i / 4 * 8;
+    if (column < shape.Q) {
+      body(i, reinterpret_cast<float2*>(first + i / 2 % 2 * 8 * stride + column));
+    }
+  }
+}
+
+template <int kElements>
+__device__ __forceinline__ void load_key_sums(const SharedAttentionShape& shape, float* sum,
+                                              int64_t stride, const KeyTile& at,
+                                              float (&d)[kElements]) {
+  for_key_sums<kElements>(shape, sum, stride, at, [&](int i, const float2* from) {
+    d[i] = from->x;
+    d[i + 1] = from->y;
+  });
+}
+
 template <int kElements>
 __device__ __forceinline__ void store_key_sums(const SharedAttentionShape& shape, float* sum,
                                                int64_t stride, const KeyTile& at,
                                                const float (&d)[kElements], float factor) {
-  const AccumulatorLane lane = accumulator_lane();
-  const int64_t row =
-      shape.sum_row(at.sequence, at.first) + consumer_index() * kWarpgroupRows + lane.row;
-  float* to = sum + row * stride + at.group * shape.Q + lane.column;
-#pragma unroll
-  for (int i = 0; i < kElements; i += 2) {
-    const int column = i / 4 * 8;
-    if (column >= shape.Q) return;
-    *reinterpret_cast<float2*>(to + i / 2 % 2 * 8 * stride + column) =
-        make_float2(d[i] * factor, d[i + 1] * factor);
-  }
+  for_key_sums<kElements>(shape, sum, stride, at, [&](int i, float2* to) {
+    *to = make_float2(d[i] * factor, d[i + 1] * factor);
+  });
 }
 
 enum class KeyGradient { d_k, d_v };
@@ -191,7 +209,8 @@ __device__ __forceinline__ void store_one(const BackwardMaps& maps, const Backwa
   const float factor = kKeys ? args.shape.scale : 1.0f;
   if constexpr (Shape::kIsShared) {
     store_key_sums(args.shape, kKeys ? args.d_k_sum : args.d_v_sum,
-                   kKeys ? args.d_k_stride : args.d_v_stride, tile, d, factor);
+                   kKeys ? args.d_k_stride : args.d_v_stride, tile, d,
+                   args.shape.is_end() ? factor : 1.0f);
   } else {
     store_key_gradient<kColumns>(kKeys ? &maps.d_k : &maps.d_v, tile, kKeys ? shared.k : shared.v,
                                  d, factor);
@@ -309,18 +328,18 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
   const uint32_t v_operand = operand_k_major(shared_address(shared.v) + my_rows);
   const int first_key = tile.first + warpgroup * kWarpgroupRows + lane.row;
   // The second warpgroup's keys come after every query of the first step, if it is theirs.
-  const int skipped = tile.is_own ? warpgroup : 0, steps = tile.end_step - tile.first_step;
+  const int steps = tile.end_step - tile.first_step;
+  const int skipped = tile.is_own ? min(warpgroup, steps) : 0;
   float s[kStepRows / 2], d_p[kStepRows / 2], d_k[kColumns / 2] = {}, d_v[kColumns / 2] = {};
   uint32_t p[kStepRows / 4], d_s[kStepRows / 4];
-  RingPosition<kKeyStages> ring;
-  int step = 0, head = 0;
-  const auto skip = [&] {
-    for (; head < tile.heads && step < skipped; ring.advance()) {
-      wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
-      release(&shared.empty[ring.stage]);
-      if (++step == steps) step = 0, ++head;
+  if constexpr (Shape::kIsShared && kSplit == 1) {
+    if (shape.is_chain()) {
+      load_key_sums(shape, args.d_k_sum, args.d_k_stride, tile, d_k);
+      load_key_sums(shape, args.d_v_sum, args.d_v_stride, tile, d_v);
     }
-  };
+  }
+  RingPosition<kKeyStages> ring;
+  int step = skipped, head = 0;
   const auto start_scores = [&] {
     wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
     start_scores_of_step(s, shape, tile, shared, {ring.stage, step, first_key, step == skipped});
@@ -330,8 +349,11 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
     wgmma_commit();
   };
   wait_barrier(shared_address(&shared.keys_full), 0);
-  skip();
-  const bool has_steps = head < tile.heads && (tile.is_own || steps > 0);
+  for (int i = 0; i < skipped * tile.heads; ++i, ring.advance()) {
+    wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
+    release(&shared.empty[ring.stage]);
+  }
+  const bool has_steps = step < steps;
   pin_registers(d_k);
   pin_registers(d_v);
   if (has_steps) start_scores();
@@ -359,9 +381,8 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
                                operand_mn_major(shared_address(shared.q[stage]), kStepPanelBytes));
     wgmma_commit();
     ring.advance();
-    if (++step == steps) step = 0, ++head;
-    skip();
-    if (head == tile.heads) {
+    if (++head == tile.heads) head = 0, ++step;
+    if (step == steps) {
       wgmma_wait<0>(d_k, d_v);
       break;
     }

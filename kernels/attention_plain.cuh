@@ -2,8 +2,9 @@
 // warp a row, fp32 throughout, and the GPU's own oracle of the fast kernels.
 //
 // Scores: a lane holds one of 32 keys (or queries) and walks the columns; outputs: a lane holds
-// columns lane, lane + 32, ... and walks the 32 probabilities. Blocks of 32 begin at the row's own
-// first key; sums run in position order, whatever else is in the batch.
+// columns lane, lane + 32, ... and walks the 32 probabilities. Blocks of 32 keys begin at the row's
+// first key, those of queries end at multiples of 32; sums run in position order, dK and dV over
+// the group's heads within a block, whatever else is in the batch.
 // Napkin: 2 T S H Q FMAs through L1, a few TFLOP/s; small models and tests only.
 #pragma once
 
@@ -72,6 +73,15 @@ __device__ __forceinline__ void plain_accumulate(float (&acc)[kPlainSlots], floa
   }
 }
 
+__device__ __forceinline__ void plain_load(const float* from, float (&acc)[kPlainSlots], int Q) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+#pragma unroll
+  for (int slot = 0; slot < kPlainSlots; ++slot) {
+    const int d = lane + slot * kWarpLanes;
+    if (d < Q) acc[slot] = from[d];
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void plain_store(T* to, const float (&acc)[kPlainSlots], float factor,
                                             int Q) {
@@ -99,7 +109,12 @@ __device__ __forceinline__ bool plain_row(int sequences, int length, int heads, 
 }
 template <class Shape>
 __device__ __forceinline__ bool plain_query(const Shape& shape, PlainRow& row) {
-  return plain_row(shape.sequences, shape.query_length(), shape.H, row);
+  if (!plain_row(shape.sequences, shape.end_query() - shape.first_query(), shape.H, row)) {
+    return false;
+  }
+  row.row += shape.first_query();
+  row.token = int64_t{row.sequence} * shape.query_length() + row.row;
+  return true;
 }
 
 template <class T, class Shape>
@@ -188,15 +203,24 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes, Q = shape.Q;
   PlainRow row;
   if (!plain_row(shape.sequences, shape.S, shape.G, row)) return;
-  const int position = row.row, length = shape.query_length();
+  const int position = row.row, length = shape.query_length(), end = shape.end_query();
   float d_k[kPlainSlots] = {}, d_v[kPlainSlots] = {};
-  for (int i = 0; i < shape.heads(); ++i) {
-    const int head = row.head * shape.heads() + i;
-    for (int first = shape.first_row(position); first < length; first += kWarpLanes) {
-      const int count = min(kWarpLanes, length - first);
-      const bool sees = lane < count && shape.first_key(row.sequence, first + lane) <= position;
-      if (__ballot_sync(kAllLanes, sees) == 0) break;  // later queries are of later documents
-      const int64_t token = int64_t{row.sequence} * length + first;
+  int64_t to = row.token;
+  if constexpr (Shape::kIsShared) {
+    to = shape.sum_row(row.sequence, position);
+    if (shape.is_chain()) {
+      plain_load(a.d_k.row(to, row.head, Q), d_k, Q);
+      plain_load(a.d_v.row(to, row.head, Q), d_v, Q);
+    }
+  }
+  int first = max(shape.first_row(position), shape.first_query()), count = 0;
+  for (; first < end; first += count) {
+    count = min(kWarpLanes - first % kWarpLanes, end - first);
+    const bool sees = lane < count && shape.first_key(row.sequence, first + lane) <= position;
+    if (__ballot_sync(kAllLanes, sees) == 0) break;  // later queries are of later documents
+    const int64_t token = int64_t{row.sequence} * length + first;
+    for (int i = 0; i < shape.heads(); ++i) {
+      const int head = row.head * shape.heads() + i;
       PlainPair pair;
       if (sees) pair = plain_pair(a, token + lane, head, row.token, row.head);
       plain_accumulate<T>(d_k, pair.d_score, count, Q,
@@ -205,8 +229,6 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
                           [&](int j) { return a.d_o.row(token + j, head, Q); });
     }
   }
-  int64_t to = row.token;
-  if constexpr (Shape::kIsShared) to = shape.sum_row(row.sequence, position);
   plain_store(a.d_k.row(to, row.head, Q), d_k, 1.0f, Q);
   plain_store(a.d_v.row(to, row.head, Q), d_v, 1.0f, Q);
 }

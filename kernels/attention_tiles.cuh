@@ -40,6 +40,8 @@ struct AttentionShape {
   __host__ __device__ int query_tiles() const { return key_tiles(); }
   __host__ __device__ int query_length() const { return S; }
   // The place in its sequence of a query row, and the first query row from a place on.
+  __host__ __device__ int first_query() const { return 0; }  // of those that the call takes
+  __host__ __device__ int end_query() const { return S; }
   __device__ int position(int row) const { return row; }
   __device__ int first_row(int position) const { return position; }
   // Position of the first key that a query row of a sequence sees.
@@ -53,9 +55,19 @@ struct AttentionShape {
 struct SharedAttentionShape : AttentionShape {
   static constexpr bool kIsShared = true;
   ContextShare share;
+  QueryChunk queries = QueryChunk::both;
 
   __host__ __device__ int query_length() const { return S / static_cast<int>(share.ranks); }
-  __host__ __device__ int query_tiles() const { return query_length() / kTileRows; }
+  __host__ __device__ int first_query() const {
+    return queries == QueryChunk::far ? query_length() / 2 : 0;
+  }
+  __host__ __device__ int end_query() const {
+    return queries == QueryChunk::near ? query_length() / 2 : query_length();
+  }
+  __host__ __device__ int query_tiles() const { return (end_query() - first_query()) / kTileRows; }
+  // Whether the call goes on from what chunks before its own left, and ends what they add.
+  __device__ bool is_chain() const { return queries != QueryChunk::both; }
+  __device__ bool is_end() const { return !is_chain() || position(end_query() - 1) == S - 1; }
   __device__ int position(int row) const { return static_cast<int>(share.position(row, S)); }
   __device__ int first_row(int position) const {
     const int chunk = query_length() / 2, near = this->position(0), far = this->position(chunk);
@@ -98,7 +110,7 @@ __device__ __forceinline__ QueryTile query_tile(const Shape& shape, int index) {
   QueryTile tile;
   tile.sequence = column / shape.H;
   tile.head = column % shape.H;
-  tile.row = (shape.query_tiles() - 1 - index / columns) * kTileRows;
+  tile.row = shape.first_query() + (shape.query_tiles() - 1 - index / columns) * kTileRows;
   tile.first = shape.position(tile.row);
   tile.last_key_tile = tile.first / kTileRows;
   tile.first_key_tile = shape.first_key(tile.sequence, tile.row) / kTileRows;

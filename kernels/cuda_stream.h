@@ -41,8 +41,8 @@ class NativeStream final : public DeviceStream {
   void* native() const override { return native_; }
   void wait_for(const DeviceStream& other) override;
   void synchronize() override;
-  // What a library keeps per stream (handle, workspace); made by the first launcher that needs it.
-  std::shared_ptr<void> library_state;
+  // What libraries keep per stream (handle, workspace); made by the first launcher that needs it.
+  std::shared_ptr<void> blas_state, cudnn_state;
 
  private:
   Stream& stream_;

@@ -163,7 +163,7 @@ class Blas {
 };
 
 Blas& blas_of(Stream& stream) {
-  auto& state = static_cast<NativeStream*>(stream.device())->library_state;
+  auto& state = static_cast<NativeStream*>(stream.device())->blas_state;
   if (state == nullptr) state = std::make_shared<Blas>();
   return *static_cast<Blas*>(state.get());
 }

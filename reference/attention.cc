@@ -253,6 +253,7 @@ void score_gradients(const AttentionInputs& in, const QueryBlock& query, const K
 enum class KeySums {
   from_diagonal,  // the diagonal block is the first to reach its keys: it stores, later ones add
   from_zero,      // another rank may hold the diagonal: all add to zeros
+  chain,          // as from_diagonal, on from what earlier chunks left
   apart           // every query block's stay apart
 };
 
@@ -273,8 +274,7 @@ void key_gradients(const AttentionInputs& in, const QueryBlock& query, const Key
                          .rows = count,
                          .columns = Q,
                          .depth = query.lanes - first_lane};
-    const bool stores =
-        sums == KeySums::apart || (sums == KeySums::from_diagonal && keys.is_diagonal);
+    const bool stores = sums == KeySums::apart || (sums != KeySums::from_zero && keys.is_diagonal);
     product.combine = stores ? PanelCombine::store : PanelCombine::add;
     panel_product(product);
     product.a = p.d_scores + corner;
@@ -348,17 +348,27 @@ void store_d_query(const AttentionInputs& in, const QueryBlock& query, const flo
   }
 }
 
-// By owner of the keys where ranks share sequences, which one rank does not.
-void store_d_keys(const AttentionInputs& in, int64_t chunk, const float* panel,
-                  const WriteF32& tensor) {
+// body(panel row, row of the tensor) of each key at hand: by owner of the keys where ranks share
+// sequences, which one rank does not.
+template <class Body>
+void for_d_keys(const AttentionInputs& in, int64_t chunk, float* panel, const WriteF32& tensor,
+                Body&& body) {
   const int64_t S = in.sequence_length, column = chunk % in.groups * in.head_dim;
   for (int64_t key = 0; key < S; ++key, panel += in.head_dim) {
     if (!in.has_key(key)) continue;
     const int64_t owner = in.part == KeyPart::all ? in.share.owner(key, S) : 0;
     const int64_t part = owner * in.sequences + chunk / in.groups;
-    const int64_t row = part * in.query_length + in.share.row(key, S);
-    copy_row(panel, tensor.row(row) + column, in.head_dim);
+    body(panel, tensor.row(part * in.query_length + in.share.row(key, S)) + column);
   }
+}
+
+void load_d_keys(const AttentionInputs& in, int64_t chunk, float* panel, const WriteF32& tensor) {
+  for_d_keys(in, chunk, panel, tensor,
+             [&](float* to, const float* from) { copy_row(from, to, in.head_dim); });
+}
+void store_d_keys(const AttentionInputs& in, int64_t chunk, float* panel, const WriteF32& tensor) {
+  for_d_keys(in, chunk, panel, tensor,
+             [&](const float* from, float* to) { copy_row(from, to, in.head_dim); });
 }
 
 // A query block's partials of the keys that it sees, to the parts of the ranks that own the keys.
@@ -410,12 +420,23 @@ void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
   const AttentionInputs in(args);
   const BackwardRows rows{ReadF32(args.o_THQ), ReadF32(args.d_o_THQ), args.lse_TH, args.delta_TH};
   const bool one_rank = in.share.ranks == 1;
-  const WriteF32 d_q(in.part == KeyPart::all ? RawView(args.d_q_THQ) : RawView(args.d_q_sum_THQ));
-  const WriteF32 d_k(one_rank ? RawView(args.d_k_TGQ) : RawView(args.d_k_sum_SC));
-  const WriteF32 d_v(one_rank ? RawView(args.d_v_TGQ) : RawView(args.d_v_sum_SC));
+  RawView d_q_rows = in.part == KeyPart::all ? RawView(args.d_q_THQ) : RawView(args.d_q_sum_THQ);
+  const bool chains = args.queries != QueryChunk::both;
+  if (chains) d_q_rows.access = Access::read_write;  // the other chunk's rows stay
+  const WriteF32 d_q(d_q_rows);
+  const WriteF32 d_k(one_rank ? RawView(args.d_k_TGQ)
+                     : chains ? RawView(args.d_k_chain_SC)
+                              : RawView(args.d_k_sum_SC));
+  const WriteF32 d_v(one_rank ? RawView(args.d_v_TGQ)
+                     : chains ? RawView(args.d_v_chain_SC)
+                              : RawView(args.d_v_sum_SC));
   const KeySums sums = one_rank                  ? KeySums::from_diagonal
+                       : chains                  ? KeySums::chain
                        : args.d_k_sum_SC.empty() ? KeySums::apart
                                                  : KeySums::from_zero;
+  const int64_t half = in.query_length / 2;
+  const int64_t first_row = args.queries == QueryChunk::far ? half : 0;
+  const int64_t end_row = args.queries == QueryChunk::near ? half : in.query_length;
   workers.parallel_for(in.sequences * in.groups, [&](int64_t chunk, Scratch& scratch) {
     LaneRange range;
     const BackwardPanels p = cut_backward_panels(in, scratch, range);
@@ -426,7 +447,11 @@ void attention_backward(const AttentionBackwardArgs& args, Workers& workers) {
         std::fill_n(panel, in.sequence_length * in.head_dim, 0.0f);
       }
     }
-    for (int64_t local = 0; local < in.query_length; local += in.block_tokens) {
+    if (sums == KeySums::chain) {
+      load_d_keys(in, chunk, p.d_keys, d_k);
+      load_d_keys(in, chunk, p.d_values, d_v);
+    }
+    for (int64_t local = first_row; local < end_row; local += in.block_tokens) {
       const QueryBlock query = query_block(in, chunk, local, range);
       load_backward_query(in, query, rows, p);
       if (in.part != KeyPart::all) start_d_query(in, query, d_q, p.d_query);

@@ -64,6 +64,26 @@ void grouped_product(const GemmBlock& product, std::span<const int32_t> offsets,
   });
 }
 
+// Rows of A that lie where `index` says.
+void check_rows(const In<int32_t>& index, const ReadF32& rows) {
+  for (int64_t r = 0; !index.empty() && r < index[0]; ++r) {
+    CHECK(index.pointer()[r] >= 0 && index.pointer()[r] < rows.count);
+  }
+}
+
+// The part's rows of A side by side, where its product wants them.
+void gather_a(const In<int32_t>& index, const GemmPart& part, GemmBlock& block, Scratch& scratch) {
+  if (index.empty()) return;
+  float* to = scratch.floats(kFirstFreeSlot, part.rows * block.depth);
+  const float* rows = block.a - part.row * block.a_stride;
+  for (int64_t r = 0; r < part.rows; ++r) {
+    const float* from = rows + index.pointer()[part.row + r] * block.a_stride;
+    std::copy_n(from, block.depth, to + r * block.depth);
+  }
+  block.a = to;
+  block.a_stride = block.depth;
+}
+
 void round_block(float* data, int64_t stride, int64_t rows, int64_t columns) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < columns; ++i) {
@@ -77,7 +97,8 @@ void round_block(float* data, int64_t stride, int64_t rows, int64_t columns) {
 void grouped_up(const GroupedUpArgs& a, Workers& workers) {
   const int64_t R = a.h_RF[0], D = a.x_RD[1], F = a.h_RF[1];
   const std::span<const int32_t> offsets = checked_offsets(a.expert_offset_e1, R);
-  const ReadF32 x(a.x_RD, a.row_token_R), w(a.w_up_eND);
+  const ReadF32 x(a.x_RD), w(a.w_up_eND);
+  check_rows(a.row_token_R, x);
   const WriteF32 gate_up(a.gate_up_RN), h(a.h_RF);
   GemmBlock gate;
   gate.rows = R;
@@ -98,8 +119,11 @@ void grouped_up(const GroupedUpArgs& a, Workers& workers) {
   });
   workers.parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t chunk, Scratch& scratch) {
     const GemmPart& part = parts[chunk].part;
-    for (const GemmBlock* half : {&gate, &up}) {
-      GemmBlock block = half->part(part);
+    GemmBlock halves[] = {gate.part(part), up.part(part)};
+    gather_a(a.row_token_R, part, halves[0], scratch);
+    halves[1].a = halves[0].a;
+    halves[1].a_stride = halves[0].a_stride;
+    for (GemmBlock& block : halves) {
       block.b += parts[chunk].expert * w.stride;
       gemm_block(block, scratch);
       if (a.gate_up_RN.dtype == DType::bf16) {
@@ -134,7 +158,8 @@ void grouped_down(const GroupedDownArgs& a, Workers& workers) {
 void grouped_down_dgrad(const GroupedDownDgradArgs& a, Workers& workers) {
   const int64_t R = a.gate_up_RN[0], D = a.d_y_RD[1], F = a.w_down_eDF[2];
   const std::span<const int32_t> offsets = checked_offsets(a.expert_offset_e1, R);
-  const ReadF32 d_y(a.d_y_RD, a.row_token_R), w(a.w_down_eDF), gate_up(a.gate_up_RN);
+  const ReadF32 d_y(a.d_y_RD), w(a.w_down_eDF), gate_up(a.gate_up_RN);
+  check_rows(a.row_token_R, d_y);
   const WriteF32 d_gate_up(a.d_gate_up_RN), weighted_h(a.weighted_h_RF);
   GemmBlock product;  // g = d_y W_down, into the place of d_gate
   product.rows = R;
@@ -152,6 +177,7 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Workers& workers) {
   workers.parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t chunk, Scratch& scratch) {
     const GemmPart& part = parts[chunk].part;
     GemmBlock block = product.part(part);
+    gather_a(a.row_token_R, part, block, scratch);
     block.b += parts[chunk].expert * w.stride;
     gemm_block(block, scratch);
     for (int64_t row = part.row; row < part.row + part.rows; ++row) {
@@ -187,7 +213,9 @@ void grouped_up_dgrad(const GroupedUpDgradArgs& a, Workers& workers) {
 void grouped_wgrad(const GroupedWgradArgs& a, Workers& workers) {
   const int64_t R = a.rows(), e = a.d_w_SeNK[1];
   const std::span<const int32_t> offsets = checked_offsets(a.expert_offset_e1, R);
-  const ReadF32 d_y(a.d_y_RN, a.d_y_token_R), x(a.x_RK, a.x_token_R);
+  const ReadF32 d_y(a.d_y_RN), x(a.x_RK);
+  check_rows(a.d_y_token_R, d_y);
+  check_rows(a.x_token_R, x);
   std::vector<WgradGroup> groups(static_cast<size_t>(e));
   std::vector<int32_t> leaf_block;
   std::vector<int64_t> leaf_row;
@@ -197,6 +225,8 @@ void grouped_wgrad(const GroupedWgradArgs& a, Workers& workers) {
     group.d_y_stride = d_y.stride;
     group.x = x.data;
     group.x_stride = x.stride;
+    group.d_y_row = a.d_y_token_R.pointer();
+    group.x_row = a.x_token_R.pointer();
     group.N = a.d_y_RN[1];
     group.K = a.x_RK[1];
     group.slots = a.d_w_SeNK.pointer() + expert * a.expert_stride;

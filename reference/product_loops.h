@@ -197,14 +197,34 @@ struct ProductLoops {
       }
       return;
     }
+    pack_rows(Rows{b, b_stride}, columns, depth, packed, panel_stride);
+  }
+
+  // Rows that lie side by side, or where `index` says.
+  struct Rows {
+    const float* data;
+    int64_t stride;
+    const int32_t* index = nullptr;
+    [[gnu::always_inline]] const float* at(int64_t row) const {
+      return data + (index == nullptr ? row : index[row]) * stride;
+    }
+    Rows from(int64_t row, int64_t column) const {
+      if (index == nullptr) return {data + row * stride + column, stride};
+      return {data + column, stride, index + row};
+    }
+  };
+
+  static void pack_rows(const Rows& rows, int64_t columns, int64_t depth, float* packed,
+                        int64_t panel_stride) {
     const int64_t whole = columns / kTileColumns, rest = columns % kTileColumns;
-    const int64_t ahead = lesser(kPrefetchedRows, depth) * b_stride;
     for (int64_t k = 0; k < depth; ++k) {
-      const float* from = b + k * b_stride;
+      const float* from = rows.at(k);
+      const float* ahead = rows.at(lesser(k + kPrefetchedRows, depth - 1));
       float* to = packed + k * kTileColumns;
-      for (int64_t p = 0; p < whole; ++p, from += kTileColumns, to += panel_stride) {
-        __builtin_prefetch(from + ahead);
+      for (int64_t p = 0; p < whole; ++p) {
+        __builtin_prefetch(ahead);
         Row::load(from).store(to);
+        from += kTileColumns, ahead += kTileColumns, to += panel_stride;
       }
       if (rest > 0) {
         for (int64_t n = 0; n < kTileColumns; ++n) to[n] = n < rest ? from[n] : 0.0f;
@@ -323,16 +343,20 @@ struct ProductLoops {
   // Columns of `rows` rows into panels of kRows, [row][kRows] each. A few rows at a time: they stay
   // in the first-level cache, and a panel is written a few lines in a row.
   template <int kRows>
-  static void pack_row_panels(const float* from, int64_t stride, int64_t panels, int64_t rows,
-                              int64_t panel_stride, float* to) {
+  static void pack_row_panels(const Rows& from, int64_t panels, int64_t rows, int64_t panel_stride,
+                              float* to) {
+    const float *source[kPackedRows], *ahead[kPackedRows];
     for (int64_t row = 0; row < rows; row += kPackedRows) {
       const int64_t count = lesser(kPackedRows, rows - row);
+      for (int64_t i = 0; i < count; ++i) {
+        source[i] = from.at(row + i);
+        ahead[i] = from.at(lesser(row + i + kPackedRows, rows - 1));
+      }
       for (int64_t p = 0; p < panels; ++p) {
-        const float* source = from + row * stride + p * kRows;
         float* target = to + p * panel_stride + row * kRows;
-        for (int64_t i = 0; i < count; ++i, source += stride, target += kRows) {
-          __builtin_prefetch(source + kPackedRows * stride);
-          __builtin_memcpy(target, source, kRows * sizeof(float));
+        for (int64_t i = 0; i < count; ++i, target += kRows) {
+          __builtin_prefetch(ahead[i] + p * kRows);
+          __builtin_memcpy(target, source[i] + p * kRows, kRows * sizeof(float));
         }
       }
     }
@@ -346,19 +370,18 @@ struct ProductLoops {
     packed.rows = rows;
     packed.a = scratch.floats(kPackedASlot, cut.panels * packed.a_panel_stride());
     packed.b = scratch.floats(kPackedBSlot, b_panels * packed.b_panel_stride());
-    const float* x = group.x + row_begin * group.x_stride + chunk.k_begin;
-    pack_panels(x, group.x_stride, OperandOrder::depth_major, chunk.k_count, rows, packed.b,
-                packed.b_panel_stride());
-    const float* from = group.d_y + row_begin * group.d_y_stride + chunk.n_begin;
+    pack_rows(Rows{group.x, group.x_stride, group.x_row}.from(row_begin, chunk.k_begin),
+              chunk.k_count, rows, packed.b, packed.b_panel_stride());
+    const Rows d_y =
+        Rows{group.d_y, group.d_y_stride, group.d_y_row}.from(row_begin, chunk.n_begin);
     if (cut.longer > 0) {
       with_tile_rows(cut.base + 1, [&]<int kRows>() {
-        pack_row_panels<kRows>(from, group.d_y_stride, cut.longer, rows, packed.a_panel_stride(),
-                               packed.a);
+        pack_row_panels<kRows>(d_y, cut.longer, rows, packed.a_panel_stride(), packed.a);
       });
     }
     with_tile_rows(cut.base, [&]<int kRows>() {
-      pack_row_panels<kRows>(from + cut.begin(cut.longer), group.d_y_stride,
-                             cut.panels - cut.longer, rows, packed.a_panel_stride(),
+      pack_row_panels<kRows>(d_y.from(0, cut.begin(cut.longer)), cut.panels - cut.longer, rows,
+                             packed.a_panel_stride(),
                              packed.a + cut.longer * packed.a_panel_stride());
     });
     return packed;

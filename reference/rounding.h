@@ -20,30 +20,23 @@ inline uint16_t f32_to_bf16(float value) {
 
 inline float round_to_bf16(float value) { return bf16_to_f32(f32_to_bf16(value)); }
 
-// Read access: `data` with `stride` elements between rows. With `row_index`, row r is row
-// row_index[r] of the view.
+// Read access: `data` with `stride` elements between `count` rows.
 class ReadF32 {
  public:
-  explicit ReadF32(const RawView& view, const In<int32_t>& row_index = {})
-      : stride(view.row_stride) {
+  explicit ReadF32(const RawView& view) : stride(view.row_stride) {
     if (view.empty()) return;
-    const bool widens = view.dtype == DType::bf16, gathers = !row_index.empty();
-    const auto* floats = static_cast<const float*>(view.data);
-    const auto* bits = static_cast<const uint16_t*>(view.data);
-    if (!widens && !gathers) {
-      data = floats;
+    count = view.shape[0];
+    if (view.dtype == DType::f32) {
+      data = static_cast<const float*>(view.data);
       return;
     }
-    CHECK(widens || view.dtype == DType::f32);
-    const int64_t rows = gathers ? row_index[0] : view.shape[0];
+    CHECK(view.dtype == DType::bf16);
+    const auto* bits = static_cast<const uint16_t*>(view.data);
     const int64_t columns = view.shape.row_elements();
-    copy_.resize(static_cast<size_t>(rows * columns));
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t from = gathers ? row_index.pointer()[row] : row;
-      CHECK(from >= 0 && from < view.shape[0]);
+    copy_.resize(static_cast<size_t>(count * columns));
+    for (int64_t row = 0; row < count; ++row) {
       for (int64_t column = 0; column < columns; ++column) {
-        const int64_t at = from * view.row_stride + column;
-        copy_[row * columns + column] = widens ? bf16_to_f32(bits[at]) : floats[at];
+        copy_[row * columns + column] = bf16_to_f32(bits[row * view.row_stride + column]);
       }
     }
     data = copy_.data();
@@ -51,6 +44,7 @@ class ReadF32 {
   }
   const float* data = nullptr;
   int64_t stride = 0;
+  int64_t count = 0;
   const float* row(int64_t index) const { return data + index * stride; }
 
  private:

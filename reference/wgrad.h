@@ -46,6 +46,8 @@ struct WgradGroup {
   int64_t d_y_stride = 0;
   const float* x = nullptr;  // [rows, K]
   int64_t x_stride = 0;
+  const int32_t* d_y_row = nullptr;  // optional: where in d_y a row lies
+  const int32_t* x_row = nullptr;
   int64_t N = 0;
   int64_t K = 0;
   float* slots = nullptr;  // the group's [N, K] matrix in slot 0

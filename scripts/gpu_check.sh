@@ -15,10 +15,12 @@ trap 'rm -rf "$work"' EXIT
 table=()
 failed=0
 
-# row NAME COMMAND...: a row of the table; the command's output is shown when it fails.
+# row NAME COMMAND...: a row of the table; the command's output is shown when it fails. CHECK_ROWS, a
+# regular expression, picks rows.
 row() {
   local name=$1 begin=$EPOCHREALTIME status=0 verdict=ok
   shift
+  [[ $name =~ ${CHECK_ROWS:-.} ]] || return 0
   "$@" >"$work/log" 2>&1 || status=$?
   if [ "$status" -ne 0 ]; then
     verdict="FAIL (exit $status)"
@@ -98,11 +100,24 @@ contexts="1 1 2 1 none 1f1b;1 2 2 1 zero1 1f1b;1 1 4 1 full 1f1b;1 1 2 2 zero2 1
   2 1 2 1 zero1 gpipe;2 2 2 4 full dualpipev"
 
 # Every expert chosen, as in the last row of losses that follow the CPU's.
-context() {  # context NAME DEVICE PP DP CP EP SHARDING SCHEDULE
+context() {  # context NAME DEVICE PP DP CP EP SHARDING SCHEDULE [SET...]
   train "$1" configs/tiny.toml 6 run.device="$2" numerics.reduction=fast model.layers=4 \
     model.experts=8 model.top_k=8 model.max_positions=1024 train.sequence_length=1024 \
     numerics.block_tokens=128 train.eval_every_steps=0 parallel.pp="$3" parallel.dp="$4" \
-    parallel.cp="$5" parallel.ep="$6" parallel.sharding="$7" parallel.schedule="$8"
+    parallel.cp="$5" parallel.ep="$6" parallel.sharding="$7" parallel.schedule="$8" "${@:9}"
+}
+
+exact_contexts() {
+  local exact=(numerics.reduction=exact model.top_k=2 data.document_mask=true) count=0
+  context one cuda 1 1 1 1 none 1f1b "${exact[@]}" || return
+  while read -r pp dp cp ep sharding schedule; do
+    context many cuda "$pp" "$dp" "$cp" "$ep" "$sharding" "$schedule" "${exact[@]}" &&
+      "$bin/cambium" compare "$work/one" "$work/many" ||
+      { echo "pp $pp dp $dp cp $cp ep $ep $sharding $schedule" && return 1; }
+    rm -rf "$work/many"
+    count=$((count + 1))
+  done < <(tr ';' '\n' <<<"$contexts")
+  echo "$count layouts have the bits of one rank"
 }
 
 contexts() {
@@ -161,6 +176,7 @@ row doctor "$bin/cambium" doctor
 row "3 runs of 50 steps, same bits" repeats
 row "exact: layouts of 2 to 8 virtual ranks" layouts
 row "exact: shared expert, recomputation" shared_expert
+row "exact: shared sequences on 2 to 8 virtual ranks" exact_contexts
 row "fast: shared sequences on 2 to 8 virtual ranks" contexts
 row "tiny: losses follow the CPU's in bf16" follows_cpu configs/tiny.toml 1 1e-4
 row "quickstart: losses follow the CPU's in bf16" follows_cpu configs/quickstart.toml 1 1e-4

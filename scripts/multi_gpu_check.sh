@@ -309,6 +309,8 @@ row "quickstart, exact, dp $r ep $r" exact q2 $quick "parallel.dp=$r" "parallel.
 row "the same, no accumulation" exact q3 $quick "parallel.dp=$r" "parallel.ep=$r" \
   "train.micro_batch_sequences=$((8 / r))"
 row "quickstart, exact, pp $r" exact q4 $quick "parallel.pp=$r" parallel.dp=1 parallel.ep=1
+row "quickstart, exact, cp $r" exact q5 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" \
+  "train.sequence_length=$((256 * r))" "model.max_positions=$((256 * r))"
 row "quickstart, fast, cp $r" fast f2 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" \
   "train.sequence_length=$((256 * r))" "model.max_positions=$((256 * r))"
 row "quickstart, fast, dp $r ep $r" fast f1 $quick "parallel.dp=$r" "parallel.ep=$r"
@@ -322,6 +324,8 @@ row "2-layer Qwen3-30B-A3B, exact, dp $r ep $r" exact s2 $quick "${slice[@]}" "p
   "parallel.ep=$r"
 row "2-layer Qwen3-30B-A3B, exact, pp $r" exact s3 $quick "${slice[@]}" "parallel.pp=$r" \
   parallel.dp=1 parallel.ep=1
+row "2-layer Qwen3-30B-A3B, exact, cp $r ep $r" exact s6 $quick "${slice[@]}" "parallel.cp=$r" \
+  parallel.dp=1 "parallel.ep=$r" "train.sequence_length=$((256 * r))"
 row "2-layer Qwen3-30B-A3B, fast, dp $r ep $r" fast s4 $quick "${slice[@]}" "parallel.dp=$r" \
   "parallel.ep=$r"
 row "2-layer Qwen3-30B-A3B, fast, cp $r ep $r" fast s5 $quick "${slice[@]}" "parallel.cp=$r" \

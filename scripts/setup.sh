@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # setup.sh: installs the Debian packages that are missing and prepares the quickstart corpus.
 #
+# --cudnn also fetches cuDNN and its frontend from PyPI, for the cuda preset.
+#
 # For Debian 12 and Ubuntu 24.04. Asks for sudo only when not root and something is missing; with
 # everything in place it does nothing, quickly. The corpus is public-domain English text, fetched
 # through apt and kept in data/ (git-ignored): Jane Austen's novels, else the King James Bible.
@@ -18,8 +20,8 @@ packages=(
   libgtest-dev libbenchmark-dev
 )
 
-if [ $# -gt 0 ]; then
-  echo "usage: scripts/setup.sh   (no options)"
+if [ $# -gt 1 ] || [ "${1:---cudnn}" != --cudnn ]; then
+  echo "usage: scripts/setup.sh [--cudnn]"
   if [ "$1" = --help ]; then exit 0; else exit 2; fi
 fi
 
@@ -113,6 +115,18 @@ prepare_corpus() {
   die "no corpus could be fetched; put at least $least_bytes bytes of English text into $corpus"
 }
 
+# The frontend, and cuDNN itself (0.5 GB) where CUDA came without it, for the cuda preset.
+install_cudnn() {
+  local wanted=(nvidia-cudnn-frontend==1.32.0)
+  if [ -f build/cudnn/include/cudnn_frontend.h ]; then return; fi
+  if ! ls /usr/include{,/x86_64-linux-gnu} /usr/local{,/cuda}/include 2>/dev/null | grep -qx cudnn.h
+  then wanted+=(nvidia-cudnn-cu13==9.19.0.56); fi
+  python3 -m pip --version >/dev/null 2>&1 || die "--cudnn needs pip; on Debian: python3-pip"
+  say "installing ${wanted[*]} into build/cudnn"
+  python3 -m pip install -q --no-deps --upgrade --target build/cudnn "${wanted[@]}"
+}
+
 install_packages
+if [ "${1:-}" = --cudnn ]; then install_cudnn; fi
 prepare_corpus
 say "ready"

@@ -1,5 +1,6 @@
-// Attention on the GPU at Qwen3-30B-A3B's heads, 32 of queries and 4 of keys, bf16. The peer is
-// bench/peers/torch_attention.py: cuDNN through PyTorch.
+// Attention on the GPU at Qwen3-30B-A3B's heads, 32 of queries and 4 of keys, bf16. Peers: cuDNN as
+// numerics.attention = cudnn calls it, where it is there (its backward pass deterministic as ours),
+// and bench/peers/torch_attention.py: cuDNN through PyTorch, not deterministic.
 #include <cmath>
 
 #include "bench/ops/cuda_bench.h"
@@ -26,7 +27,7 @@ struct AttentionGpuBuffers {
     uint64_t seed = 1;
     for (DeviceTensor* tensor : {&q, &k, &v, &d_o}) tensor->fill_normal(seed++);
   }
-  AttentionArgs forward() {
+  AttentionArgs forward(AttentionKernel kernel = AttentionKernel::own) {
     return {.q_THQ = q.in<Real>(),
             .k_TGQ = k.in<Real>(),
             .v_TGQ = v.in<Real>(),
@@ -34,9 +35,10 @@ struct AttentionGpuBuffers {
             .lse_TH = lse.out<float>(),
             .sequence_length = S,
             .block_tokens = 32,
-            .scale = 1.0f / std::sqrt(static_cast<float>(Q))};
+            .scale = 1.0f / std::sqrt(static_cast<float>(Q)),
+            .kernel = kernel};
   }
-  AttentionBackwardArgs backward() {
+  AttentionBackwardArgs backward(AttentionKernel kernel = AttentionKernel::own) {
     return {.q_THQ = q.in<Real>(),
             .k_TGQ = k.in<Real>(),
             .v_TGQ = v.in<Real>(),
@@ -49,21 +51,34 @@ struct AttentionGpuBuffers {
             .delta_TH = delta.out<float>(),
             .sequence_length = S,
             .block_tokens = 32,
-            .scale = 1.0f / std::sqrt(static_cast<float>(Q))};
+            .scale = 1.0f / std::sqrt(static_cast<float>(Q)),
+            .kernel = kernel};
   }
   static constexpr int64_t H = 32, G = 4;
   int64_t S, Q, T;
   DeviceTensor q, k, v, o, d_o, d_q, d_k, d_v, lse, delta;
 };
 
+template <class Launch>
+void run_against_cudnn(benchmark::State& state, double flops, const Launch& launch) {
+  std::vector<GpuContender> contenders;
+  for (const AttentionKernel kernel : {AttentionKernel::own, AttentionKernel::cudnn}) {
+    const bool is_own = kernel == AttentionKernel::own;
+    if (!is_own && !cuda::cudnn_missing().empty()) continue;
+    contenders.push_back({is_own ? "own" : "cudnn", flops, 0,
+                          [&, kernel](OpContext& context, int64_t) { launch(kernel, context); }});
+  }
+  run_gpu_bench(state, contenders);
+}
+
 // FLOPs as the field counts them: 2 T S H Q, and 2.5 times that, without softmax and diagonal.
 void attention_cuda(benchmark::State& state) {
   if (!gpu_is_there(state)) return;
   AttentionGpuBuffers b(state.range(0), state.range(1), state.range(2));
   const double flops = 2.0 * static_cast<double>(b.T * b.S * b.H * b.Q);
-  const GpuContender contender{
-      "forward", flops, 0, [&](OpContext& context, int64_t) { attention(b.forward(), context); }};
-  run_gpu_bench(state, std::span(&contender, 1));
+  run_against_cudnn(state, flops, [&](AttentionKernel kernel, OpContext& context) {
+    attention(b.forward(kernel), context);
+  });
 }
 
 void attention_backward_cuda(benchmark::State& state) {
@@ -73,10 +88,9 @@ void attention_backward_cuda(benchmark::State& state) {
   const GpuContender forward{"forward", flops, 0,
                              [&](OpContext& context, int64_t) { attention(b.forward(), context); }};
   time_on_gpu(std::span(&forward, 1), {.samples = 1});  // o and lse
-  const GpuContender contender{"backward", flops, 0, [&](OpContext& context, int64_t) {
-                                 attention_backward(b.backward(), context);
-                               }};
-  run_gpu_bench(state, std::span(&contender, 1));
+  run_against_cudnn(state, flops, [&](AttentionKernel kernel, OpContext& context) {
+    attention_backward(b.backward(kernel), context);
+  });
 }
 
 void attention_cuda_shapes(benchmark::internal::Benchmark* b) {

@@ -19,7 +19,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
-#include "kernels/op.h"
+#include "kernels/attention.h"
 #include "src/cli/check_shrink.h"
 #include "src/cli/commands.h"
 #include "src/cli/launch.h"
@@ -192,7 +192,8 @@ Config small_twin(const Config& config) {
   model.vocab = std::min<int64_t>(model.vocab, 211);
   twin.data.train.clear();  // no text is read: the tokenizer has no say in the vocabulary
   twin.numerics.block_tokens = 16;
-  twin.train.sequence_length = 32 * config.parallel.cp;
+  const bool has_tiles = kHasCuda && config.run.device == DeviceKind::cuda && parallel.cp > 1;
+  twin.train.sequence_length = (has_tiles ? 2 * kAttentionTile : 32) * parallel.cp;
   // At least one micro-batch more than ranks need, so that accumulation is exercised.
   const int64_t per_rank =
       config.train.global_batch_sequences / config.parallel.dp / config.train.micro_batch_sequences;
@@ -232,13 +233,11 @@ Config checked_config(const Config& given, const Derived& derived, std::string& 
         config.train.global_batch_sequences, config.train.sequence_length, config.model.experts,
         config.model.top_k);
   }
-  const bool is_exact_there = config.parallel.cp == 1;  // the bits of one rank, on a GPU
-  if (config.run.device == DeviceKind::cuda && (!kHasCuda || !is_exact_there)) {
+  if (config.run.device == DeviceKind::cuda && !kHasCuda) {
     config.run.device = DeviceKind::cpu;
     config.run.transport = Transport::sim;
-    what += fmt::format(
-        ", on the CPU's reference as {}",
-        kHasCuda ? "no GPU has exact mode for parallel.cp > 1" : "this build has no CUDA kernels");
+    config.numerics.attention = AttentionKernel::own;
+    what += ", on the CPU's reference as this build has no CUDA kernels";
   }
   config.train.steps = std::max(config.train.steps, kCheckSteps);
   config.faults = drawn_faults(config, {0, kCheckSteps});
@@ -347,6 +346,7 @@ Config exact_config(const Config& config, CheckReport& report) {
   Config exact = config;
   exact.numerics.reduction = ReductionMode::exact;
   exact.numerics.fast_order = FastOrder::rank;
+  exact.numerics.attention = AttentionKernel::own;
   const BalanceLoss loss = config.balance.loss;
   if (loss == BalanceLoss::global_batch || loss == BalanceLoss::micro_batch) {
     // These depend on the layout by definition: exact mode refuses them.

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "fmt/format.h"
+#include "kernels/attention_cudnn.h"
 #include "kernels/cuda_stream.h"
 #include "nlohmann/json.hpp"
 #include "src/cli/commands.h"
@@ -68,6 +69,7 @@ nlohmann::ordered_json examine() {
   found["sentencepiece"] = kHasSentencePiece;
   found["cuda_kernels"] = kHasCuda;
   found["nccl"] = kHasCuda;
+  found["cudnn"] = cuda::cudnn_version();
   found["gpus"] = gpu_names();
   if constexpr (kHasCuda) {
     if (cuda::device_count() > 0) {

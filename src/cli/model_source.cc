@@ -73,7 +73,10 @@ LoadedModel load_model(FileSystem& files, const ModelSource& source) {
 }
 
 void set_device(Config& config, const std::string& device) {
-  if (device == "cpu") config.run.device = DeviceKind::cpu;
+  if (device == "cpu") {
+    config.run.device = DeviceKind::cpu;
+    config.numerics.attention = AttentionKernel::own;
+  }
   if (device == "cuda") {
     config.run.device = DeviceKind::cuda;
     config.numerics.compute = ComputeType::bf16;

@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/attention_cudnn.h"
+
 namespace cambium {
 
 enum class Sharding { none, zero1, zero2, full };
@@ -146,6 +148,7 @@ struct NumericsConfig {
   ReductionMode reduction = ReductionMode::exact;  // default: exact on cpu, fast on cuda
   FastOrder fast_order = FastOrder::rank;          // of the simulator's sums in fast mode
   int64_t block_tokens = 32;
+  AttentionKernel attention = AttentionKernel::own;
 };
 
 struct CheckpointConfig {

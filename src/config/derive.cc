@@ -281,6 +281,37 @@ void check_routing(const Config& config) {
   }
 }
 
+// cuDNN's attention is of whole sequences that are one document, in fast mode, on a GPU.
+void check_attention(const Config& config, ConfigUse use) {
+  if (config.numerics.attention == AttentionKernel::own) return;
+  const int64_t head_dim = config.model.head_dim, window = config.model.sliding_window;
+  struct Need {
+    bool is_met;
+    std::string found;
+    const char* nearest;
+  };
+  for (const Need& need :
+       {Need{config.run.device == DeviceKind::cuda, "run.device = cpu", "run.device = cuda"},
+        Need{config.numerics.reduction == ReductionMode::fast, "numerics.reduction = exact",
+             "numerics.reduction = fast"},
+        Need{config.parallel.cp == 1, fmt::format("parallel.cp = {}", config.parallel.cp),
+             "parallel.cp = 1"},
+        Need{!config.data.document_mask, "data.document_mask = true", "data.document_mask = false"},
+        Need{window == 0, fmt::format("model.sliding_window = {}", window),
+             "model.sliding_window = 0"},
+        Need{head_dim % kCudnnHeadStep == 0 && head_dim <= kCudnnMostHeadColumns,
+             fmt::format("model.head_dim = {}", head_dim), "a multiple of 8 up to 128"}}) {
+    if (need.is_met) continue;
+    fail(ExitCode::usage,
+         "numerics.attention = cudnn with {} is not supported; nearest supported: {}, or "
+         "numerics.attention = own",
+         need.found, need.nearest);
+  }
+  if (!kHasCuda || use == ConfigUse::planned) return;
+  const std::string missing = cuda::cudnn_missing();
+  if (!missing.empty()) fail(ExitCode::usage, "numerics.attention = cudnn: {}", missing);
+}
+
 // What other parts of this build cannot do yet: refused, never downgraded.
 void check_supported(const Config& config, ConfigUse use) {
   const ParallelConfig& parallel = config.parallel;
@@ -293,16 +324,11 @@ void check_supported(const Config& config, ConfigUse use) {
                          parallel.cp),
              "parallel.context = all_gather");
     }
-    if (config.numerics.reduction == ReductionMode::exact) {
-      refuse(fmt::format("parallel.cp = {} with run.device = cuda and numerics.reduction = exact",
-                         parallel.cp),
-             fmt::format("numerics.reduction = fast, or parallel.cp = 1, parallel.dp = {}",
-                         parallel.dp * parallel.cp));
-    }
     check_multiple({"2 * parallel.cp * (attention's tile on a GPU, 128)",
                     2 * parallel.cp * kAttentionTile, "train.sequence_length",
                     config.train.sequence_length});
   }
+  check_attention(config, use);
   check_device(config, use);
   if (config.run.transport == Transport::nccl && config.run.device == DeviceKind::cpu) {
     refuse("run.transport = nccl with run.device = cpu", "run.device = cuda, or transport = sim");

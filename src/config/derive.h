@@ -1,6 +1,7 @@
 // derive(): every number that follows from a configuration, and every rule between its keys.
 //
-// It allocates nothing and touches no file or device. A broken rule is an Error with exit code 2
+// It allocates nothing and touches no file or device (it loads cuDNN where numerics.attention names
+// it). A broken rule is an Error with exit code 2
 // whose message holds the key and both values: "parallel.ep = 3 does not divide model.experts = 8;
 // nearest: 2 or 4". What this build cannot run is refused with the nearest that it can.
 #pragma once

@@ -24,6 +24,7 @@ constexpr const char* kContextNames[] = {"all_gather", "ring"};
 constexpr const char* kComputeNames[] = {"fp32", "bf16"};
 constexpr const char* kReductionNames[] = {"exact", "fast"};
 constexpr const char* kFastOrderNames[] = {"rank", "ring"};
+constexpr const char* kAttentionNames[] = {"own", "cudnn"};
 constexpr const char* kDeviceNames[] = {"cpu", "cuda"};
 constexpr const char* kTransportNames[] = {"auto", "sim", "nccl"};
 constexpr const char* kBalanceNames[] = {"none", "sequence", "global_batch", "global_batch_lagged",
@@ -399,14 +400,12 @@ const KeySpec kKeys[] = {
     {"numerics", "fast_order", in_section<kNumerics, &Numerics::fast_order>, kNoRange,
      kFastOrderNames, kSame, nullptr,
      "the simulator's sums in fast mode: by rank, or as NCCL's ring adds and rounds"},
-    {"numerics",
-     "block_tokens",
-     in_section<kNumerics, &Numerics::block_tokens>,
-     {1, 65536},
-     kNoChoices,
-     kSame,
-     nullptr,
-     "positions of a block, the unit of exact sums"},
+    {"numerics", "block_tokens", in_section<kNumerics, &Numerics::block_tokens>, kUpTo64k,
+     kNoChoices, kSame, nullptr, "positions of a block, the unit of exact sums"},
+    {"numerics", "attention", in_section<kNumerics, &Numerics::attention>, kNoRange,
+     kAttentionNames, kSame, nullptr,
+     "a GPU's kernel where sequences are train.sequence_length long; cudnn: fast mode alone, no "
+     "document mask"},
 
     {"checkpoint", "every_steps", in_section<kCheckpoint, &Checkpoint::every_steps>, kOptionalCount,
      kNoChoices, kMay, nullptr, "steps between checkpoints; 0 = only after the last step"},

@@ -156,16 +156,6 @@ namespace {
 void send_partials(const LayerContext& c, const Buffer& partial, const Buffer& received,
                    int64_t count) {
   const ContextShare share = context_share(c.rank);
-  if (c.rank.config.parallel.context == ContextExchange::all_gather) {
-    const std::vector<int64_t> counts(static_cast<size_t>(share.ranks), count);
-    c.rank.comm_waits_for_compute();
-    return c.rank.compute_waits(all_to_all_v({.communicator = *c.rank.context,
-                                              .stream = c.rank.comm,
-                                              .send = partial.data(),
-                                              .recv = received.data(),
-                                              .send_counts = counts,
-                                              .recv_counts = counts}));
-  }
   const auto part_of = [&](const Buffer& all, int64_t rank) { return all.f32() + rank * count; };
   const Shape bytes(4 * count);
   copy_bytes({.from_N = {reinterpret_cast<uint8_t*>(part_of(partial, share.index)), bytes},
@@ -199,6 +189,58 @@ void fold_context(const LayerContext& c, const MicroBatch& batch, const Buffer& 
                       .block_tokens = block,
                       .share = share},
                      c.rank.ops);
+}
+
+namespace {
+
+void send_and_receive(const LayerContext& c, std::span<const Message> sends,
+                      std::span<const Message> recvs) {
+  if (sends.empty() && recvs.empty()) return;
+  c.rank.comm_waits_for_compute();
+  c.rank.compute_waits(exchange({.communicator = *c.rank.context,
+                                 .stream = c.rank.comm,
+                                 .sends = sends,
+                                 .recvs = recvs,
+                                 .dtype = DType::f32}));
+}
+
+}  // namespace
+
+void chain_context(const LayerContext& c, const MicroBatch& batch, const KeyGradients& d,
+                   AttentionBackwardArgs args) {
+  const ContextShare share = context_share(c.rank);
+  const int64_t T = d.d_k_TGQ[0], width = d.d_k_TGQ[1] * d.d_k_TGQ[2];
+  const int64_t count = T * 2 * width, last = share.ranks - 1;
+  const Shape rows(T * share.ranks, width);
+  const Buffer sums = c.rank.activation(4 * count * share.ranks, "key gradients so far");
+  if (share.index == 0) c.rank.zero(sums);
+  args.one_chain = true;
+  args.d_k_chain_SC = {sums.f32(), rows, 2 * width};
+  args.d_v_chain_SC = {sums.f32() + width, rows, 2 * width};
+  // Near chunks lie in the ranks' order, far ones the other way round: up, and down again.
+  const auto with = [&](int64_t index) -> std::vector<Message> {
+    if (index < 0 || index > last) return {};
+    return {{static_cast<int>(index), sums.data(), count * share.ranks}};
+  };
+  for (const auto& [queries, step] :
+       {std::pair(QueryChunk::near, 1), std::pair(QueryChunk::far, -1)}) {
+    send_and_receive(c, {}, with(share.index - step));
+    args.queries = queries;
+    attention_backward(args, c.rank.ops);
+    send_and_receive(c, with(share.index + step), {});
+  }
+  // Rank 0, which holds the last chunk, has the sums of all.
+  if (share.index > 0) {
+    const Message own{0, sums.data(), count};
+    send_and_receive(c, {}, {&own, 1});
+  } else {
+    std::vector<Message> parts;
+    for (int64_t index = 1; index <= last; ++index) {
+      parts.push_back({static_cast<int>(index), sums.f32() + index * count, count});
+    }
+    send_and_receive(c, parts, {});
+  }
+  store_key_gradients(c, batch, sums, d);
 }
 
 bool attends_by_parts(const LayerContext& c) {

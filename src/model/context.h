@@ -3,16 +3,18 @@
 //
 // parallel.context = all_gather: forward gathers every rank's keys and values and puts them in
 // position order; they are kept for backward. Backward, fast: each rank's sums of dK and dV over
-// its queries are reduced to the ranks that own the keys. Exact: each query block's dK and dV stay
-// apart, travel, and are folded by the owners in position order: the bits of one rank. Napkin, per
-// layer and rank: 2 T G Q elements travel forward to each other rank; back as many in fp32, exact
-// S / (cp block_tokens) times that.
+// its queries are reduced to the ranks that own the keys. Exact: the sums go on from chunk to chunk
+// of the queries in position order, up the ranks and down again, and from rank 0 to the owners: the
+// bits of one rank, one rank at work at a time. Napkin, per layer and rank: 2 T G Q elements travel
+// forward to each other rank; back as many in fp32, exact two to three times that.
 //
 // parallel.context = ring, fast: a rank keeps its own keys and values alone. They go from rank to
 // rank, each part on its way to the next one while attention reads it, and are folded by their
 // log-sum-exp; backward sends them round again, and behind them the sums of their dK and dV, which
-// come home with the last hop. Exact: the same hops fill the whole sequences that all_gather would,
-// and the partials go straight to their owners, rank by rank: blocks travel, not sums.
+// come home with the last hop. Exact (CPU alone): the same hops fill the whole sequences that
+// all_gather would, each query block's dK and dV stay apart, go straight to their owners, rank by
+// rank, and are folded there in position order: blocks travel, not sums, and ranks work side by
+// side, for S / (2 cp block_tokens) times the bytes of a chain's sums.
 #pragma once
 
 #include <utility>
@@ -47,6 +49,11 @@ void ring_attention_backward(const LayerContext& c, const MicroBatch& batch, con
 // `sum_SC` [T cp, 2 G Q], a key's dK beside its dV: attention_backward's sums, owner by owner.
 void reduce_context(const LayerContext& c, const MicroBatch& batch, const Buffer& sum_SC,
                     const KeyGradients& d);
+
+// attention_backward of this rank's two chunks of queries as links of one chain; `args` lacks what
+// the keys get.
+void chain_context(const LayerContext& c, const MicroBatch& batch, const KeyGradients& d,
+                   AttentionBackwardArgs args);
 
 // d_x [T, G, Q] of this rank's keys from the partials of its query blocks.
 void fold_context(const LayerContext& c, const MicroBatch& batch, const Buffer& partial_MC,

@@ -37,6 +37,13 @@ float attention_scale(int64_t head_dim) {
   return static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(head_dim)));
 }
 
+// NOTE: cuDNN makes a graph per shape: lengths that grow token by token are our kernel's.
+AttentionKernel attention_kernel(const LayerContext& c, const MicroBatch& batch) {
+  const Config& config = c.rank.config;
+  return batch.sequence_length == config.train.sequence_length ? config.numerics.attention
+                                                               : AttentionKernel::own;
+}
+
 // Keys and values of this rank, and those that are kept for attention: with cp > 1 and no fast ring
 // whole sequences.
 KeyRows own_keys(const LayerContext& c, const Extents& x, const LayerState& s) {
@@ -106,6 +113,7 @@ void attention_forward(const LayerContext& c, const MicroBatch& batch, LayerStat
                      .sequence_length = batch.sequence_length,
                      .block_tokens = c.rank.config.numerics.block_tokens,
                      .scale = attention_scale(x.Q),
+                     .kernel = attention_kernel(c, batch),
                      .share = context_share(c.rank)};
   const KeyRows own = own_keys(c, x, s);
   if (attends_by_parts(c)) return ring_attention(c, batch, own, args);
@@ -211,7 +219,9 @@ void attention_core_backward(const LayerContext& c, const MicroBatch& batch, con
       .sequence_length = batch.sequence_length,
       .block_tokens = c.rank.config.numerics.block_tokens,
       .scale = attention_scale(x.Q),
-      .share = context_share(c.rank)};
+      .kernel = attention_kernel(c, batch),
+      .share = context_share(c.rank),
+      .one_chain = is_exact(c)};
   if (attends_by_parts(c)) {
     ring_attention_backward(c, batch, keys, {d.k, d.v}, backward);
   } else if (c.rank.mesh.cp == 1) {
@@ -225,6 +235,8 @@ void attention_core_backward(const LayerContext& c, const MicroBatch& batch, con
     backward.d_v_sum_SC = {sum_SC.f32() + width, Shape(rows, width), 2 * width};
     attention_backward(backward, c.rank.ops);
     reduce_context(c, batch, sum_SC, {d.k, d.v});
+  } else if (c.rank.config.parallel.context == ContextExchange::all_gather) {
+    chain_context(c, batch, {d.k, d.v}, backward);
   } else {
     const int64_t width = x.G * x.Q;
     const int64_t rows =

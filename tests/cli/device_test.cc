@@ -28,6 +28,22 @@ TEST(Device, WithoutAGpuItIsRefusedBeforeAnythingIsMade) {
   EXPECT_NE(run_binary({"compare", out, out}).exit_code, 0) << "the run directory was made";
 }
 
+// A library that cannot be loaded stands for one that is not there.
+TEST(Device, WithoutCudnnItIsRefused) {
+  ScratchDirectory scratch;
+  scratch.write("libcudnn.so.9", "");
+  std::vector<std::string> arguments{"train", "configs/tiny.toml"};
+  for (const char* assignment : {"run.device=cuda", "numerics.attention=cudnn",
+                                 "numerics.reduction=fast", "data.document_mask=false"}) {
+    arguments.insert(arguments.end(), {"--set", assignment});
+  }
+  const BinaryRun run = run_binary(arguments, {"LD_LIBRARY_PATH=" + scratch.path()});
+  EXPECT_EQ(run.exit_code, 2) << run.output;
+  const char* reason = kHasCuda ? "cuDNN" : "this build has no CUDA kernels";
+  EXPECT_NE(run.output.find(reason), std::string::npos) << run.output;
+  EXPECT_NE(run.output.find("next: "), std::string::npos) << run.output;
+}
+
 TEST(Device, MemoryThatIsMissingIsNamedWithExit40) {
   require_memory(1000, 1000);
   try {

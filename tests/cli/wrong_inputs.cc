@@ -1,8 +1,9 @@
 // The table of wrong inputs: what a user may do wrong, the exit code, and what the message names.
 //
 // To add a row: arguments (separated by blanks; $Q is the quickstart configuration, $S the
-// tiny one on a small corpus of its own, $T the scratch directory that make_files() fills), the
-// exit code of design.md section 4, and a pattern that the message must match, whatever the case.
+// tiny one on a small corpus of its own, $A cuDNN's attention in fast mode, $T the scratch
+// directory that make_files() fills), the exit code of design.md section 4, and a pattern that the
+// message must match, whatever the case.
 #include <fstream>
 #include <regex>
 #include <set>
@@ -208,6 +209,18 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set numerics.fast_order=ring", 2,
      "fast_order = ring.*numerics\\.reduction = fast"},
     {"train $Q --set numerics.fast_order=tree", 2, "fast_order.*rank | ring"},
+    {"train $Q --set numerics.attention=flash", 2, "attention.*own | cudnn"},
+    {"train $Q --set numerics.attention=cudnn", 2, "run\\.device = cpu.*attention = own"},
+    {"train $Q --set numerics.attention=cudnn --set run.device=cuda", 2,
+     "reduction = exact.*reduction = fast"},
+    {"train $Q $A", 2, "document_mask = true.*document_mask = false"},
+    {"train $Q $A --set data.document_mask=false --set model.sliding_window=64", 2,
+     "sliding_window = 64.*sliding_window = 0"},
+    {"train $Q $A --set data.document_mask=false --set model.head_dim=12", 2,
+     "head_dim = 12.*multiple of 8"},
+    {"train $Q $A --set data.document_mask=false --set parallel.cp=2 --set parallel.dp=4 --set "
+     "train.sequence_length=512 --set model.max_positions=512",
+     2, "parallel\\.cp = 2.*parallel\\.cp = 1"},
     {"check $Q --schedule 3", 2, "'3' is no schedule"},
     {"check $Q --schedule 9:1,3:1", 2, "no schedule.*ascending"},
     {"check $Q --schedule fifo:1", 2, "no schedule"},
@@ -277,6 +290,11 @@ std::vector<std::string> split(const std::string& text, const std::string& scrat
     if (word == "$S") {
       words.insert(words.end(), {"configs/tiny.toml", "--set", "train.steps=1", "--set"});
       word = "data.train=$T/novel.txt";
+    }
+    if (word == "$A") {
+      words.insert(words.end(), {"--set", "numerics.attention=cudnn", "--set", "run.device=cuda",
+                                 "--set", "numerics.compute=bf16", "--set"});
+      word = "numerics.reduction=fast";
     }
     const size_t place = word.find("$T");
     if (place != std::string::npos) word.replace(place, 2, scratch);

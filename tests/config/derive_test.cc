@@ -89,9 +89,6 @@ const RuleRow kRules[] = {
     {{"parallel.pp=2", "model.tie_embeddings=true"},
      "nearest supported: parallel.schedule = zb_v or dualpipev, or parallel.pp = 1"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
-    {{"run.device=cuda", "numerics.compute=bf16", "numerics.reduction=exact", "parallel.cp=2"},
-     "parallel.cp = 2 with run.device = cuda and numerics.reduction = exact is not supported yet; "
-     "nearest supported: numerics.reduction = fast, or parallel.cp = 1, parallel.dp = 2"},
     {{"run.device=cuda", "numerics.compute=bf16", "numerics.reduction=fast", "parallel.cp=2",
       "train.sequence_length=256", "model.max_positions=256"},
      "train.sequence_length = 256 is not a multiple of 2 * parallel.cp * (attention's tile on a "

@@ -79,15 +79,6 @@ TEST(Attention, GradientsAgreeWithFiniteDifferences) {
   EXPECT_LT(finite_difference_error(with(&AttentionValues::v), at.v, t.d_v.values(), random), 1e-4);
 }
 
-std::vector<std::byte> all_bits(const AttentionTensors& t) {
-  std::vector<std::byte> bits = t.o.bits();
-  for (const TestTensor* tensor : {&t.lse, &t.d_q, &t.d_k, &t.d_v}) {
-    const std::vector<std::byte> more = tensor->bits();
-    bits.insert(bits.end(), more.begin(), more.end());
-  }
-  return bits;
-}
-
 TEST(Attention, ThreadsDoNotChangeBits) {
   expect_thread_independent([](int threads) {
     AttentionTensors t({4, 64, 4, 2, 32, 16, Documents::mixed}, InputFamily::normals);

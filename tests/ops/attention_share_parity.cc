@@ -1,5 +1,7 @@
 // attention where ranks share sequences (zigzag): partials to the bits of one rank, sums against
 // the oracle, and the GPU's rows and sums.
+#include <deque>
+
 #include "tests/ops/attention_tensors.h"
 
 namespace cambium::test {
@@ -122,6 +124,87 @@ void expect_shares_equal_one_rank(const SharedCase& shared, DType dtype) {
 TEST(AttentionShares, SharesOfASequenceHaveTheBitsOfOneRank) {
   for (const SharedCase& c : kSharedCases) {
     for (const DType dtype : {DType::f32, DType::bf16}) expect_shares_equal_one_rank(c, dtype);
+  }
+}
+
+// The rows of `part`'s rank in a tensor by owner of the keys, rounded to `dtype`.
+TestTensor of_owner(const TestTensor& by_owner, const ContextShare& share, const Shape& shape,
+                    DType dtype) {
+  TestTensor part(shape, dtype);
+  for (int64_t i = 0; i < part.elements(); ++i) {
+    part.set(i, by_owner.at(share.index * part.elements() + i));
+  }
+  return part;
+}
+
+// The chunks of the queries in turn, from link `first` of 2 ranks on, as the trainer sends their
+// sums up the ranks and down again: one rank's bits where none is left out.
+enum class Backend { reference, cuda };
+void expect_chain_has_bits_of_one_rank(const SharedCase& shared, DType dtype, Backend backend,
+                                       int64_t first = 0) {
+  const auto run = [&](auto op, const auto& args) {
+    backend == Backend::cuda ? run_cuda_op(op, args) : run_op(op, args);
+  };
+  const AttentionCase& c = shared.whole;
+  AttentionTensors whole(c, InputFamily::normals, dtype);
+  AttentionBackwardArgs one_rank = whole.backward_args();
+  one_rank.one_chain = true;
+  run(attention, whole.forward_args());
+  run(attention_backward, one_rank);
+  TestTensor d_k(Shape(c.T(), c.G * c.Q), DType::f32, 2 * c.G * c.Q), d_v(d_k.shape());
+  for (int64_t i = 0; i < d_k.elements(); ++i) d_k.set(i, 0.0), d_v.set(i, 0.0);
+  std::deque<ShareTensors> shares;
+  for (int64_t index = 0; index < shared.ranks; ++index) {
+    run(attention, shares.emplace_back(whole, ContextShare{shared.ranks, index}).forward_args());
+  }
+  for (int64_t link = first; link < 2 * shared.ranks; ++link) {
+    const bool is_near = link < shared.ranks;
+    AttentionBackwardArgs args =
+        shares[static_cast<size_t>(is_near ? link : 2 * shared.ranks - 1 - link)].backward_args();
+    args.one_chain = true;
+    args.queries = is_near ? QueryChunk::near : QueryChunk::far;
+    args.d_k_sum_SC = args.d_v_sum_SC = {};
+    args.d_k_chain_SC = d_k.inout<float>();
+    args.d_v_chain_SC = d_v.inout<float>();
+    run(attention_backward, args);
+  }
+  const bool is_whole = first == 0;
+  for (const ShareTensors& t : shares) {
+    const auto same = [&](const TestTensor& chain, const TestTensor& of_whole) {
+      const TestTensor want = t.part(of_whole);
+      return bits_equal(of_owner(chain, t.share, want.shape(), dtype), want);
+    };
+    EXPECT_EQ(same(d_v, whole.d_v), is_whole || t.share.index >= first);
+    if (!is_whole) continue;
+    EXPECT_TRUE(same(d_k, whole.d_k));
+    EXPECT_TRUE(bits_equal(t.d_q, t.part(whole.d_q)));
+  }
+}
+
+TEST(AttentionShares, AChainOverTheChunksHasTheBitsOfOneRank) {
+  for (const SharedCase& c : kSharedCases) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      expect_chain_has_bits_of_one_rank(c, dtype, Backend::reference);
+    }
+  }
+}
+
+TEST(AttentionShares, MustFailWithoutAChainsFirstLink) {
+  expect_chain_has_bits_of_one_rank(kSharedCases[1], DType::f32, Backend::reference, 1);
+}
+
+// The chunks' costs are those of the whole, which a link does not sum twice.
+TEST(AttentionShares, LinksOfAChainCostWhatOneCallDoes) {
+  AttentionTensors whole(kSharedCases[1].whole, InputFamily::normals);
+  const int64_t ranks = kSharedCases[1].ranks;
+  for (int64_t index = 0; index < ranks; ++index) {
+    AttentionBackwardArgs args = ShareTensors(whole, {ranks, index}).backward_args();
+    const Cost both = cost(args);
+    args.queries = QueryChunk::near;
+    const Cost near = cost(args);
+    args.queries = QueryChunk::far;
+    EXPECT_EQ(near.flops + cost(args).flops, both.flops);
+    EXPECT_GT(cost(args).flops, near.flops);
   }
 }
 
@@ -305,6 +388,18 @@ TEST(AttentionShares, CudaSharesHaveTheRowsOfOneRank) {
                                                       : bf16_tolerance(2, c.whole.Q + 16)));
         }
       }
+    }
+  }
+}
+
+// In exact mode ranks that share sequences have the bits of one, on the GPU too.
+TEST(AttentionShares, CudaChainHasTheBitsOfOneRank) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    for (const SharedCase& c : kSharedTileCases) {
+      SCOPED_TRACE(testing::Message() << c.whole.S << " positions, head " << c.whole.Q << " "
+                                      << dtype_name(dtype) << ", " << c.ranks << " ranks");
+      expect_chain_has_bits_of_one_rank(c, dtype, Backend::cuda);
     }
   }
 }

@@ -75,6 +75,15 @@ struct AttentionTensors {
   TestTensor q, k, v, document_start, o, lse, d_o, d_q, d_k, d_v, delta;
 };
 
+inline std::vector<std::byte> all_bits(const AttentionTensors& t) {
+  std::vector<std::byte> bits = t.o.bits();
+  for (const TestTensor* tensor : {&t.lse, &t.d_q, &t.d_k, &t.d_v}) {
+    const std::vector<std::byte> more = tensor->bits();
+    bits.insert(bits.end(), more.begin(), more.end());
+  }
+  return bits;
+}
+
 // Copies rows [from_row, from_row + T) of a tensor of the same row width.
 inline void copy_rows(const TestTensor& from, int64_t from_row, TestTensor& to,
                       double shift = 0.0) {
