@@ -314,6 +314,16 @@ __device__ __forceinline__ void start_scores_of_step(float (&s)[kElements], cons
   }
 }
 
+// Stages that this warpgroup does not read.
+template <int kColumns>
+__device__ __forceinline__ void pass_over(KeyGradientShared<kColumns>& shared, int stages,
+                                          RingPosition<kKeyStages>& ring) {
+  for (int i = 0; i < stages; ++i, ring.advance()) {
+    wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
+    release(&shared.empty[ring.stage]);
+  }
+}
+
 template <int kColumns, int kSplit, class Shape>
 __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
                                                       const BackwardArgs<Shape>& args,
@@ -349,10 +359,7 @@ __device__ __forceinline__ void key_gradient_consumer(const BackwardMaps& maps,
     wgmma_commit();
   };
   wait_barrier(shared_address(&shared.keys_full), 0);
-  for (int i = 0; i < skipped * tile.heads; ++i, ring.advance()) {
-    wait_barrier(shared_address(&shared.full[ring.stage]), ring.parity);
-    release(&shared.empty[ring.stage]);
-  }
+  pass_over(shared, skipped * tile.heads, ring);
   const bool has_steps = step < steps;
   pin_registers(d_k);
   pin_registers(d_v);
