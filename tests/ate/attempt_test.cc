@@ -316,6 +316,25 @@ TEST(AteTasks, EveryTaskOfTheTreeIsWhole) {
   EXPECT_GE(questions, 10);
 }
 
+// Their edits name the lines they change: who moves those lines learns it here, not from the proof,
+// which compiles for minutes.
+TEST(AteTasks, SolutionsOfExtensionsFitTheTree) {
+  const std::string tree = cambium::source_directory();
+  if (!fs::exists(tree + "/.git")) GTEST_SKIP() << "skipped: no git history to copy from";
+  for (const Task& task : list_tasks(tree + "/ate_bench")) {
+    if (task.suite != "extend") continue;
+    for (const std::string& solution : list_solutions(task)) {
+      const cambium::ScratchDirectory copy;
+      const std::string script = task.directory + "/grade/solutions/" + solution + ".sh";
+      const std::string command = fmt::format(
+          "cd '{}' && git ls-files -z | tar --null -T - -cf - | tar -xf - -C '{}' && cd '{}' && "
+          "mkdir .ate && bash -eu '{}' >.ate/log 2>&1 || {{ tail -3 .ate/log; exit 1; }}",
+          tree, copy.path(), copy.path(), script);
+      EXPECT_EQ(std::system(command.c_str()), 0) << task.name << "/" << solution;
+    }
+  }
+}
+
 // The commit tier's sample: tasks that need no compilation, with the binary built here. All of
 // them: scripts/test.sh --full.
 TEST(AteTasks, GradersAcceptSolutionsAndRejectNearMisses) {

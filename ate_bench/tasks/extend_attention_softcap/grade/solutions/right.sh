@@ -7,11 +7,12 @@ def edit(path, old, new, count=1):
 h = "kernels/attention.h"
 edit(h, "// over the tokens j <= t of", """// with a logit cap scale * q . k becomes cap * tanh(scale * q . k / cap) (arXiv 2408.00118, section 2)
 // over the tokens j <= t of""")
-edit(h, "  float scale = 1.0f;\n  ContextShare share = {};\n",
-     "  float scale = 1.0f;\n  ContextShare share = {};\n  float logit_cap = 0.0f;  // 0 = none\n", 2)
+edit(h, "  ContextShare share = {};\n",
+     "  ContextShare share = {};\n  float logit_cap = 0.0f;  // 0 = none\n", 2)
+blocks = "reference/attention_blocks.h"
+edit(blocks, "        scale(a.scale),\n", "        scale(a.scale),\n        cap(a.logit_cap),\n")
+edit(blocks, "  float scale;\n  ContextShare share;\n", "  float scale;\n  float cap;  // 0 = none\n  ContextShare share;\n")
 cc = "reference/attention.cc"
-edit(cc, "        scale(a.scale),\n", "        scale(a.scale),\n        cap(a.logit_cap),\n")
-edit(cc, "  float scale;\n  ContextShare share;\n", "  float scale;\n  float cap;  // 0 = none\n  ContextShare share;\n")
 edit(cc, "// The score of (key, 8 lanes): scaled,", """// cap * tanh(score / cap), by 1 - 2 / (exp(2 x) + 1): the exponential may overflow to infinity.
 inline Lanes capped(Lanes score, float cap) {
   if (cap <= 0) return score;
@@ -40,12 +41,14 @@ edit(cc, "      const LaneFloats probs = exp_lanes(LaneFloats::of([&](int i) { r
 edit(cc, "in.operand(probs * (d_probs - delta)) * in.scale;", "in.operand(probs * (d_probs - delta) * slopes) * in.scale;")
 edit(cc, "      const Lanes prob = exp_lanes(score(key));\n", "      const Lanes slopes = slope(key);\n      const Lanes prob = exp_lanes(score(key));\n")
 edit(cc, "in.operand(prob * (load_lanes(p.d_scores + at) - delta));", "in.operand(prob * (load_lanes(p.d_scores + at) - delta) * slopes);")
-edit("src/model/qwen3_attend.cc", """             .share = context_share(c.rank)},
-            ops);""", """             .share = context_share(c.rank),
-             .logit_cap = static_cast<float>(c.model.attention_logit_cap)},
-            ops);""")
-edit("src/model/qwen3_attend.cc", "      .share = context_share(c.rank)};", """      .share = context_share(c.rank),
-      .logit_cap = static_cast<float>(c.model.attention_logit_cap)};""")
+cap = ".logit_cap = static_cast<float>(c.model.attention_logit_cap)"
+edit("src/model/qwen3_attend.cc", "\n                     .share = context_share(c.rank)};", f"""
+                     .share = context_share(c.rank),
+                     {cap}}};""")
+edit("src/model/qwen3_attend.cc", "\n      .share = context_share(c.rank),\n", f"""
+      .share = context_share(c.rank),
+      {cap},
+""")
 edit("src/config/config.h", "  double norm_epsilon = 1e-6;\n",
      "  double attention_logit_cap = 0.0;  // cap * tanh(score / cap); 0 = none\n  double norm_epsilon = 1e-6;\n")
 edit("src/config/schema.cc", """    {"model",
