@@ -72,13 +72,12 @@ void check_rows(const In<int32_t>& index, const ReadF32& rows) {
 }
 
 // The part's rows of A side by side, where its product wants them.
-void gather_a(const In<int32_t>& index, const GemmPart& part, GemmBlock& block, Scratch& scratch) {
+void gather_a(const ReadF32& rows, const In<int32_t>& index, const GemmPart& part, GemmBlock& block,
+              Scratch& scratch) {
   if (index.empty()) return;
   float* to = scratch.floats(kFirstFreeSlot, part.rows * block.depth);
-  const float* rows = block.a - part.row * block.a_stride;
   for (int64_t r = 0; r < part.rows; ++r) {
-    const float* from = rows + index.pointer()[part.row + r] * block.a_stride;
-    std::copy_n(from, block.depth, to + r * block.depth);
+    std::copy_n(rows.row(index.pointer()[part.row + r]), block.depth, to + r * block.depth);
   }
   block.a = to;
   block.a_stride = block.depth;
@@ -105,7 +104,7 @@ void grouped_up(const GroupedUpArgs& a, Workers& workers) {
   gate.columns = F;
   gate.depth = D;
   gate.a = x.data;
-  gate.a_stride = x.stride;
+  gate.a_stride = a.row_token_R.empty() ? x.stride : 0;  // gathered part by part
   gate.b = w.data;
   gate.b_stride = D;
   gate.b_order = OperandOrder::column_major;
@@ -120,7 +119,7 @@ void grouped_up(const GroupedUpArgs& a, Workers& workers) {
   workers.parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t chunk, Scratch& scratch) {
     const GemmPart& part = parts[chunk].part;
     GemmBlock halves[] = {gate.part(part), up.part(part)};
-    gather_a(a.row_token_R, part, halves[0], scratch);
+    gather_a(x, a.row_token_R, part, halves[0], scratch);
     halves[1].a = halves[0].a;
     halves[1].a_stride = halves[0].a_stride;
     for (GemmBlock& block : halves) {
@@ -166,7 +165,7 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Workers& workers) {
   product.columns = F;
   product.depth = D;
   product.a = d_y.data;
-  product.a_stride = d_y.stride;
+  product.a_stride = a.row_token_R.empty() ? d_y.stride : 0;
   product.b = w.data;
   product.b_stride = F;
   product.c = d_gate_up.data;
@@ -177,7 +176,7 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Workers& workers) {
   workers.parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t chunk, Scratch& scratch) {
     const GemmPart& part = parts[chunk].part;
     GemmBlock block = product.part(part);
-    gather_a(a.row_token_R, part, block, scratch);
+    gather_a(d_y, a.row_token_R, part, block, scratch);
     block.b += parts[chunk].expert * w.stride;
     gemm_block(block, scratch);
     for (int64_t row = part.row; row < part.row + part.rows; ++row) {
