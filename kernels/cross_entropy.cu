@@ -1,16 +1,16 @@
-// Cross entropy on the GPU: a cluster of blocks a row, which it reads once and holds in registers
-// as stored while the row's maximum and sum of exponentials are formed.
+// Cross entropy on the GPU: a cluster of blocks a row, which it reads once. Vectors wait in a ring
+// of shared memory from their copy until their gradient is stored; then the slot is given to a
+// vector of the next row, so that copies run while the row's sum is formed.
 //
-// A thread's partial is a pair (maximum, sum relative to it); pairs meet in the warp by shuffles
-// and over the cluster through its shared memories, in a fixed order: a row's bits depend on V and
-// the storage alone (D2). Logits beyond what the cluster holds are read a second time.
-// Napkin: at V = 151,936 in bf16 a row is 297 KiB, 8 blocks of 512 threads hold 40 logits a thread;
-// two exponentials a logit, 4 bytes of traffic; two blocks a multiprocessor keep 80 KB in flight.
+// A thread's partial is a pair (power, sum of exponentials in units of two to that power); pairs
+// meet in the warp by shuffles and over the cluster through its shared memories, in a fixed order:
+// a row's bits depend on V and the storage alone (D2). Logits beyond the ring, and rows that are no
+// vectors, are read a second time. Napkin: at V = 151,936 in bf16 a row is 297 KiB, half of it in
+// each of two blocks of 1,024 threads with a ring of 208 KiB; two exponentials a logit, 4 bytes of
+// traffic.
 #include "kernels/cross_entropy.h"
 
 #include <cooperative_groups.h>
-
-#include <cfloat>
 
 #include "kernels/cuda_launch.cuh"
 
@@ -20,12 +20,10 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarpLanes;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / kWarpLanes;
 constexpr int kMaxCluster = 8;  // what every GPU of this generation grants
-constexpr int kHeld = 5;        // vectors of a row that a thread holds
-constexpr int kStages = 2;      // rows in shared memory: the one worked on and the next
-constexpr int64_t kQueueBytes = int64_t{kStages} * kHeld * kThreads * 16;
+constexpr int kSlots = 13;      // vectors of a thread in the ring; of one row at most
 
 template <class T>
 struct CrossEntropy {
@@ -35,24 +33,34 @@ struct CrossEntropy {
   Rows<T> d_logits_TV;  // may be absent
   int64_t rows;
   int V, cluster;
+  int held;  // vectors of a row that a thread has in the ring; 0: rows are no vectors
 };
 
-// exp(x) for x <= 0 within two ulp of the argument's rounding; 0 where it would be subnormal.
-__device__ __forceinline__ float exp_of(float x) {
+// 2^x for x <= 0 within two ulp; 0 where it would be subnormal.
+__device__ __forceinline__ float exp2_of(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504089f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// sum = the sum of exp(x - most) over some logits.
+constexpr float kLog2OfE = 1.44269504089f, kLn2 = 0.693147180560f;
+constexpr float kLeastPower = -0x1p126f;  // of no logits
+
+// The sum of exp(x) over some logits is sum * 2^power; power, an integer, is that of the largest
+// rounded up, so that no term is above 1 and other powers are met without rounding.
 struct ExpSum {
-  float most, sum;
+  float power, sum;
+
+  __device__ __forceinline__ void raise_to(float other) {
+    sum *= exp2_of(power - other);
+    power = other;
+  }
 };
 
-// The pair of a warp's lanes: one exponential a lane.
-__device__ __forceinline__ ExpSum warp_merge(const ExpSum& own) {
-  const float most = warp_max(own.most);
-  return {most, warp_sum(own.sum * exp_of(own.most - most))};
+// The pair of a warp's lanes.
+__device__ __forceinline__ ExpSum warp_merge(ExpSum own) {
+  own.raise_to(warp_max(own.power));
+  return {own.power, warp_sum(own.sum)};
 }
 
 // The row's pair from every thread's. Each warp of the cluster reads all warps' pairs.
@@ -61,77 +69,44 @@ __device__ __forceinline__ ExpSum cluster_merge(cg::cluster_group& cluster, cons
   const ExpSum of_warp = warp_merge(own);
   if (threadIdx.x % kWarpLanes == 0) shared[threadIdx.x / kWarpLanes] = of_warp;
   cluster.sync();
-  constexpr int kPairs = kMaxCluster * kWarps / kWarpLanes;  // a lane's
-  const int count = static_cast<int>(cluster.num_blocks()) * kWarps;
-  ExpSum pair[kPairs];
-  float most = -FLT_MAX, sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int at = i * kWarpLanes + threadIdx.x % kWarpLanes;
-    pair[i] = at < count ? cluster.map_shared_rank(shared, at / kWarps)[at % kWarps]
-                         : ExpSum{-FLT_MAX, 0.0f};
+  const int warps = static_cast<int>(blockDim.x) / kWarpLanes;
+  const int count = static_cast<int>(cluster.num_blocks()) * warps;
+  ExpSum all{kLeastPower, 0.0f};
+  for (int at = threadIdx.x % kWarpLanes; at < count; at += kWarpLanes) {
+    ExpSum other = cluster.map_shared_rank(shared, at / warps)[at % warps];
+    const float power = fmaxf(all.power, other.power);
+    all.raise_to(power), other.raise_to(power);
+    all.sum += other.sum;
   }
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) most = fmaxf(most, pair[i].most);
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) sum += pair[i].sum * exp_of(pair[i].most - most);
-  return warp_merge({most, sum});
+  return warp_merge(all);
 }
 
-// What a thread knows of its row while it reads: its pair, and the target's logit if it is here.
-struct RowPart {
-  ExpSum own{-FLT_MAX, 0.0f};
-  float at_target = 0;
-  bool has_target = false;
-};
-
 template <class T, int kVec>
-__device__ __forceinline__ float largest_of(const Packed<T, kVec>& packed, float most) {
-  float x[kVec];
-  unpack(packed, x);
-#pragma unroll
-  for (int j = 0; j < kVec; ++j) most = fmaxf(most, x[j]);
-  return most;
-}
-
-// Adds logits none of which is above part.own.most.
-template <class T, int kVec>
-__device__ __forceinline__ void add_logits(const Packed<T, kVec>& packed, int column, int target,
-                                           RowPart& part) {
+__device__ __forceinline__ void add_logits(const Packed<T, kVec>& packed, ExpSum& all) {
   float x[kVec], sum = 0;
   unpack(packed, x);
+  float most = x[0];
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) sum += exp_of(x[j] - part.own.most);
-  part.own.sum += sum;
-  if (target < column || target >= column + kVec) return;
-  part.has_target = true;
+  for (int j = 1; j < kVec; ++j) most = fmaxf(most, x[j]);
+  const float power = ceilf(most * kLog2OfE);
+  if (power > all.power) all.raise_to(power);
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) part.at_target = column + j == target ? x[j] : part.at_target;
+  for (int j = 0; j < kVec; ++j) sum += exp2_of(fmaf(x[j], kLog2OfE, -all.power));
+  all.sum += sum;
 }
 
 template <class T, int kVec>
 __device__ __forceinline__ void store_gradient(const Packed<T, kVec>& packed, int column,
-                                               float most, float scale, int target, T* d_logits) {
+                                               float power, float scale, int target, T* d_logits) {
   float x[kVec];
   unpack(packed, x);
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) x[j] = exp_of(x[j] - most) * scale;
+  for (int j = 0; j < kVec; ++j) x[j] = exp2_of(fmaf(x[j], kLog2OfE, -power)) * scale;
   if (target >= column && target < column + kVec) {
 #pragma unroll
     for (int j = 0; j < kVec; ++j) x[j] -= column + j == target ? 1.0f : 0.0f;
   }
   store_values<T, kVec>(d_logits + column, x);
-}
-
-template <class T, int kVec>
-__device__ __forceinline__ void store_ignored(const CrossEntropy<T>& a, int64_t t, int begin,
-                                              int step) {
-  if (begin == 0) a.loss_T[t] = 0.0f;
-  if (a.d_logits_TV.is_absent()) return;
-  const float zeros[kVec] = {};
-  for (int column = begin; column < a.V; column += step) {
-    store_values<T, kVec>(a.d_logits_TV.row(t) + column, zeros);
-  }
 }
 
 // This thread's share of the cluster's rows.
@@ -140,99 +115,116 @@ struct Share {
   int64_t first_row, row_step;
 };
 
-// Starts copying row `t` of this thread's vectors into `stage`: each thread reads its own alone, so
-// no barrier is needed. One group a call, empty past the last row.
+// This thread's ring: it reads what it copied itself alone, so no barrier is needed. Copies run
+// kSlots vectors ahead, row after row; each is a group of its own, empty past the last row.
 template <class T, int kVec>
-__device__ __forceinline__ void start_copy(const CrossEntropy<T>& a, const Share& share, int64_t t,
-                                           uint4* stage) {
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int column = share.begin + i * share.step;
-    if (t >= a.rows || column >= a.V) continue;
-    copy_async(stage + i * kThreads, a.logits_TV.row(t) + column);
+class Ring {
+ public:
+  __device__ __forceinline__ Ring(const CrossEntropy<T>& a, const Share& share, uint4* queue)
+      : a_(a), share_(share), queue_(queue + threadIdx.x), row_(share.first_row) {
+    if constexpr (kVec == 1) return;
+    for (int slot = 0; slot < kSlots; ++slot) start_copy(slot);
   }
-  end_copy_group();
-}
+  __device__ __forceinline__ Packed<T, kVec> at(int slot) const {
+    Packed<T, kVec> packed;
+    *reinterpret_cast<uint4*>(&packed) = queue_[slot * static_cast<int>(blockDim.x)];
+    return packed;
+  }
+  // The next vector into a slot that is free.
+  __device__ __forceinline__ void start_copy(int slot) {
+    const int column = share_.begin + item_ * share_.step;
+    if (row_ < a_.rows && column < a_.V) {
+      copy_async(queue_ + slot * static_cast<int>(blockDim.x), a_.logits_TV.row(row_) + column);
+    }
+    end_copy_group();
+    if (++item_ == a_.held) item_ = 0, row_ += share_.row_step;
+  }
+  static __device__ __forceinline__ int after(int slot) {
+    return slot + 1 == kSlots ? 0 : slot + 1;
+  }
 
-// The held vectors of row `t`: from the queue, or where rows are no vectors from memory.
-template <class T, int kVec>
-__device__ __forceinline__ void load_held(const CrossEntropy<T>& a, const Share& share, int64_t t,
-                                          const uint4* stage, Packed<T, kVec> (&held)[kHeld]) {
-  if constexpr (kVec > 1) wait_copy_groups<kStages - 1>();
+ private:
+  const CrossEntropy<T>& a_;
+  const Share& share_;
+  uint4* queue_;
+  int64_t row_;   // of the next copy
+  int item_ = 0;  // its vector
+};
+
+// The pair of this thread's logits of row `t`. Without a gradient their slots are free at once.
+template <class T, int kVec, bool kGradient>
+__device__ __forceinline__ ExpSum sum_row(const CrossEntropy<T>& a, const Share& share, int64_t t,
+                                          Ring<T, kVec>& ring, int slot) {
+  ExpSum own{kLeastPower, 0.0f};
+  if constexpr (kVec > 1) {
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int column = share.begin + i * share.step;
-    if (column >= a.V) continue;
-    if constexpr (kVec > 1) {
-      *reinterpret_cast<uint4*>(&held[i]) = stage[i * kThreads];
-    } else {
-      held[i] = load_packed<T, kVec>(a.logits_TV.row(t) + column);
+    for (int i = 0; i < kSlots; ++i) {
+      if (i == a.held) break;
+      wait_copy_groups<kGradient ? kSlots - 1 - i : kSlots - 1>();
+      if (share.begin + i * share.step < a.V) add_logits(ring.at(slot), own);
+      if constexpr (!kGradient) ring.start_copy(slot);
+      slot = ring.after(slot);
     }
   }
+  for (int column = share.begin + a.held * share.step; column < a.V; column += share.step) {
+    add_logits(load_packed<T, kVec>(a.logits_TV.row(t) + column), own);
+  }
+  return own;
 }
 
+// Stores this thread's part of the row's gradient: zeros where the row is ignored.
 template <class T, int kVec>
-__device__ __forceinline__ void do_row(const CrossEntropy<T>& a, const Share& share, int64_t t,
-                                       int target, const Packed<T, kVec> (&held)[kHeld],
-                                       cg::cluster_group& cluster, ExpSum* shared) {
-  const T* logits = a.logits_TV.row(t);
-  const int beyond = share.begin + kHeld * share.step;
-  RowPart part;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    if (share.begin + i * share.step < a.V) part.own.most = largest_of(held[i], part.own.most);
-  }
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int column = share.begin + i * share.step;
-    if (column < a.V) add_logits(held[i], column, target, part);
-  }
-  for (int column = beyond; column < a.V; column += share.step) {
-    const Packed<T, kVec> packed = load_packed<T, kVec>(logits + column);
-    const float most = largest_of(packed, part.own.most);
-    part.own = {most, part.own.sum * exp_of(part.own.most - most)};
-    add_logits(packed, column, target, part);
-  }
-  const ExpSum row = cluster_merge(cluster, part.own, shared);
-  if (part.has_target) a.loss_T[t] = logf(row.sum) + (row.most - part.at_target);
-  if (a.d_logits_TV.is_absent()) return;
+__device__ __forceinline__ void store_row(const CrossEntropy<T>& a, const Share& share, int64_t t,
+                                          const ExpSum& row, int target, Ring<T, kVec>& ring,
+                                          int slot) {
   T* d_logits = a.d_logits_TV.row(t);
-  const float scale = 1.0f / row.sum;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int column = share.begin + i * share.step;
-    if (column < a.V) store_gradient(held[i], column, row.most, scale, target, d_logits);
+  const float scale = 1.0f / row.sum, zeros[kVec] = {};
+  const auto store = [&](const Packed<T, kVec>& packed, int column) {
+    if (target == kIgnoredTarget) return store_values<T, kVec>(d_logits + column, zeros);
+    store_gradient(packed, column, row.power, scale, target, d_logits);
+  };
+  if constexpr (kVec > 1) {
+#pragma unroll 2
+    for (int i = 0; i < a.held; ++i) {
+      const int column = share.begin + i * share.step;
+      if (column < a.V) store(ring.at(slot), column);
+      ring.start_copy(slot);
+      slot = ring.after(slot);
+    }
   }
-  for (int column = beyond; column < a.V; column += share.step) {
-    store_gradient(load_packed<T, kVec>(logits + column), column, row.most, scale, target,
-                   d_logits);
+  for (int column = share.begin + a.held * share.step; column < a.V; column += share.step) {
+    store(load_packed<T, kVec>(a.logits_TV.row(t) + column), column);
   }
 }
 
-template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(const CrossEntropy<T> a) {
+template <class T, int kVec, bool kGradient>
+__global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(const CrossEntropy<T> a) {
   extern __shared__ uint4 queue[];
-  __shared__ ExpSum shared[2][kWarps];
+  __shared__ ExpSum shared[2][kMaxWarps];
   cg::cluster_group cluster = cg::this_cluster();
-  const int rank = static_cast<int>(blockIdx.x) % a.cluster;
-  const Share share{(rank * kThreads + static_cast<int>(threadIdx.x)) * kVec,
-                    a.cluster * kThreads * kVec, blockIdx.x / a.cluster, gridDim.x / a.cluster};
-  const auto stage_of = [&](int stage) { return queue + stage * kHeld * kThreads + threadIdx.x; };
-  int64_t t = share.first_row;
-  if constexpr (kVec > 1) start_copy<T, kVec>(a, share, t, stage_of(0));
+  const int rank = static_cast<int>(blockIdx.x) % a.cluster, threads = blockDim.x;
+  const Share share{(rank * threads + static_cast<int>(threadIdx.x)) * kVec,
+                    a.cluster * threads * kVec, blockIdx.x / a.cluster, gridDim.x / a.cluster};
+  Ring<T, kVec> ring(a, share, queue);
   int buffer = 0;  // of the pairs; alternates, so that one barrier a row is enough
-  for (int stage = 0; t < a.rows; t += share.row_step, stage ^= 1) {
-    if constexpr (kVec > 1) start_copy<T, kVec>(a, share, t + share.row_step, stage_of(stage ^ 1));
+  int slot = 0;    // of the row's first vector
+  for (int64_t t = share.first_row; t < a.rows; t += share.row_step) {
     const int target = a.target_T[t];
-    Packed<T, kVec> held[kHeld];
-    load_held<T, kVec>(a, share, t, stage_of(stage), held);
-    if (target == kIgnoredTarget) {
-      store_ignored<T, kVec>(a, t, share.begin, share.step);
-      continue;
+    const bool is_ignored = target == kIgnoredTarget;
+    device_check(is_ignored || (target >= 0 && target < a.V));
+    float at_target = 0;  // read before the barrier: the gradient may take the logits' place
+    if (share.begin == 0 && !is_ignored) at_target = to_f32(a.logits_TV.row(t)[target]);
+    ExpSum row = sum_row<T, kVec, kGradient>(a, share, t, ring, slot);
+    if (!is_ignored) {
+      row = cluster_merge(cluster, row, shared[buffer]);
+      buffer ^= 1;
     }
-    device_check(target >= 0 && target < a.V);
-    do_row<T, kVec>(a, share, t, target, held, cluster, shared[buffer]);
-    buffer ^= 1;
+    if (share.begin == 0) {
+      a.loss_T[t] = is_ignored ? 0.0f : logf(row.sum) + fmaf(row.power, kLn2, -at_target);
+    }
+    if constexpr (kGradient) store_row<T, kVec>(a, share, t, row, target, ring, slot);
+    slot += a.held;
+    if (slot >= kSlots) slot -= kSlots;
   }
   cluster.sync();  // no block leaves while another may read its pairs
 }
@@ -240,40 +232,57 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(const CrossE
 // Clusters that run at the same time; rows are dealt to them, and no bit depends on their number.
 template <class Kernel>
 int64_t resident_clusters(Kernel kernel, const LaunchShape& shape, Stream& stream) {
-  constexpr int64_t kLoneBlocks = 264;  // two for each of 132 multiprocessors
-  if (shape.cluster == 1) return kLoneBlocks;
+  constexpr int kMultiprocessors = 132;
   int count = 0;
   const LaunchConfig config("cross_entropy", kernel, shape, stream);
-  check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, config.get()), "cross_entropy");
-  return std::max(count, 1);
+  if (shape.cluster > 1) {
+    check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, config.get()), "cross_entropy");
+    return std::max(count, 1);
+  }
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads,
+                                                           static_cast<size_t>(shape.shared_bytes)),
+             "cross_entropy");
+  return kMultiprocessors * std::max(count, 1);
 }
 
-}  // namespace
-
-void cross_entropy(const CrossEntropyArgs& args, Stream& stream) {
+template <bool kGradient>
+void launch_cross_entropy(const CrossEntropyArgs& args, Stream& stream) {
   const int64_t rows = args.logits_TV[0], V = args.logits_TV[1];
-  CHECK_LT(V, int64_t{INT_MAX} / 2);
-  CHECK(args.d_logits_TV.empty() || args.d_logits_TV.dtype == args.logits_TV.dtype);
   const bool vectors = rows_are_vectors(args.logits_TV, args.d_logits_TV);
   with_storage(args.logits_TV.dtype, vectors, [&]<class T, int kVec>() {
-    int cluster = 1;
-    while (cluster < kMaxCluster && V > int64_t{cluster} * kThreads * kVec * kHeld) cluster *= 2;
+    const int64_t V_vectors = blocks_for(V, kVec);
+    int64_t cluster = 1;
+    while (cluster < kMaxCluster && V_vectors > cluster * kMaxThreads * kSlots) cluster *= 2;
+    // Four vectors a thread, so that a ring holds rows ahead, until a block is full.
+    const int64_t warps = blocks_for(V_vectors, cluster * kWarpLanes * 4);
+    const int64_t threads = kWarpLanes * std::min<int64_t>(warps, kMaxWarps);
+    const int64_t held = std::min<int64_t>(kSlots, blocks_for(V_vectors, cluster * threads));
     const CrossEntropy<T> a{rows_of<const T>(args.logits_TV),
                             args.target_T.pointer(),
                             args.loss_T.pointer(),
                             rows_of<T>(args.d_logits_TV),
                             rows,
                             static_cast<int>(V),
-                            cluster};
+                            static_cast<int>(cluster),
+                            kVec > 1 ? static_cast<int>(held) : 0};
     LaunchShape shape{.blocks = rows * cluster,
-                      .threads = kThreads,
-                      .shared_bytes = kVec > 1 ? kQueueBytes : 0,
-                      .cluster = cluster};
-    if (rows == 0) return;
-    const auto kernel = cross_entropy_kernel<T, kVec>;
+                      .threads = static_cast<int>(threads),
+                      .shared_bytes = kVec > 1 ? 16 * kSlots * threads : 0,
+                      .cluster = static_cast<int>(cluster)};
+    const auto kernel = cross_entropy_kernel<T, kVec, kGradient>;
     shape.blocks = std::min(rows, resident_clusters(kernel, shape, stream)) * cluster;
     launch("cross_entropy", kernel, shape, stream, a);
   });
+}
+
+}  // namespace
+
+void cross_entropy(const CrossEntropyArgs& args, Stream& stream) {
+  CHECK_LT(args.logits_TV[1], int64_t{INT_MAX} / 2);
+  CHECK(args.d_logits_TV.empty() || args.d_logits_TV.dtype == args.logits_TV.dtype);
+  if (args.logits_TV[0] == 0) return;
+  if (args.d_logits_TV.empty()) return launch_cross_entropy<false>(args, stream);
+  launch_cross_entropy<true>(args, stream);
 }
 
 }  // namespace cambium::cuda
