@@ -151,20 +151,28 @@ class Ring {
   int item_ = 0;  // its vector
 };
 
+// Calls body.operator()<i>() for slots in order until it says false.
+template <int i, class Body>
+__device__ __forceinline__ void each_slot(Body&& body) {
+  if constexpr (i < kSlots) {
+    if (body.template operator()<i>()) each_slot<i + 1>(body);
+  }
+}
+
 // The pair of this thread's logits of row `t`. Without a gradient their slots are free at once.
 template <class T, int kVec, bool kGradient>
 __device__ __forceinline__ ExpSum sum_row(const CrossEntropy<T>& a, const Share& share, int64_t t,
                                           Ring<T, kVec>& ring, int slot) {
   ExpSum own{kLeastPower, 0.0f};
   if constexpr (kVec > 1) {
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      if (i == a.held) break;
+    each_slot<0>([&]<int i>() {
+      if (i == a.held) return false;
       wait_copy_groups<kGradient ? kSlots - 1 - i : kSlots - 1>();
       if (share.begin + i * share.step < a.V) add_logits(ring.at(slot), own);
       if constexpr (!kGradient) ring.start_copy(slot);
       slot = ring.after(slot);
-    }
+      return true;
+    });
   }
   for (int column = share.begin + a.held * share.step; column < a.V; column += share.step) {
     add_logits(load_packed<T, kVec>(a.logits_TV.row(t) + column), own);
