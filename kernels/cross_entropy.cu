@@ -2,15 +2,17 @@
 // of shared memory from their copy until their gradient is stored; then the slot is given to a
 // vector of the next row, so that copies run while the row's sum is formed.
 //
-// A thread's partial is a pair (power, sum of exponentials in units of two to that power); pairs
-// meet in the warp by shuffles and over the cluster through its shared memories, in a fixed order:
-// a row's bits depend on V and the storage alone (D2). Logits beyond the ring, and rows that are no
-// vectors, are read a second time. Napkin: at V = 151,936 in bf16 a row is 297 KiB, half of it in
-// each of two blocks of 1,024 threads with a ring of 208 KiB; two exponentials a logit, 4 bytes of
-// traffic.
+// A thread's partial is a pair (maximum, sum relative to it); pairs meet in the warp by shuffles
+// and over the cluster through its shared memories, in a fixed order: a row's bits depend on V and
+// the storage alone (D2). Logits beyond the ring, and rows that are no vectors, are read a second
+// time. Napkin: at V = 151,936 in bf16 a row is 297 KiB, a quarter of it in each of four blocks of
+// 512 threads; two exponentials a logit, 4 bytes of traffic. Two blocks a multiprocessor: one sums
+// or waits for its cluster while the other one stores.
 #include "kernels/cross_entropy.h"
 
 #include <cooperative_groups.h>
+
+#include <cfloat>
 
 #include "kernels/cuda_launch.cuh"
 
@@ -20,7 +22,7 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 512;  // two such blocks a multiprocessor
 constexpr int kMaxWarps = kMaxThreads / kWarpLanes;
 constexpr int kMaxCluster = 8;  // what every GPU of this generation grants
 constexpr int kSlots = 13;      // vectors of a thread in the ring; of one row at most
@@ -36,31 +38,41 @@ struct CrossEntropy {
   int held;  // vectors of a row that a thread has in the ring; 0: rows are no vectors
 };
 
-// 2^x for x <= 0 within two ulp; 0 where it would be subnormal.
+// 2^x within two ulp; 0 where it would be subnormal.
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
+// exp(x - most) in one fused multiply-add and one exponential: relative to what `most` in powers of
+// two is rounded to, which quotients do not see and a logarithm adds again (`shift`).
 constexpr float kLog2OfE = 1.44269504089f, kLn2 = 0.693147180560f;
-constexpr float kLeastPower = -0x1p126f;  // of no logits
+struct Relative {
+  float base;
+  __device__ __forceinline__ explicit Relative(float most) : base(most * kLog2OfE) {}
+  __device__ __forceinline__ float exp_of(float x) const {
+    return exp2_of(fmaf(x, kLog2OfE, -base));
+  }
+  __device__ __forceinline__ float shift(float most) const {
+    return kLn2 * fmaf(most, kLog2OfE, -base);
+  }
+};
 
-// The sum of exp(x) over some logits is sum * 2^power; power, an integer, is that of the largest
-// rounded up, so that no term is above 1 and other powers are met without rounding.
+// sum = the sum of exp(x - most) over some logits.
 struct ExpSum {
-  float power, sum;
+  float most, sum;
 
   __device__ __forceinline__ void raise_to(float other) {
-    sum *= exp2_of(power - other);
-    power = other;
+    sum *= exp2_of(Relative(most).base - Relative(other).base);
+    most = other;
   }
 };
 
 // The pair of a warp's lanes.
 __device__ __forceinline__ ExpSum warp_merge(ExpSum own) {
-  own.raise_to(warp_max(own.power));
-  return {own.power, warp_sum(own.sum)};
+  own.raise_to(warp_max(own.most));
+  return {own.most, warp_sum(own.sum)};
 }
 
 // The row's pair from every thread's. Each warp of the cluster reads all warps' pairs.
@@ -70,12 +82,13 @@ __device__ __forceinline__ ExpSum cluster_merge(cg::cluster_group& cluster, cons
   if (threadIdx.x % kWarpLanes == 0) shared[threadIdx.x / kWarpLanes] = of_warp;
   cluster.sync();
   const int warps = static_cast<int>(blockDim.x) / kWarpLanes;
-  const int count = static_cast<int>(cluster.num_blocks()) * warps;
-  ExpSum all{kLeastPower, 0.0f};
-  for (int at = threadIdx.x % kWarpLanes; at < count; at += kWarpLanes) {
-    ExpSum other = cluster.map_shared_rank(shared, at / warps)[at % warps];
-    const float power = fmaxf(all.power, other.power);
-    all.raise_to(power), other.raise_to(power);
+  const int places = static_cast<int>(cluster.num_blocks()) * kMaxWarps;
+  ExpSum all{-FLT_MAX, 0.0f};
+  for (int at = threadIdx.x % kWarpLanes; at < places; at += kWarpLanes) {
+    if (at % kMaxWarps >= warps) continue;
+    ExpSum other = cluster.map_shared_rank(shared, at / kMaxWarps)[at % kMaxWarps];
+    const float most = fmaxf(all.most, other.most);
+    all.raise_to(most), other.raise_to(most);
     all.sum += other.sum;
   }
   return warp_merge(all);
@@ -85,70 +98,104 @@ template <class T, int kVec>
 __device__ __forceinline__ void add_logits(const Packed<T, kVec>& packed, ExpSum& all) {
   float x[kVec], sum = 0;
   unpack(packed, x);
-  float most = x[0];
+  float most = all.most;
 #pragma unroll
-  for (int j = 1; j < kVec; ++j) most = fmaxf(most, x[j]);
-  const float power = ceilf(most * kLog2OfE);
-  if (power > all.power) all.raise_to(power);
+  for (int j = 0; j < kVec; ++j) most = fmaxf(most, x[j]);
+  if (most > all.most) all.raise_to(most);
+  const Relative relative(all.most);
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) sum += exp2_of(fmaf(x[j], kLog2OfE, -all.power));
+  for (int j = 0; j < kVec; ++j) sum += relative.exp_of(x[j]);
   all.sum += sum;
 }
 
+// The loss of a row: from the target's probability where that is the larger part, so that a lone
+// logit has none.
+__device__ __forceinline__ float loss_of(const ExpSum& row, float at_target) {
+  const Relative relative(row.most);
+  const float probability = relative.exp_of(at_target) * (1.0f / row.sum);
+  if (probability > 0.5f) return -logf(probability);
+  return logf(row.sum) - relative.shift(row.most) + (row.most - at_target);
+}
+
+// `target` counts from the vector's first logit.
 template <class T, int kVec>
-__device__ __forceinline__ void store_gradient(const Packed<T, kVec>& packed, int column,
-                                               float power, float scale, int target, T* d_logits) {
+__device__ __forceinline__ void store_gradient(const Packed<T, kVec>& packed, int target,
+                                               const Relative& relative, float scale, T* to) {
   float x[kVec];
   unpack(packed, x);
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) x[j] = exp2_of(fmaf(x[j], kLog2OfE, -power)) * scale;
-  if (target >= column && target < column + kVec) {
+  for (int j = 0; j < kVec; ++j) x[j] = relative.exp_of(x[j]) * scale;
+  if (target >= 0 && target < kVec) {
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) x[j] -= column + j == target ? 1.0f : 0.0f;
+    for (int j = 0; j < kVec; ++j) x[j] -= j == target ? 1.0f : 0.0f;
   }
-  store_values<T, kVec>(d_logits + column, x);
+  store_values<T, kVec>(to, x);
 }
 
-// This thread's share of the cluster's rows.
+// This thread's share of the cluster's rows: columns begin, begin + step, ...
 struct Share {
-  int begin, step;  // columns
+  int begin, step;
   int64_t first_row, row_step;
 };
 
+__device__ __forceinline__ uint4 load_shared(unsigned address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 // This thread's ring: it reads what it copied itself alone, so no barrier is needed. Copies run
-// kSlots vectors ahead, row after row; each is a group of its own, empty past the last row.
+// kSlots vectors ahead, row after row; each is a group of its own, empty past the last row and for
+// the vector that a row's end leaves out. Pointers walk: products of strides would be a third of
+// the kernel's instructions.
 template <class T, int kVec>
 class Ring {
  public:
   __device__ __forceinline__ Ring(const CrossEntropy<T>& a, const Share& share, uint4* queue)
-      : a_(a), share_(share), queue_(queue + threadIdx.x), row_(share.first_row) {
+      : held(a.held), slot_bytes_(16 * blockDim.x) {
     if constexpr (kVec == 1) return;
-    for (int slot = 0; slot < kSlots; ++slot) start_copy(slot);
+    begin_ = at_ = static_cast<unsigned>(__cvta_generic_to_shared(queue + threadIdx.x));
+    end_ = begin_ + kSlots * slot_bytes_;
+    step_ = share.step;
+    row_step_ = share.row_step * a.logits_TV.stride - int64_t{a.held} * share.step;
+    from_ = a.logits_TV.row(share.first_row) + share.begin;
+    const int vectors = a.V > share.begin ? (a.V - share.begin - 1) / share.step + 1 : 0;
+    count = min(vectors, a.held);
+    rows_ = static_cast<int>((a.rows - share.first_row + share.row_step - 1) / share.row_step);
+    for (int slot = 0; slot < kSlots; ++slot) start_copy(), next();
   }
-  __device__ __forceinline__ Packed<T, kVec> at(int slot) const {
+  // The slot that the thread is at: its vector, the next copy into it, the slot after it.
+  __device__ __forceinline__ Packed<T, kVec> vector() const {
     Packed<T, kVec> packed;
-    *reinterpret_cast<uint4*>(&packed) = queue_[slot * static_cast<int>(blockDim.x)];
+    *reinterpret_cast<uint4*>(&packed) = load_shared(at_);
     return packed;
   }
-  // The next vector into a slot that is free.
-  __device__ __forceinline__ void start_copy(int slot) {
-    const int column = share_.begin + item_ * share_.step;
-    if (row_ < a_.rows && column < a_.V) {
-      copy_async(queue_ + slot * static_cast<int>(blockDim.x), a_.logits_TV.row(row_) + column);
-    }
+  __device__ __forceinline__ void start_copy() {
+    if (item_ < count && rows_ > 0) copy_async(at_, from_);
     end_copy_group();
-    if (++item_ == a_.held) item_ = 0, row_ += share_.row_step;
+    from_ += step_;
+    if (++item_ < held) return;
+    item_ = 0, from_ += row_step_, --rows_;
   }
-  static __device__ __forceinline__ int after(int slot) {
-    return slot + 1 == kSlots ? 0 : slot + 1;
+  __device__ __forceinline__ void next() {
+    at_ += slot_bytes_;
+    if (at_ == end_) at_ = begin_;
   }
+  __device__ __forceinline__ unsigned place() const { return at_; }
+  __device__ __forceinline__ void back_to(unsigned place) { at_ = place; }
+
+  int held;       // vectors of a row, of this thread or of any
+  int count = 0;  // of this thread
 
  private:
-  const CrossEntropy<T>& a_;
-  const Share& share_;
-  uint4* queue_;
-  int64_t row_;   // of the next copy
-  int item_ = 0;  // its vector
+  unsigned begin_ = 0, end_ = 0, at_ = 0, slot_bytes_;
+  int step_ = 0;
+  int64_t row_step_ = 0;  // from the end of a row to the next one
+  const T* from_ = nullptr;
+  int item_ = 0, rows_ = 0;  // of the next copy; rows that are left
 };
 
 // Calls body.operator()<i>() for slots in order until it says false.
@@ -159,18 +206,19 @@ __device__ __forceinline__ void each_slot(Body&& body) {
   }
 }
 
-// The pair of this thread's logits of row `t`. Without a gradient their slots are free at once.
+// The pair of this thread's logits of row `t`, from the ring's place on. Without a gradient their
+// slots are free at once.
 template <class T, int kVec, bool kGradient>
 __device__ __forceinline__ ExpSum sum_row(const CrossEntropy<T>& a, const Share& share, int64_t t,
-                                          Ring<T, kVec>& ring, int slot) {
-  ExpSum own{kLeastPower, 0.0f};
+                                          Ring<T, kVec>& ring) {
+  ExpSum own{-FLT_MAX, 0.0f};
   if constexpr (kVec > 1) {
     each_slot<0>([&]<int i>() {
-      if (i == a.held) return false;
+      if (i == ring.held) return false;
       wait_copy_groups<kGradient ? kSlots - 1 - i : kSlots - 1>();
-      if (share.begin + i * share.step < a.V) add_logits(ring.at(slot), own);
-      if constexpr (!kGradient) ring.start_copy(slot);
-      slot = ring.after(slot);
+      if (i < ring.count) add_logits(ring.vector(), own);
+      if constexpr (!kGradient) ring.start_copy();
+      ring.next();
       return true;
     });
   }
@@ -180,33 +228,33 @@ __device__ __forceinline__ ExpSum sum_row(const CrossEntropy<T>& a, const Share&
   return own;
 }
 
-// Stores this thread's part of the row's gradient: zeros where the row is ignored.
+// Stores this thread's part of the row's gradient, zeros where the row is ignored, and frees slots.
 template <class T, int kVec>
 __device__ __forceinline__ void store_row(const CrossEntropy<T>& a, const Share& share, int64_t t,
-                                          const ExpSum& row, int target, Ring<T, kVec>& ring,
-                                          int slot) {
-  T* d_logits = a.d_logits_TV.row(t);
+                                          const ExpSum& row, int target, Ring<T, kVec>& ring) {
+  const Relative relative(row.most);
   const float scale = 1.0f / row.sum, zeros[kVec] = {};
-  const auto store = [&](const Packed<T, kVec>& packed, int column) {
-    if (target == kIgnoredTarget) return store_values<T, kVec>(d_logits + column, zeros);
-    store_gradient(packed, column, row.power, scale, target, d_logits);
+  const auto store = [&](const Packed<T, kVec>& packed, int column, T* to) {
+    if (target == kIgnoredTarget) return store_values<T, kVec>(to, zeros);
+    store_gradient(packed, target - column, relative, scale, to);
   };
+  int column = share.begin;
+  T* to = a.d_logits_TV.row(t) + column;
   if constexpr (kVec > 1) {
 #pragma unroll 2
-    for (int i = 0; i < a.held; ++i) {
-      const int column = share.begin + i * share.step;
-      if (column < a.V) store(ring.at(slot), column);
-      ring.start_copy(slot);
-      slot = ring.after(slot);
+    for (int i = 0; i < ring.held; ++i) {
+      if (i < ring.count) store(ring.vector(), column, to);
+      ring.start_copy(), ring.next();
+      column += share.step, to += share.step;
     }
   }
-  for (int column = share.begin + a.held * share.step; column < a.V; column += share.step) {
-    store(load_packed<T, kVec>(a.logits_TV.row(t) + column), column);
+  for (; column < a.V; column += share.step, to += share.step) {
+    store(load_packed<T, kVec>(a.logits_TV.row(t) + column), column, to);
   }
 }
 
 template <class T, int kVec, bool kGradient>
-__global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(const CrossEntropy<T> a) {
+__global__ void __launch_bounds__(kMaxThreads, 2) cross_entropy_kernel(const CrossEntropy<T> a) {
   extern __shared__ uint4 queue[];
   __shared__ ExpSum shared[2][kMaxWarps];
   cg::cluster_group cluster = cg::this_cluster();
@@ -215,24 +263,22 @@ __global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(const CrossE
                     a.cluster * threads * kVec, blockIdx.x / a.cluster, gridDim.x / a.cluster};
   Ring<T, kVec> ring(a, share, queue);
   int buffer = 0;  // of the pairs; alternates, so that one barrier a row is enough
-  int slot = 0;    // of the row's first vector
   for (int64_t t = share.first_row; t < a.rows; t += share.row_step) {
     const int target = a.target_T[t];
     const bool is_ignored = target == kIgnoredTarget;
     device_check(is_ignored || (target >= 0 && target < a.V));
     float at_target = 0;  // read before the barrier: the gradient may take the logits' place
     if (share.begin == 0 && !is_ignored) at_target = to_f32(a.logits_TV.row(t)[target]);
-    ExpSum row = sum_row<T, kVec, kGradient>(a, share, t, ring, slot);
+    const unsigned row_place = ring.place();
+    ExpSum row = sum_row<T, kVec, kGradient>(a, share, t, ring);
     if (!is_ignored) {
       row = cluster_merge(cluster, row, shared[buffer]);
       buffer ^= 1;
     }
-    if (share.begin == 0) {
-      a.loss_T[t] = is_ignored ? 0.0f : logf(row.sum) + fmaf(row.power, kLn2, -at_target);
-    }
-    if constexpr (kGradient) store_row<T, kVec>(a, share, t, row, target, ring, slot);
-    slot += a.held;
-    if (slot >= kSlots) slot -= kSlots;
+    if (share.begin == 0) a.loss_T[t] = is_ignored ? 0.0f : loss_of(row, at_target);
+    if constexpr (!kGradient) continue;
+    ring.back_to(row_place);
+    store_row<T, kVec>(a, share, t, row, target, ring);
   }
   cluster.sync();  // no block leaves while another may read its pairs
 }

@@ -119,32 +119,6 @@ __device__ __forceinline__ int64_t gain_offset(int own_head, int Q) {
   return kKind == QkNormKind::full_width ? int64_t{own_head} * Q : 0;
 }
 
-// The rstd of this lane's head, or of all heads; stored by the first lane that has it.
-template <class T, int kVec, int kPer, QkNormKind kKind>
-__device__ __forceinline__ float forward_rstd(const RopeForward<T>& a, const HeadForward<T>& h,
-                                              const Lane& place, int64_t t,
-                                              const Packed<T, kVec> (&x)[kPer][2], float* shared) {
-  float squares = 0;
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    if (place.column<kVec>(i, a.lanes) >= a.Q / 2) continue;
-    float first[kVec], second[kVec];
-    unpack(x[i][0], first), unpack(x[i][1], second);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      squares = fmaf(first[j], first[j], fmaf(second[j], second[j], squares));
-    }
-  }
-  squares = group_sum<kKind>(squares, place, a.lanes, h.shape, shared);
-  const float rstd = 1.0f / sqrtf(squares / h.shape.width + a.epsilon);
-  const int own_head = place.head - h.shape.first;
-  const int group = kKind == QkNormKind::per_head ? own_head : 0;
-  if (place.is_there && place.lane == 0 && (group > 0 || own_head == 0)) {
-    h.rstd.row(t)[group] = rstd;
-  }
-  return rstd;
-}
-
 template <class T, int kVec, int kPer, QkNormKind kKind>
 __global__ void __launch_bounds__(max_threads(kPer)) qk_norm_rope_kernel(const RopeForward<T> a) {
   __shared__ float shared[kMaxThreads];
@@ -152,50 +126,55 @@ __global__ void __launch_bounds__(max_threads(kPer)) qk_norm_rope_kernel(const R
   const Lane place(a);
   const HeadForward<T>& h = place.is_query ? a.q : a.k;
   const int own_head = place.head - h.shape.first, half = a.Q / 2;
-  const int64_t angle = a.angles.row_of(t);
-  // All loads before the sum, which they would wait for.
-  Packed<T, kVec> x[kPer][2], gain[kPer][2];
-  float cos[kPer][kVec], sin[kPer][kVec];
+  float first[kPer][kVec], second[kPer][kVec], squares = 0;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int column = place.column<kVec>(i, a.lanes);
     if (column >= half) continue;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const int at = part * half + column;
-      x[i][part] = load_packed<T, kVec>(h.x.row(t) + own_head * a.Q + at);
-      if constexpr (kKind == QkNormKind::none) continue;
-      gain[i][part] = load_packed<T, kVec>(h.gain + gain_offset<kKind>(own_head, a.Q) + at);
-    }
-    load_floats<kVec>(a.angles.cos_SC.row(angle) + column, cos[i]);
-    load_floats<kVec>(a.angles.sin_SC.row(angle) + column, sin[i]);
-  }
-  float rstd = 1.0f;
-  if constexpr (kKind != QkNormKind::none) {
-    rstd = forward_rstd<T, kVec, kPer, kKind>(a, h, place, t, x, shared);
-  }
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    const int column = place.column<kVec>(i, a.lanes);
-    if (column >= half) continue;
-    float n[2][kVec], low[kVec], high[kVec];
-    unpack(x[i][0], n[0]), unpack(x[i][1], n[1]);
-    if constexpr (kKind != QkNormKind::none) {
-      unpack(gain[i][0], low), unpack(gain[i][1], high);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        n[0][j] = low[j] * (n[0][j] * rstd);
-        n[1][j] = high[j] * (n[1][j] * rstd);
-      }
-    }
+    const T* x = h.x.row(t) + own_head * a.Q + column;
+    load_values<T, kVec>(x, first[i]);
+    load_values<T, kVec>(x + half, second[i]);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
-      low[j] = n[0][j] * cos[i][j] - n[1][j] * sin[i][j];
-      high[j] = n[1][j] * cos[i][j] + n[0][j] * sin[i][j];
+      squares = fmaf(first[i][j], first[i][j], fmaf(second[i][j], second[i][j], squares));
+    }
+  }
+  const int64_t angle = a.angles.row_of(t);
+  float rstd = 1.0f;
+  if constexpr (kKind != QkNormKind::none) {
+    squares = group_sum<kKind>(squares, place, a.lanes, h.shape, shared);
+    rstd = 1.0f / sqrtf(squares / h.shape.width + a.epsilon);
+    const int group = kKind == QkNormKind::per_head ? own_head : 0;
+    if (place.is_there && place.lane == 0 && (group > 0 || own_head == 0)) {
+      h.rstd.row(t)[group] = rstd;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int column = place.column<kVec>(i, a.lanes);
+    if (column >= half) continue;
+    if constexpr (kKind != QkNormKind::none) {
+      const T* gain = h.gain + gain_offset<kKind>(own_head, a.Q) + column;
+      float low[kVec], high[kVec];
+      load_values<T, kVec>(gain, low);
+      load_values<T, kVec>(gain + half, high);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        first[i][j] = low[j] * (first[i][j] * rstd);
+        second[i][j] = high[j] * (second[i][j] * rstd);
+      }
+    }
+    float cos[kVec], sin[kVec], out_first[kVec], out_second[kVec];
+    load_floats<kVec>(a.angles.cos_SC.row(angle) + column, cos);
+    load_floats<kVec>(a.angles.sin_SC.row(angle) + column, sin);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      out_first[j] = first[i][j] * cos[j] - second[i][j] * sin[j];
+      out_second[j] = second[i][j] * cos[j] + first[i][j] * sin[j];
     }
     T* out = h.out.row(t) + own_head * a.Q + column;
-    store_values<T, kVec>(out, low);
-    store_values<T, kVec>(out + half, high);
+    store_values<T, kVec>(out, out_first);
+    store_values<T, kVec>(out + half, out_second);
   }
 }
 
