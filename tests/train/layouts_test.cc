@@ -176,6 +176,63 @@ TEST(Layouts, ARecomputedLayerNeverChoosesAgain) {
   });
 }
 
+// Activation bytes that one layer's forward keeps for its backward.
+int64_t kept_bytes(const Config& config) {
+  const SyntheticSequences source(config);
+  int64_t bytes = 0;
+  launch_ranks({.ranks = 1, .workers = 1}, [&](RankEnvironment& environment) {
+    Rank rank(config, environment);
+    TrainStep step(rank, config.model);
+    Model& model = step.model();
+    model.initialize(1);
+    step.begin(0, source);
+    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+    const Buffer x_TD = model.embed(batch);
+    const int64_t before = rank.arena.used_bytes(MemoryClass::activations);
+    LayerState state;
+    const Buffer out_TD =
+        model.layer_forward(batch, 0, model.embed(batch), state, Keep::for_backward);
+    bytes = rank.arena.used_bytes(MemoryClass::activations) - before - out_TD.size_bytes();
+    rank.finish_step();
+  });
+  return bytes;
+}
+
+// Between up and down projection the gate and up rows alone stay, whatever `recompute` says: its
+// mode `swiglu` is what `none` does. A wider MLP keeps 2 floats a row more, not 3.
+TEST(Layouts, TheSwigluResultIsNeverKept) {
+  const Config experts = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
+  Config shared = experts, dense = experts;
+  shared.model.shared_expert_hidden = 24;
+  dense.model.dense_layers = {0};
+  dense.model.dense_hidden = 24;
+  const int64_t tokens = 8 * experts.train.sequence_length;
+  struct Row {
+    Config config;
+    int64_t ModelConfig::*width;
+    int64_t rows;
+  };
+  for (const Row& row : {Row{experts, &ModelConfig::expert_hidden, tokens * experts.model.top_k},
+                         Row{shared, &ModelConfig::shared_expert_hidden, tokens},
+                         Row{dense, &ModelConfig::dense_hidden, tokens}}) {
+    Config wide = row.config;
+    wide.model.*row.width += 16;
+    const int64_t more = kept_bytes(wide) - kept_bytes(row.config);
+    EXPECT_EQ(more, 4 * 2 * 16 * row.rows);
+  }
+  Config swiglu = with_layout(tiny_config(), {2, 2, 1, Sharding::full, 1, 2});
+  const RunTrace none = run_trace(swiglu, 1);
+  swiglu.recompute.mode = RecomputeMode::swiglu;
+  const RunTrace run = run_trace(swiglu, 1);
+  expect_same_bits(run, none, "swiglu");
+  for (size_t i = 0; i < run.ranks.size(); ++i) {
+    EXPECT_EQ(run.ranks[i].peak_bytes, none.ranks[i].peak_bytes);
+    for (const auto& [op, use] : none.ranks[i].ops) {
+      EXPECT_EQ(run.ranks[i].ops.at(op).flops, use.flops) << op;
+    }
+  }
+}
+
 TEST(Layouts, AnotherSeedGivesOtherBits) {
   Config config = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
   const RunTrace one = run_trace(config, 1);
