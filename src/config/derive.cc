@@ -217,16 +217,6 @@ void check_pipeline(const Config& config) {
         "= {} ({} on each rank): at least {}, as all but the first and the last stage hold a layer",
         config.model.layers, stages, parallel.pp, schedule, chunks, stages - 2);
   }
-  const bool ends_meet =
-      schedule_stage(parallel.schedule, parallel.pp, 0, chunks - 1) == stages - 1;
-  if (config.model.tie_embeddings && !ends_meet) {
-    fail(
-        ExitCode::usage,
-        "model.tie_embeddings with parallel.pp = {} and parallel.schedule = {}: embedding and head "
-        "lie on different ranks; nearest supported: parallel.schedule = zb_v or dualpipev, or "
-        "parallel.pp = 1",
-        parallel.pp, schedule);
-  }
   const MicroBatchNeed need = schedule_need(parallel.schedule, parallel.pp);
   const int64_t micro_batches =
       config.train.global_batch_sequences / parallel.dp / config.train.micro_batch_sequences;

@@ -71,6 +71,8 @@ class Model {
   // for biases. A value
   // depends on (seed, tensor, element) alone, so every layout starts with the same bits.
   void initialize(uint64_t seed);
+  // After loading: a tied head on another pipeline rank than the embedding gets its copy.
+  void pass_tied_weights();
 
   // `metric_leaf_BM`: the rows of the metrics table that this micro-batch fills.
   MicroBatch upload(const HostTokens& tokens, InOut<float> metric_leaf_BM);

@@ -57,8 +57,9 @@ struct ParamReplicas {
   Communicator* copies = nullptr;
 };
 
-// What a group holds: weights, gradients and AdamW state, or gradients alone.
-enum class GroupUse { trained, gradients_only };
+// What a group holds: weights, gradients and AdamW state; gradients alone; or these and a copy of
+// weights that another pipeline rank trains.
+enum class GroupUse { trained, gradients_only, copied };
 
 // Whether gradients travel after every micro-batch, and parameters are grouped by layer.
 bool reduces_each_micro_batch(const Config& config);
@@ -75,6 +76,16 @@ class ParamGroup {
   // their own; then the finished sums of the two uses are added: which uses of a block met first,
   // which depends on the layout, cannot matter.
   void tie_head(ParamGroup& head) { tied_head_ = &head; }
+  // The same with the head on another pipeline rank. The embedding's side gets the head's finished
+  // sums and sends the weights back; the head's side (a group that is reduced and updated in the
+  // head's step) keeps both in `head`. Rank by rank: `peer` has this one's place in its stage.
+  void tie_to_head_of(int peer) { tied_peer_ = peer; }
+  void tie_to_embedding_of(int peer, ParamGroup& head) {
+    tied_peer_ = peer;
+    tied_head_ = &head;
+  }
+  // After loading, and after the optimizer: the head's copy of the weights.
+  void pass_tied_weights();
 
   GroupKind kind() const { return kind_; }
   const ParamTensor* find(TensorRole role, int64_t layer) const;  // null when it is elsewhere
@@ -164,9 +175,12 @@ class ParamGroup {
   void plan_node_tables(const std::vector<std::vector<BlockRange>>& ranges);
   std::vector<ParamPiece> pieces_in(int64_t first, int64_t end) const;
   void upload_block_table();
-  void allocate_state();
+  void allocate_weights();
+  void allocate_moments();
   void sum_over_replicas();
   void add_tied_gradient();
+  void send_tied_gradient();
+  Buffer receive_tied_gradient();
   void open_slots();
   void zero_unwritten();
   void flush_exact(const Flush& flush);
@@ -186,6 +200,7 @@ class ParamGroup {
   ParamReplicas replicas_;
   GroupUse use_;
   ParamGroup* tied_head_ = nullptr;
+  int tied_peer_ = -1;  // in `pipeline`
   bool flushes_each_ = false;
   int64_t shards_ = 1, copies_ = 1, copy_ = 0;
   int64_t padded_ = 0;

@@ -86,8 +86,6 @@ const RuleRow kRules[] = {
      "model.layers = 2 is too few for the 5 stages of parallel.pp = 5 with parallel.schedule = "
      "1f1b "
      "(1 on each rank): at least 3"},
-    {{"parallel.pp=2", "model.tie_embeddings=true"},
-     "nearest supported: parallel.schedule = zb_v or dualpipev, or parallel.pp = 1"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
     {{"run.device=cuda", "numerics.compute=bf16", "numerics.reduction=fast", "parallel.cp=2",
       "train.sequence_length=256", "model.max_positions=256"},

@@ -127,6 +127,74 @@ TEST(LayoutTable, CopiesOfShardedStateServeATiedHead) {
   }
 }
 
+// A tied embedding lies on the first pipeline rank, its head on the last.
+constexpr TestLayout kTiedEnds[] = {
+    {1, 1, 2, kNone, 1, 2, 1, kGpipe},
+    {2, 2, 1, kZero1, 2, 2, 1, kOneF},
+    {2, 1, 2, kZero2, 1, 3, 1, kOneF},
+    {2, 2, 1, kFull, 1, 2, 1, kInter},
+    {1, 1, 1, kZero1, 1, 4, 1, kZbH1},
+    {2, 4, 1, kFull, 2, 2, 2, kZbH1},
+    {1, 2, 2, kNone, 1, 3, 2, kGpipe, ContextExchange::ring},
+    {4, 2, 1, kFull, 1, 2, 1, kOneF, kGather, 2},
+    {4, 2, 1, kZero1, 1, 2, 1, kZbH1, kGather, 2},
+};
+
+TEST(LayoutTable, ATiedHeadOnAnotherRankHasTheBitsOfOneRank) {
+  for (const ComputeType compute : {ComputeType::fp32, ComputeType::bf16}) {
+    Config config = deep_config();
+    config.model.tie_embeddings = true;
+    config.numerics.compute = compute;
+    const RunTrace one = run_trace(with_layout(config, {}), kTableSteps);
+    for (const TestLayout& layout : kTiedEnds) {
+      const RunTrace run = run_trace(with_layout(config, layout), kTableSteps, layout.workers);
+      expect_same_bits(run, one, layout_name(layout));
+    }
+  }
+}
+
+TEST(LayoutTable, ATiedHeadOnAnotherRankStaysCloseInFastMode) {
+  Config config = deep_config();
+  config.model.tie_embeddings = true;
+  const RunTrace one = run_trace(with_layout(config, {}), 3);
+  config.numerics.reduction = ReductionMode::fast;
+  for (const TestLayout& layout : kTiedEnds) {
+    const RunTrace run = run_trace(with_layout(config, layout), 3, layout.workers);
+    for (size_t i = 0; i < run.steps.size(); ++i) {
+      // Sums of a thousand terms in another order; AdamW makes an error ten times as large a step.
+      EXPECT_NEAR(run.steps[i].loss / one.steps[i].loss, 1.0, 1e-6) << layout_name(layout);
+      EXPECT_NEAR(run.steps[i].grad_norm / one.steps[i].grad_norm, 1.0, 1e-4);
+    }
+  }
+}
+
+// A step moves the head's gradient one way and the weights the other, each once a data rank; with
+// `full` the weights' shards.
+TEST(LayoutTable, ATiedHeadOnAnotherRankMovesTheDesignsBytes) {
+  const auto sent = [](const TestLayout& layout, bool tied) {
+    Config config = with_layout(deep_config(), layout);
+    config.model.tie_embeddings = tied;
+    std::vector<int64_t> bytes;
+    const auto steps = [&](int64_t count) { return run_trace(config, count).ranks; };
+    const std::vector<RankUse> two = steps(2), three = steps(3);
+    for (size_t i = 0; i < two.size(); ++i) {
+      bytes.push_back(three[i].pipeline_exchange.sent_bytes - two[i].pipeline_exchange.sent_bytes);
+    }
+    return bytes;
+  };
+  const ModelConfig& model = deep_config().model;
+  const int64_t whole = 4 * model.vocab * model.hidden;
+  for (const Sharding sharding : {kZero1, kFull}) {
+    const TestLayout layout{2, 1, 2, sharding, 1, 3, 1, kOneF};
+    const std::vector<int64_t> tied = sent(layout, true), untied = sent(layout, false);
+    const int64_t to_head = tied[0] + tied[1] - untied[0] - untied[1];
+    constexpr int64_t kShards = 2 * (4 * 2 * 4096);  // of whole blocks
+    EXPECT_EQ(to_head, sharding == kFull ? kShards : 2 * whole);
+    for (const size_t rank : {2u, 3u}) EXPECT_EQ(tied[rank], untied[rank]);
+    for (const size_t rank : {4u, 5u}) EXPECT_EQ(tied[rank], untied[rank] + whole);
+  }
+}
+
 // Weights are gathered within a copy alone: by two ranks half of them each, not by four a quarter.
 // Between copies a rank's shard of each group's gradients travels, once a step.
 TEST(LayoutTable, CopiesOfShardedStateMoveTheDesignsBytes) {
@@ -213,6 +281,7 @@ std::vector<TestLayout> all_tables(size_t stride) {
 // Optimizer, selection biases and lagged loads travel too.
 Config chain_config(int64_t steps) {
   Config config = deep_config();
+  config.model.tie_embeddings = true;
   config.train.steps = steps;
   config.checkpoint.keep = 1;
   config.balance.loss = BalanceLoss::global_batch_lagged;
