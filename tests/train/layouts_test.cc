@@ -176,6 +176,59 @@ TEST(Layouts, ARecomputedLayerNeverChoosesAgain) {
   });
 }
 
+// Calls by op of one micro-batch: of its backward pass, and of the weight gradients that it left.
+struct BackwardWork {
+  std::map<std::string, int64_t> input, weights;
+};
+BackwardWork backward_work(const Config& config, WeightGradients when) {
+  const SyntheticSequences source(config);
+  BackwardWork work;
+  launch_ranks({.ranks = 1, .workers = 1}, [&](RankEnvironment& environment) {
+    Rank rank(config, environment);
+    TrainStep step(rank, config.model);
+    Model& model = step.model();
+    model.initialize(1);
+    step.begin(0, source);
+    for (const auto& group : model.groups()) group->begin_step();
+    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+    ChunkState state;
+    model.forward({batch, 0, {}, &state});
+    const auto since_now = [&](auto&& body) {
+      rank.totals.clear();
+      body();
+      std::map<std::string, int64_t> calls;
+      for (const auto& [op, use] : rank.totals) calls[op] = use.calls;
+      return calls;
+    };
+    work.input = since_now([&] { model.backward({batch, 0, {}, state, when}); });
+    if (when == WeightGradients::later) {
+      work.weights = since_now([&] { model.backward_weight(batch, 0, state); });
+    }
+    rank.finish_step();
+  });
+  return work;
+}
+
+// All of them wait, of every linear layer, gain, bias and the embedding; none is done twice. (The
+// head's are done in the forward pass, with its logits.)
+TEST(Layouts, DeferredWeightGradientsAreThoseOfAllLayers) {
+  Config config = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
+  config.model.dense_layers = {1};
+  config.model.dense_hidden = 24;
+  config.model.shared_expert_hidden = 24;
+  config.model.shared_expert_gate = true;
+  config.model.attention_bias = true;
+  const BackwardWork now = backward_work(config, WeightGradients::now);
+  const BackwardWork later = backward_work(config, WeightGradients::later);
+  for (const char* op : {"linear_wgrad", "grouped_wgrad", "embedding_wgrad", "leaf_fold"}) {
+    EXPECT_FALSE(later.input.contains(op)) << op;
+    EXPECT_TRUE(later.weights.contains(op)) << op;
+  }
+  std::map<std::string, int64_t> both = later.input;
+  for (const auto& [op, calls] : later.weights) both[op] += calls;
+  EXPECT_EQ(both, now.input);
+}
+
 // Activation bytes that one layer's forward keeps for its backward.
 int64_t kept_bytes(const Config& config) {
   const SyntheticSequences source(config);
