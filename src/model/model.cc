@@ -383,15 +383,21 @@ void Model::embed_backward(const MicroBatch& batch, const Buffer& d_x_TD) {
                    .target = embed_->grad_target(tensor),
                    .block_tokens = rank_.config.numerics.block_tokens},
                   rank_.ops);
-  embed_->end_micro_batch();
+  end_groups({embed_});
 }
 
 void Model::begin_layer(int64_t layer, const MicroBatch& batch) {
   for (ParamGroup* group : layers_[layer].groups) group->begin_micro_batch(batch.index);
 }
 
-void Model::end_layer(int64_t layer) {
-  for (ParamGroup* group : layers_[layer].groups) group->end_micro_batch();
+void Model::end_layer(int64_t layer) { end_groups(layers_[layer].groups); }
+
+void Model::end_groups(std::vector<ParamGroup*> groups) {
+  for (ParamGroup* group : groups) group->end_micro_batch();
+  for (ParamGroup* group : leaving_) {
+    if (std::ranges::find(groups, group) == groups.end()) group->land_gradients();
+  }
+  leaving_ = std::move(groups);
 }
 
 }  // namespace cambium

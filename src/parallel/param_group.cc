@@ -334,6 +334,7 @@ void ParamGroup::begin_step() {
 }
 
 void ParamGroup::begin_micro_batch(int64_t micro_batch) {
+  land_gradients();
   if (flushes_each_) open_slots();
   if (!is_exact()) return;
   const int64_t first = first_node_[micro_batch];
@@ -345,12 +346,8 @@ void ParamGroup::begin_micro_batch(int64_t micro_batch) {
 
 void ParamGroup::end_micro_batch() {
   if (!flushes_each_) return;
-  if (is_exact()) {
-    flush_exact(flushes_[flushed_]);
-  } else {
-    flush_fast();
-  }
-  ++flushed_;
+  if (!is_exact()) return flush_fast();
+  flush_exact(flushes_[flushed_++]);
   slots_.reset();
   present_.reset();
 }

@@ -15,7 +15,8 @@
 // Gradients: in exact mode a GradForest of slots, each as large as the buffer, with presence flags
 // (one per tensor; the embedding has one per token id); in fast mode slot 0 accumulates. They
 // travel to the shards' owners once a step (none, zero1), or after every micro-batch, whose slots
-// are then freed (zero2, full): nodes of the forest in exact mode, sums in fast mode.
+// are then freed (zero2, full): nodes of the forest in exact mode, sums in fast mode, which travel
+// while the next layer computes.
 // Weights: with `full` only the shard stays, and whole weights exist while they are held.
 #pragma once
 
@@ -113,6 +114,9 @@ class ParamGroup {
   void begin_step();
   void begin_micro_batch(int64_t micro_batch);
   void end_micro_batch();
+  // Sums of a micro-batch that end_micro_batch sent on their way (fast mode) have come; until then
+  // its slots stay. The next begin_micro_batch and reduce_gradients do it too.
+  void land_gradients();
   // Sums gradients over replicas; when `comm` has done what is queued, `gradient()` holds this
   // rank's shard (or all).
   void reduce_gradients();
@@ -208,7 +212,8 @@ class ParamGroup {
   int64_t state_first_ = 0, stored_first_ = 0;
   std::vector<ParamPiece> owned_, shard_, optimized_, stored_;
   Buffer weights_, compute_, gathered_, moments_[2], block_table_;
-  Ticket gathering_;
+  Ticket gathering_, leaving_;
+  bool is_leaving_ = false;  // in fast mode, from end_micro_batch to land_gradients
   int64_t holders_ = 0;
   // Gradients: this rank's slots, nodes on their way and those between copies, the shard's held
   // rows, the shard's and the whole gradient.

@@ -55,6 +55,7 @@ void ParamGroup::reduce_gradients() {
 
 // Exact: of what this rank owns. Fast: of its shard, or everything with sharding none.
 void ParamGroup::sum_over_replicas() {
+  land_gradients();
   if (flushes_each_) {
     gradient_ = held_.f32() - shard_first();
   } else if (!is_exact()) {
@@ -181,17 +182,26 @@ void ParamGroup::reduce_fast_at_end() {
   gradient_ = reduced_.f32() - shard_first();
 }
 
-// The micro-batch's sum joins that of the earlier ones.
 void ParamGroup::flush_fast() {
   const int64_t shard = shard_elements(), row = flushed_ == 0 ? 0 : 1;
   zero_unwritten();
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(reduce_scatter({.communicator = replicas_.shard,
-                                      .stream = rank_.comm,
-                                      .send = slots_.data(),
-                                      .recv = held_.f32() + row * shard,
-                                      .count = shard}));
-  if (row == 0) return;
+  leaving_ = reduce_scatter({.communicator = replicas_.shard,
+                             .stream = rank_.comm,
+                             .send = slots_.data(),
+                             .recv = held_.f32() + row * shard,
+                             .count = shard});
+  is_leaving_ = true;
+}
+
+// The micro-batch's sum joins that of the earlier ones.
+void ParamGroup::land_gradients() {
+  if (!is_leaving_) return;
+  const int64_t shard = shard_elements();
+  rank_.compute_waits(leaving_);
+  is_leaving_ = false;
+  slots_.reset();
+  if (flushed_++ == 0) return;
   grad_merge({.slots_SGN = {held_.f32(), Shape(2, 1, shard), shard},
               .present_SG = {held_flags_.as<uint8_t>(), Shape(2, 1)},
               .group_stride = shard,

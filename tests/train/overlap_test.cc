@@ -17,8 +17,9 @@ constexpr int64_t kPlannedLayers = 4, kPlannedMicroBatches = 2;
 constexpr int kComputeLane = 0, kCommLane = 1;
 
 // Four layers on four ranks in fast mode, two micro-batches each.
-Trace planned_trace(const std::string& model, const std::string& parallel, int64_t sequences) {
-  const std::vector<std::string> sets{"numerics.reduction=fast"};
+Trace planned_trace(const std::string& model, const std::string& parallel, int64_t sequences,
+                    std::vector<std::string> sets = {}, const std::string& machine = "laptop") {
+  sets.push_back("numerics.reduction=fast");
   const Config config = parse_config(
       "[model]\nlayers = 4\nhidden = 256\nheads = 8\nkv_heads = 4\nhead_dim = 32\nexperts = 8\n"
       "top_k = 2\nexpert_hidden = 256\nvocab = 512\nmax_positions = 512\n" +
@@ -27,7 +28,7 @@ Trace planned_trace(const std::string& model, const std::string& parallel, int64
           std::to_string(sequences) + "\n[logging]\ndigest_every_steps = 100\n",
       "overlap_test", sets);
   Trace trace;
-  sim::plan_step({.config = config, .machine = "laptop", .trace = &trace});
+  sim::plan_step({.config = config, .machine = machine, .trace = &trace});
   return trace;
 }
 
@@ -68,21 +69,37 @@ TEST(Overlap, PartsOfARingTravelUnderAttention) {
   EXPECT_EQ(backward_hidden, 4 * layers);
 }
 
-// Weights of a layer are gathered while the one before it computes, both ways.
-TEST(Overlap, ShardedWeightsAreGatheredAheadOfTheirUse) {
-  const Trace trace = planned_trace("", "dp = 4\nsharding = \"full\"\n", 4 * kPlannedMicroBatches);
-  int64_t covered = 0;
-  for (const TraceSpan& span : trace.spans()) {
-    const bool is_forward = is_op(span, "attention", WorkPass::forward);
-    if (!is_forward && !is_op(span, "attention_backward", WorkPass::backward)) continue;
-    covered += travels_under(trace, span,
-                             [](const TraceSpan& transfer) {
-                               return std::strcmp(transfer.name, "all_gather") == 0;
-                             })
-                   ? 1
-                   : 0;
+// Transfers of all ranks by this name, and how many of them compute works under.
+struct HiddenTransfers {
+  int64_t all = 0, hidden = 0;
+};
+HiddenTransfers hidden_transfers(const Trace& trace, const char* name) {
+  HiddenTransfers count;
+  for (const TraceSpan& transfer : trace.spans()) {
+    if (transfer.lane != kCommLane || std::strcmp(transfer.name, name) != 0) continue;
+    ++count.all;
+    count.hidden += std::ranges::any_of(trace.spans(), [&](const TraceSpan& work) {
+      return work.lane == kComputeLane && work.rank == transfer.rank &&
+             std::max(transfer.start_ns, work.start_ns) < std::min(transfer.end_ns, work.end_ns);
+    });
   }
-  EXPECT_EQ(covered, 4 * kPlannedMicroBatches * 2 * (kPlannedLayers - 1));
+  return count;
+}
+
+// Weights of a layer are gathered while the one before it computes, both ways; its gradients are
+// reduced while the next one computes. Each layer has two groups.
+TEST(Overlap, ShardedWeightsComeAheadOfTheirUseAndGradientsLeaveBehindIt) {
+  const Trace trace = planned_trace(
+      "", "dp = 4\nsharding = \"full\"\n", 4 * kPlannedMicroBatches,
+      {"run.device=cuda", "numerics.compute=bf16", "model.hidden=2048", "model.expert_hidden=1024",
+       "train.sequence_length=4096", "model.max_positions=4096"},
+      "dgx-h200");
+  const int64_t steps = 4 * kPlannedMicroBatches;
+  const HiddenTransfers gathers = hidden_transfers(trace, "all_gather");
+  const HiddenTransfers reduced = hidden_transfers(trace, "reduce_scatter");
+  EXPECT_EQ(gathers.hidden, steps * 2 * 2 * (kPlannedLayers - 1));
+  EXPECT_EQ(reduced.all, steps * (2 * kPlannedLayers + 2));
+  EXPECT_EQ(reduced.hidden, steps * (2 * kPlannedLayers + 1));  // not the embedding's
 }
 
 // Tokens travel to their experts while the shared expert computes.
