@@ -229,11 +229,11 @@ TEST(Layouts, DeferredWeightGradientsAreThoseOfAllLayers) {
   EXPECT_EQ(both, now.input);
 }
 
-// Activation bytes that one layer's forward keeps for its backward.
+// Activation bytes that one layer's forward keeps for its backward, on the last rank.
 int64_t kept_bytes(const Config& config) {
   const SyntheticSequences source(config);
   int64_t bytes = 0;
-  launch_ranks({.ranks = 1, .workers = 1}, [&](RankEnvironment& environment) {
+  launch_ranks({.ranks = derive(config).ranks, .workers = 1}, [&](RankEnvironment& environment) {
     Rank rank(config, environment);
     TrainStep step(rank, config.model);
     Model& model = step.model();
@@ -245,7 +245,8 @@ int64_t kept_bytes(const Config& config) {
     LayerState state;
     const Buffer out_TD =
         model.layer_forward(batch, 0, model.embed(batch), state, Keep::for_backward);
-    bytes = rank.arena.used_bytes(MemoryClass::activations) - before - out_TD.size_bytes();
+    const int64_t kept = rank.arena.used_bytes(MemoryClass::activations) - before;
+    if (rank.at.rank + 1 == rank.mesh.ranks()) bytes = kept - out_TD.size_bytes();
     rank.finish_step();
   });
   return bytes;
@@ -284,6 +285,21 @@ TEST(Layouts, TheSwigluResultIsNeverKept) {
       EXPECT_EQ(run.ranks[i].ops.at(op).flops, use.flops) << op;
     }
   }
+}
+
+// An exact ring keeps the keys and values of whole sequences, as the plan of an all-gather has it;
+// a fast one its own.
+TEST(Layouts, AnExactRingKeepsWhatAnAllGatherKeeps) {
+  Config gather = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1, 1, 2});
+  gather.numerics.block_tokens = 8;
+  Config ring = gather;
+  ring.parallel.context = ContextExchange::ring;
+  EXPECT_EQ(kept_bytes(ring), kept_bytes(gather));
+  gather.numerics.reduction = ring.numerics.reduction = ReductionMode::fast;
+  const ModelConfig& model = gather.model;
+  const int64_t tokens = 8 * gather.train.sequence_length;
+  EXPECT_EQ(kept_bytes(gather) - kept_bytes(ring),
+            4 * 2 * tokens * model.kv_heads * model.head_dim);
 }
 
 TEST(Layouts, AnotherSeedGivesOtherBits) {
