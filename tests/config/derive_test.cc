@@ -74,8 +74,9 @@ const RuleRow kRules[] = {
     {{"balance.loss=global_batch"}, "use balance.loss = global_batch_lagged"},
     {{"parallel.pp=2", "parallel.schedule=dualpipev", "parallel.dp=4"},
      "parallel.schedule = dualpipev with parallel.pp = 2 needs 4 micro-batches of each data rank, "
-     "at "
-     "least; there are 2"},
+     "at least; there are 2 (train.global_batch_sequences = 8 / parallel.dp = 4 / "
+     "train.micro_batch_sequences = 1); nearest supported: train.global_batch_sequences = 16, or "
+     "parallel.schedule = 1f1b"},
     {{"parallel.pp=2", "parallel.schedule=zb_v", "parallel.dp=4"}, "needs 3 micro-batches"},
     {{"parallel.pp=4", "parallel.schedule=zb_h1", "parallel.dp=4"}, "needs 4 micro-batches"},
     {{"parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.dp=8"},
@@ -84,8 +85,10 @@ const RuleRow kRules[] = {
      "parallel.schedule = interleaved_1f1b needs parallel.virtual_stages of at least 2, not 1"},
     {{"parallel.pp=5"},
      "model.layers = 2 is too few for the 5 stages of parallel.pp = 5 with parallel.schedule = "
-     "1f1b "
-     "(1 on each rank): at least 3"},
+     "1f1b (1 on each rank): at least 3, as all but the first and the last stage hold a layer; "
+     "nearest supported: parallel.pp = 4"},
+    {{"parallel.pp=3", "parallel.schedule=zb_v", "parallel.dp=1"},
+     "nearest supported: parallel.pp = 2"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
     {{"run.device=cuda", "numerics.compute=bf16", "numerics.reduction=fast", "parallel.cp=2",
       "train.sequence_length=256", "model.max_positions=256"},
