@@ -1,5 +1,6 @@
 // Every rule between keys, with its values in the message; the numbers on known models.
 #include <algorithm>
+#include <cctype>
 #include <set>
 
 #include "gtest/gtest.h"
@@ -124,6 +125,54 @@ TEST(DeriveRules, EachIsRefusedWithItsValues) {
           << "'" << error.what() << "' lacks '" << row.message << "'";
     }
   }
+}
+
+std::string refusal_of(const Sets& sets) {
+  try {
+    derive_from("tiny", sets);
+    return "";
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+// "KEY=VALUE" of a refusal's first proposal: what follows "nearest supported: ", or the first
+// number after "nearest: " for the key that the refusal begins with. Empty: it has none.
+std::string proposal_of(const std::string& refusal) {
+  const auto after = [&](const std::string& mark) {
+    const size_t at = refusal.find(mark);
+    return at == std::string::npos ? "" : refusal.substr(at + mark.size());
+  };
+  std::string supported = after("nearest supported: ");
+  if (supported.starts_with("parallel.") || supported.starts_with("numerics.") ||
+      supported.starts_with("train.")) {
+    supported = supported.substr(0, supported.find_first_of(",;"));
+    return supported.erase(supported.find(" = "), 1).erase(supported.find("= ") + 1, 1);
+  }
+  const std::string nearest = after("nearest: ");
+  if (nearest.empty() || !std::isdigit(static_cast<unsigned char>(nearest[0]))) return "";
+  return refusal.substr(0, refusal.find(' ')) + "=" + nearest.substr(0, nearest.find(' '));
+}
+
+// A refusal without its values and its advice.
+std::string rule_of(std::string refusal) {
+  refusal = refusal.substr(0, refusal.find("nearest"));
+  std::erase_if(refusal, [](char c) { return std::isdigit(static_cast<unsigned char>(c)); });
+  return refusal;
+}
+
+// Whoever takes the advice is not refused by the same rule again.
+TEST(DeriveRules, WhatIsNearestIsAccepted) {
+  int64_t proposals = 0;
+  for (const RuleRow& row : kRules) {
+    const std::string refusal = refusal_of(row.sets), proposal = proposal_of(refusal);
+    if (proposal.empty()) continue;
+    ++proposals;
+    Sets sets = row.sets;
+    sets.push_back(proposal);
+    EXPECT_NE(rule_of(refusal_of(sets)), rule_of(refusal)) << proposal;
+  }
+  EXPECT_GE(proposals, 15);
 }
 
 TEST(DeriveRules, WhatIsTrivialIsAccepted) {

@@ -342,6 +342,28 @@ TEST(Layouts, OptimizerStateIsShared) {
   }
 }
 
+// Experts' weights are gathered over their own data ranks, all others over all replicas: wider
+// experts change the one, a wider vocabulary the other.
+TEST(Layouts, ExpertsAreShardedOverTheirOwnAxisAlone) {
+  const auto gathered = [](int64_t expert_hidden, int64_t vocab, int64_t ep) {
+    Config config = with_layout(tiny_config(), {4, ep, 2, Sharding::full, 1});
+    config.model.expert_hidden = expert_hidden;
+    config.model.vocab = vocab;
+    config.numerics.reduction = ReductionMode::fast;  // no presence flags travel
+    const RankUse use = run_trace(config, 1).ranks[0];
+    return std::pair(use.data_gather.sent_bytes, use.expert_data_gather.sent_bytes);
+  };
+  // Shards are whole blocks of 4,096 elements, and so are these tensors.
+  const auto [dense, expert] = gathered(128, 512, 2);
+  const auto [dense_of_wide, expert_of_wide] = gathered(256, 512, 2);
+  EXPECT_EQ(dense_of_wide, dense);
+  EXPECT_EQ(expert_of_wide, 2 * expert);
+  const auto [dense_of_words, expert_of_words] = gathered(128, 1024, 2);
+  EXPECT_GT(dense_of_words, dense);
+  EXPECT_EQ(expert_of_words, expert);
+  EXPECT_EQ(gathered(128, 512, 4).second, 0);  // each expert is on one rank
+}
+
 // Each token goes once to each other rank that holds one of its experts: the bytes of a layer's
 // dispatch follow from the routing, and are far below sending every row.
 TEST(Layouts, BytesPerCollectiveAreTheDesigns) {
