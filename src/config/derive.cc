@@ -87,8 +87,8 @@ void check_model(const Config& config) {
          nearest_multiples(model.head_dim, 2));
   }
   if (model.top_k > model.experts) {
-    fail(ExitCode::usage, "model.top_k = {} is above model.experts = {}", model.top_k,
-         model.experts);
+    fail(ExitCode::usage, "model.top_k = {} is above model.experts = {}; nearest: {}", model.top_k,
+         model.experts, model.experts);
   }
   if (!model.dense_layers.empty() && model.dense_layers.back() >= model.layers) {
     fail(ExitCode::usage, "model.dense_layers names layer {}, but model.layers = {}: 0 .. {}",
@@ -198,6 +198,11 @@ void check_layout(const Config& config) {
   }
 }
 
+// Pipeline ranks whose stages, `chunks` on each, the model's layers fill.
+int64_t most_pipeline_ranks(const Config& config, int64_t chunks) {
+  return std::max<int64_t>(1, (config.model.layers + 2) / chunks);
+}
+
 void check_pipeline(const Config& config) {
   const ParallelConfig& parallel = config.parallel;
   if (parallel.pp == 1) return;
@@ -214,18 +219,10 @@ void check_pipeline(const Config& config) {
     fail(
         ExitCode::usage,
         "model.layers = {} is too few for the {} stages of parallel.pp = {} with parallel.schedule "
-        "= {} ({} on each rank): at least {}, as all but the first and the last stage hold a layer",
-        config.model.layers, stages, parallel.pp, schedule, chunks, stages - 2);
-  }
-  const bool ends_meet =
-      schedule_stage(parallel.schedule, parallel.pp, 0, chunks - 1) == stages - 1;
-  if (config.model.tie_embeddings && !ends_meet) {
-    fail(
-        ExitCode::usage,
-        "model.tie_embeddings with parallel.pp = {} and parallel.schedule = {}: embedding and head "
-        "lie on different ranks; nearest supported: parallel.schedule = zb_v or dualpipev, or "
-        "parallel.pp = 1",
-        parallel.pp, schedule);
+        "= {} ({} on each rank): at least {}, as all but the first and the last stage hold a "
+        "layer; nearest supported: parallel.pp = {}",
+        config.model.layers, stages, parallel.pp, schedule, chunks, stages - 2,
+        most_pipeline_ranks(config, chunks));
   }
   const MicroBatchNeed need = schedule_need(parallel.schedule, parallel.pp);
   const int64_t micro_batches =
@@ -234,12 +231,15 @@ void check_pipeline(const Config& config) {
     const std::string count = need.multiple > 1
                                   ? fmt::format("a multiple of {} micro-batches", need.multiple)
                                   : fmt::format("{} micro-batches", need.least);
+    const int64_t nearest =
+        std::max(need.least, (micro_batches + need.multiple - 1) / need.multiple * need.multiple);
     fail(ExitCode::usage,
          "parallel.schedule = {} with parallel.pp = {} needs {} of each data rank{}; there are {} "
          "(train.global_batch_sequences = {} / parallel.dp = {} / train.micro_batch_sequences = "
-         "{}); raise the batch, or use parallel.schedule = 1f1b",
+         "{}); nearest supported: train.global_batch_sequences = {}, or parallel.schedule = 1f1b",
          schedule, parallel.pp, count, need.multiple > 1 ? "" : ", at least", micro_batches,
-         config.train.global_batch_sequences, parallel.dp, config.train.micro_batch_sequences);
+         config.train.global_batch_sequences, parallel.dp, config.train.micro_batch_sequences,
+         nearest * parallel.dp * config.train.micro_batch_sequences);
   }
 }
 

@@ -196,8 +196,9 @@ void Model::run_head(const ForwardCall& call, const Buffer& x_TD) {
     head_->begin_micro_batch(call.batch.index);
     if (tied_head_ != nullptr) tied_head_->begin_micro_batch(call.batch.index);
     call.state->d_output_TD = head_forward_backward(call.batch, x_TD);
-    head_->end_micro_batch();
-    if (tied_head_ != nullptr) tied_head_->end_micro_batch();
+    std::vector<ParamGroup*> groups{head_};
+    if (tied_head_ != nullptr) groups.push_back(tied_head_.get());
+    end_groups(std::move(groups));
   }
   head_weights_.group->drop_weights();
   head_->drop_weights();

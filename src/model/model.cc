@@ -96,7 +96,11 @@ Model::Model(Rank& rank, const ModelConfig& config)
   make_groups(std::move(mine));
   embed_ = group_with(TensorRole::embed, -1);
   head_ = group_with(TensorRole::final_norm, -1);
-  if (head_ != nullptr) place_head();
+  if (head_ != nullptr) {
+    place_head();
+  } else if (embed_ != nullptr && config_.tie_embeddings) {
+    embed_->tie_to_head_of(static_cast<int>(rank.mesh.pp - 1));
+  }
   layers_.resize(static_cast<size_t>(config_.layers));
   for (const Chunk& chunk : chunks_) {
     for (int64_t layer = chunk.layers.first; layer < chunk.layers.end; ++layer) {
@@ -213,17 +217,26 @@ void Model::place_head() {
     head_weights_ = head_gradient_ = {head_, head_->find(TensorRole::lm_head, -1)};
     return;
   }
-  head_weights_ = head_gradient_ = {embed_, embed_->find(TensorRole::embed, -1)};
+  const bool apart = embed_ == nullptr;
+  if (!apart) head_weights_ = head_gradient_ = {embed_, embed_->find(TensorRole::embed, -1)};
   const bool exact = rank_.config.numerics.reduction == ReductionMode::exact;
   // In fast mode both uses add to one slot, unless each sends it away when it is done.
-  if (!exact && !reduces_each_micro_batch(rank_.config)) return;
+  if (!apart && !exact && !reduces_each_micro_batch(rank_.config)) return;
   ParamTensor tensor;
   tensor.canonical = tied_head_tensor(config_);
-  tied_head_ = std::make_unique<ParamGroup>(
-      rank_, GroupKind::dense, std::vector{tensor}, replicas_of(rank_, GroupKind::dense),
-      dense_ranges(rank_, BatchLayout(rank_.config)), GroupUse::gradients_only);
-  embed_->tie_head(*tied_head_);
+  tied_head_ = std::make_unique<ParamGroup>(rank_, GroupKind::dense, std::vector{tensor},
+                                            replicas_of(rank_, GroupKind::dense),
+                                            dense_ranges(rank_, BatchLayout(rank_.config)),
+                                            apart ? GroupUse::copied : GroupUse::gradients_only);
   head_gradient_ = {tied_head_.get(), tied_head_->find(TensorRole::lm_head, -1)};
+  if (!apart) return embed_->tie_head(*tied_head_);
+  head_weights_ = head_gradient_;
+  head_->tie_to_embedding_of(0, *tied_head_);
+}
+
+void Model::pass_tied_weights() {
+  if (embed_ != nullptr) embed_->pass_tied_weights();
+  if (head_ != nullptr && head_ != embed_) head_->pass_tied_weights();
 }
 
 ParamGroup* Model::group_with(TensorRole role, int64_t layer) const {
@@ -271,6 +284,7 @@ void Model::initialize(uint64_t seed) {
     }
     group->refresh_compute_copy();
   }
+  pass_tied_weights();
 }
 
 MicroBatch Model::upload(const HostTokens& tokens, InOut<float> metric_leaf_BM) {
@@ -369,15 +383,21 @@ void Model::embed_backward(const MicroBatch& batch, const Buffer& d_x_TD) {
                    .target = embed_->grad_target(tensor),
                    .block_tokens = rank_.config.numerics.block_tokens},
                   rank_.ops);
-  embed_->end_micro_batch();
+  end_groups({embed_});
 }
 
 void Model::begin_layer(int64_t layer, const MicroBatch& batch) {
   for (ParamGroup* group : layers_[layer].groups) group->begin_micro_batch(batch.index);
 }
 
-void Model::end_layer(int64_t layer) {
-  for (ParamGroup* group : layers_[layer].groups) group->end_micro_batch();
+void Model::end_layer(int64_t layer) { end_groups(layers_[layer].groups); }
+
+void Model::end_groups(std::vector<ParamGroup*> groups) {
+  for (ParamGroup* group : groups) group->end_micro_batch();
+  for (ParamGroup* group : leaving_) {
+    if (std::ranges::find(groups, group) == groups.end()) group->land_gradients();
+  }
+  leaving_ = std::move(groups);
 }
 
 }  // namespace cambium

@@ -71,6 +71,8 @@ class Model {
   // for biases. A value
   // depends on (seed, tensor, element) alone, so every layout starts with the same bits.
   void initialize(uint64_t seed);
+  // After loading: a tied head on another pipeline rank than the embedding gets its copy.
+  void pass_tied_weights();
 
   // `metric_leaf_BM`: the rows of the metrics table that this micro-batch fills.
   MicroBatch upload(const HostTokens& tokens, InOut<float> metric_leaf_BM);
@@ -132,6 +134,8 @@ class Model {
   ParamGroup* group_with(TensorRole role, int64_t layer) const;
   void hold_layer(int64_t layer);
   void prefetch_layer(int64_t layer);
+  // Gradients of these groups go on their way, and those before them have come.
+  void end_groups(std::vector<ParamGroup*> groups);
   void drop_layer(int64_t layer);
   void upload_context(const HostTokens& tokens, MicroBatch& batch);
   DType dtype() const;
@@ -161,6 +165,7 @@ class Model {
   std::vector<std::unique_ptr<ParamGroup>> groups_;
   std::vector<LayerPlace> layers_;  // of the whole model
   std::vector<Chunk> chunks_;
+  std::vector<ParamGroup*> leaving_;  // whose gradients may be on their way
   ParamGroup* embed_ = nullptr;
   ParamGroup* head_ = nullptr;  // of the final norm
   HeadWeights head_weights_, head_gradient_;

@@ -56,25 +56,29 @@ ParamGroup::ParamGroup(Rank& rank, GroupKind kind, std::vector<ParamTensor> tens
   stored_ = is_full() ? shard_ : pieces_in(0, padded_);
   state_first_ = replicated ? 0 : shard_first();
   stored_first_ = is_full() ? shard_first() : 0;
+  if (use_ != GroupUse::gradients_only) allocate_weights();
   if (use_ == GroupUse::trained) {
-    allocate_state();
+    allocate_moments();
     upload_block_table();
   }
   if (is_exact()) plan_forests(ranges);
 }
 
-void ParamGroup::allocate_state() {
-  const int64_t moment_bytes = state_elements() * dtype_bytes(moment_dtype(rank_.config));
+void ParamGroup::allocate_weights() {
   const int64_t stored_elements = is_full() ? shard_elements() : padded_;
   Arena& arena = rank_.arena;
   weights_ = arena.allocate(4 * stored_elements, MemoryClass::weights, "fp32 weights");
   rank_.zero(weights_);
-  for (Buffer& moment : moments_) {
-    moment = arena.allocate(moment_bytes, MemoryClass::optimizer, "AdamW moment");
-    rank_.zero(moment);
-  }
   if (rank_.config.numerics.compute == ComputeType::bf16) {
     compute_ = arena.allocate(2 * stored_elements, MemoryClass::weights, "bf16 weights");
+  }
+}
+
+void ParamGroup::allocate_moments() {
+  const int64_t moment_bytes = state_elements() * dtype_bytes(moment_dtype(rank_.config));
+  for (Buffer& moment : moments_) {
+    moment = rank_.arena.allocate(moment_bytes, MemoryClass::optimizer, "AdamW moment");
+    rank_.zero(moment);
   }
 }
 
@@ -330,6 +334,7 @@ void ParamGroup::begin_step() {
 }
 
 void ParamGroup::begin_micro_batch(int64_t micro_batch) {
+  land_gradients();
   if (flushes_each_) open_slots();
   if (!is_exact()) return;
   const int64_t first = first_node_[micro_batch];
@@ -341,12 +346,8 @@ void ParamGroup::begin_micro_batch(int64_t micro_batch) {
 
 void ParamGroup::end_micro_batch() {
   if (!flushes_each_) return;
-  if (is_exact()) {
-    flush_exact(flushes_[flushed_]);
-  } else {
-    flush_fast();
-  }
-  ++flushed_;
+  if (!is_exact()) return flush_fast();
+  flush_exact(flushes_[flushed_++]);
   slots_.reset();
   present_.reset();
 }
@@ -381,6 +382,7 @@ void ParamGroup::gather_weights() {
                                     .count = shard_elements()}));
     refresh_compute_copy();
   }
+  pass_tied_weights();
 }
 
 void ParamGroup::set_weights(const ParamPiece& piece, const std::vector<float>& values) {

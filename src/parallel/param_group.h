@@ -15,7 +15,8 @@
 // Gradients: in exact mode a GradForest of slots, each as large as the buffer, with presence flags
 // (one per tensor; the embedding has one per token id); in fast mode slot 0 accumulates. They
 // travel to the shards' owners once a step (none, zero1), or after every micro-batch, whose slots
-// are then freed (zero2, full): nodes of the forest in exact mode, sums in fast mode.
+// are then freed (zero2, full): nodes of the forest in exact mode, sums in fast mode, which travel
+// while the next layer computes.
 // Weights: with `full` only the shard stays, and whole weights exist while they are held.
 #pragma once
 
@@ -57,8 +58,9 @@ struct ParamReplicas {
   Communicator* copies = nullptr;
 };
 
-// What a group holds: weights, gradients and AdamW state, or gradients alone.
-enum class GroupUse { trained, gradients_only };
+// What a group holds: weights, gradients and AdamW state; gradients alone; or these and a copy of
+// weights that another pipeline rank trains.
+enum class GroupUse { trained, gradients_only, copied };
 
 // Whether gradients travel after every micro-batch, and parameters are grouped by layer.
 bool reduces_each_micro_batch(const Config& config);
@@ -75,6 +77,16 @@ class ParamGroup {
   // their own; then the finished sums of the two uses are added: which uses of a block met first,
   // which depends on the layout, cannot matter.
   void tie_head(ParamGroup& head) { tied_head_ = &head; }
+  // The same with the head on another pipeline rank. The embedding's side gets the head's finished
+  // sums and sends the weights back; the head's side (a group that is reduced and updated in the
+  // head's step) keeps both in `head`. Rank by rank: `peer` has this one's place in its stage.
+  void tie_to_head_of(int peer) { tied_peer_ = peer; }
+  void tie_to_embedding_of(int peer, ParamGroup& head) {
+    tied_peer_ = peer;
+    tied_head_ = &head;
+  }
+  // After loading, and after the optimizer: the head's copy of the weights.
+  void pass_tied_weights();
 
   GroupKind kind() const { return kind_; }
   const ParamTensor* find(TensorRole role, int64_t layer) const;  // null when it is elsewhere
@@ -102,6 +114,9 @@ class ParamGroup {
   void begin_step();
   void begin_micro_batch(int64_t micro_batch);
   void end_micro_batch();
+  // Sums of a micro-batch that end_micro_batch sent on their way (fast mode) have come; until then
+  // its slots stay. The next begin_micro_batch and reduce_gradients do it too.
+  void land_gradients();
   // Sums gradients over replicas; when `comm` has done what is queued, `gradient()` holds this
   // rank's shard (or all).
   void reduce_gradients();
@@ -164,9 +179,12 @@ class ParamGroup {
   void plan_node_tables(const std::vector<std::vector<BlockRange>>& ranges);
   std::vector<ParamPiece> pieces_in(int64_t first, int64_t end) const;
   void upload_block_table();
-  void allocate_state();
+  void allocate_weights();
+  void allocate_moments();
   void sum_over_replicas();
   void add_tied_gradient();
+  void send_tied_gradient();
+  Buffer receive_tied_gradient();
   void open_slots();
   void zero_unwritten();
   void flush_exact(const Flush& flush);
@@ -186,6 +204,7 @@ class ParamGroup {
   ParamReplicas replicas_;
   GroupUse use_;
   ParamGroup* tied_head_ = nullptr;
+  int tied_peer_ = -1;  // in `pipeline`
   bool flushes_each_ = false;
   int64_t shards_ = 1, copies_ = 1, copy_ = 0;
   int64_t padded_ = 0;
@@ -193,7 +212,8 @@ class ParamGroup {
   int64_t state_first_ = 0, stored_first_ = 0;
   std::vector<ParamPiece> owned_, shard_, optimized_, stored_;
   Buffer weights_, compute_, gathered_, moments_[2], block_table_;
-  Ticket gathering_;
+  Ticket gathering_, leaving_;
+  bool is_leaving_ = false;  // in fast mode, from end_micro_batch to land_gradients
   int64_t holders_ = 0;
   // Gradients: this rank's slots, nodes on their way and those between copies, the shard's held
   // rows, the shard's and the whole gradient.

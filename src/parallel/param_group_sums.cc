@@ -38,14 +38,13 @@ std::vector<FlagRun> flag_runs(const ParamPiece& piece) {
 
 void ParamGroup::reduce_gradients() {
   sum_over_replicas();
-  if (tied_head_ != nullptr) add_tied_gradient();
+  if (tied_head_ != nullptr || tied_peer_ >= 0) add_tied_gradient();
   if (copies_ > 1 && is_exact()) {
     shard_gradient_ = gather_gradient(*replicas_.copies, owned_first(), owned_elements());
     gradient_ = shard_gradient_.f32() - shard_first();
   }
   // A tied head's shards are not cut where the embedding's are: every rank gets the whole.
-  const bool whole =
-      use_ == GroupUse::gradients_only || rank_.config.parallel.sharding == Sharding::none;
+  const bool whole = use_ != GroupUse::trained || rank_.config.parallel.sharding == Sharding::none;
   const bool is_whole = shards_ == 1 || (!is_exact() && !flushes_each_ &&
                                          rank_.config.parallel.sharding == Sharding::none);
   if (whole && !is_whole) {
@@ -56,6 +55,7 @@ void ParamGroup::reduce_gradients() {
 
 // Exact: of what this rank owns. Fast: of its shard, or everything with sharding none.
 void ParamGroup::sum_over_replicas() {
+  land_gradients();
   if (flushes_each_) {
     gradient_ = held_.f32() - shard_first();
   } else if (!is_exact()) {
@@ -68,16 +68,55 @@ void ParamGroup::sum_over_replicas() {
   if (copies_ > 1) cross_copies();
 }
 
-// The embedding's own sum, then the head's.
+// The embedding's own sum, then the head's, which may come from another rank.
 void ParamGroup::add_tied_gradient() {
-  tied_head_->reduce_gradients();
+  if (tied_head_ != nullptr) tied_head_->reduce_gradients();
   rank_.compute_waits(rank_.comm.record());
-  for (const ParamPiece& piece : is_exact() ? owned_ : shard_) {
+  if (tied_head_ != nullptr && tied_peer_ >= 0) return send_tied_gradient();
+  Buffer arrived;
+  if (tied_peer_ >= 0) arrived = receive_tied_gradient();
+  const float* head = tied_head_ != nullptr ? tied_head_->gradient(0) : arrived.f32();
+  for (const ParamPiece& piece : is_exact() ? owned_ : optimized_) {
     if (piece.tensor->canonical.role != TensorRole::embed) continue;
     add_values({.sum_N = {gradient(piece.flat_offset()), Shape(piece.elements)},
-                .addend_N = {tied_head_->gradient(piece.first_element), Shape(piece.elements)}},
+                .addend_N = {head + piece.first_element, Shape(piece.elements)}},
                rank_.ops);
   }
+}
+
+// NOTE: the step's pass_tied_weights waits for it, as the weights come later in the same stream.
+void ParamGroup::send_tied_gradient() {
+  const Message message{tied_peer_, tied_head_->gradient(0), tied_head_->tensors()[0].elements};
+  rank_.pipe.wait(rank_.compute.record());
+  exchange({.communicator = *rank_.pipeline, .stream = rank_.pipe, .sends = {&message, 1}});
+}
+
+Buffer ParamGroup::receive_tied_gradient() {
+  const int64_t elements = find(TensorRole::embed, -1)->elements;
+  Buffer arrived = rank_.arena.allocate(4 * elements, MemoryClass::gradients, "head's gradient");
+  const Message message{tied_peer_, arrived.data(), elements};
+  rank_.pipe.wait(rank_.compute.record());
+  rank_.compute_waits(
+      exchange({.communicator = *rank_.pipeline, .stream = rank_.pipe, .recvs = {&message, 1}}));
+  return arrived;
+}
+
+// Both sides store the same part: all of it, or with `full` a shard of a group of its own.
+void ParamGroup::pass_tied_weights() {
+  if (tied_peer_ < 0) return;
+  const bool receives = tied_head_ != nullptr;
+  const ParamGroup& holder = receives ? *tied_head_ : *this;
+  const ParamTensor& tensor = receives ? holder.tensors_[0] : *find(TensorRole::embed, -1);
+  const Message message{tied_peer_,
+                        holder.weights(is_full() ? holder.shard_first() : tensor.offset),
+                        is_full() ? holder.shard_elements() : tensor.elements};
+  const std::span<const Message> none, one(&message, 1);
+  rank_.pipe.wait(rank_.compute.record());
+  rank_.compute_waits(exchange({.communicator = *rank_.pipeline,
+                                .stream = rank_.pipe,
+                                .sends = receives ? none : one,
+                                .recvs = receives ? one : none}));
+  if (receives) tied_head_->refresh_compute_copy();
 }
 
 // The parts of `holders`, of which this rank's begins at flat offset `first`.
@@ -143,17 +182,26 @@ void ParamGroup::reduce_fast_at_end() {
   gradient_ = reduced_.f32() - shard_first();
 }
 
-// The micro-batch's sum joins that of the earlier ones.
 void ParamGroup::flush_fast() {
   const int64_t shard = shard_elements(), row = flushed_ == 0 ? 0 : 1;
   zero_unwritten();
   rank_.comm_waits_for_compute();
-  rank_.compute_waits(reduce_scatter({.communicator = replicas_.shard,
-                                      .stream = rank_.comm,
-                                      .send = slots_.data(),
-                                      .recv = held_.f32() + row * shard,
-                                      .count = shard}));
-  if (row == 0) return;
+  leaving_ = reduce_scatter({.communicator = replicas_.shard,
+                             .stream = rank_.comm,
+                             .send = slots_.data(),
+                             .recv = held_.f32() + row * shard,
+                             .count = shard});
+  is_leaving_ = true;
+}
+
+// The micro-batch's sum joins that of the earlier ones.
+void ParamGroup::land_gradients() {
+  if (!is_leaving_) return;
+  const int64_t shard = shard_elements();
+  rank_.compute_waits(leaving_);
+  is_leaving_ = false;
+  slots_.reset();
+  if (flushed_++ == 0) return;
   grad_merge({.slots_SGN = {held_.f32(), Shape(2, 1, shard), shard},
               .present_SG = {held_flags_.as<uint8_t>(), Shape(2, 1)},
               .group_stride = shard,

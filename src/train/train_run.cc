@@ -97,6 +97,7 @@ void load_weights(TrainStep& step, TensorSource& source, LoadState what) {
                  group->moment(ParamGroup::second_moment, at, piece.elements));
     }
   }
+  step.model().pass_tied_weights();
   rank.finish_step();
 }
 

@@ -204,7 +204,7 @@ TEST(Parity, GoldenModelsPassOnEveryLayout) {
 // The embedding's gradient is the sum of both of its uses, in one reduction mode as in the other.
 TEST(Parity, TiedEmbeddingPassesOnEveryLayout) {
   const std::string golden = std::string(source_directory()) + "/tests/golden/qwen3_moe_tied";
-  for (const char* layout : {"parallel.dp=1", "parallel.dp=2"}) {
+  for (const char* layout : {"parallel.dp=1", "parallel.dp=2", "parallel.pp=2"}) {
     for (const char* reduction : {"numerics.reduction=exact", "numerics.reduction=fast"}) {
       const BinaryRun run = run_binary({"parity", golden, "--set", layout, "--set", reduction});
       EXPECT_EQ(run.exit_code, 0) << layout << " " << reduction << ": " << run.output;

@@ -1,5 +1,6 @@
 // Every rule between keys, with its values in the message; the numbers on known models.
 #include <algorithm>
+#include <cctype>
 #include <set>
 
 #include "gtest/gtest.h"
@@ -74,8 +75,9 @@ const RuleRow kRules[] = {
     {{"balance.loss=global_batch"}, "use balance.loss = global_batch_lagged"},
     {{"parallel.pp=2", "parallel.schedule=dualpipev", "parallel.dp=4"},
      "parallel.schedule = dualpipev with parallel.pp = 2 needs 4 micro-batches of each data rank, "
-     "at "
-     "least; there are 2"},
+     "at least; there are 2 (train.global_batch_sequences = 8 / parallel.dp = 4 / "
+     "train.micro_batch_sequences = 1); nearest supported: train.global_batch_sequences = 16, or "
+     "parallel.schedule = 1f1b"},
     {{"parallel.pp=2", "parallel.schedule=zb_v", "parallel.dp=4"}, "needs 3 micro-batches"},
     {{"parallel.pp=4", "parallel.schedule=zb_h1", "parallel.dp=4"}, "needs 4 micro-batches"},
     {{"parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.dp=8"},
@@ -84,10 +86,10 @@ const RuleRow kRules[] = {
      "parallel.schedule = interleaved_1f1b needs parallel.virtual_stages of at least 2, not 1"},
     {{"parallel.pp=5"},
      "model.layers = 2 is too few for the 5 stages of parallel.pp = 5 with parallel.schedule = "
-     "1f1b "
-     "(1 on each rank): at least 3"},
-    {{"parallel.pp=2", "model.tie_embeddings=true"},
-     "nearest supported: parallel.schedule = zb_v or dualpipev, or parallel.pp = 1"},
+     "1f1b (1 on each rank): at least 3, as all but the first and the last stage hold a layer; "
+     "nearest supported: parallel.pp = 4"},
+    {{"parallel.pp=3", "parallel.schedule=zb_v", "parallel.dp=1"},
+     "nearest supported: parallel.pp = 2"},
     {{"run.device=cuda", "numerics.compute=fp32"}, "nearest supported: numerics.compute = bf16"},
     {{"run.device=cuda", "numerics.compute=bf16", "numerics.reduction=fast", "parallel.cp=2",
       "train.sequence_length=256", "model.max_positions=256"},
@@ -123,6 +125,54 @@ TEST(DeriveRules, EachIsRefusedWithItsValues) {
           << "'" << error.what() << "' lacks '" << row.message << "'";
     }
   }
+}
+
+std::string refusal_of(const Sets& sets) {
+  try {
+    derive_from("tiny", sets);
+    return "";
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+// "KEY=VALUE" of a refusal's first proposal: what follows "nearest supported: ", or the first
+// number after "nearest: " for the key that the refusal begins with. Empty: it has none.
+std::string proposal_of(const std::string& refusal) {
+  const auto after = [&](const std::string& mark) {
+    const size_t at = refusal.find(mark);
+    return at == std::string::npos ? "" : refusal.substr(at + mark.size());
+  };
+  std::string supported = after("nearest supported: ");
+  if (supported.starts_with("parallel.") || supported.starts_with("numerics.") ||
+      supported.starts_with("train.")) {
+    supported = supported.substr(0, supported.find_first_of(",;"));
+    return supported.erase(supported.find(" = "), 1).erase(supported.find("= ") + 1, 1);
+  }
+  const std::string nearest = after("nearest: ");
+  if (nearest.empty() || !std::isdigit(static_cast<unsigned char>(nearest[0]))) return "";
+  return refusal.substr(0, refusal.find(' ')) + "=" + nearest.substr(0, nearest.find(' '));
+}
+
+// A refusal without its values and its advice.
+std::string rule_of(std::string refusal) {
+  refusal = refusal.substr(0, refusal.find("nearest"));
+  std::erase_if(refusal, [](char c) { return std::isdigit(static_cast<unsigned char>(c)); });
+  return refusal;
+}
+
+// Whoever takes the advice is not refused by the same rule again.
+TEST(DeriveRules, WhatIsNearestIsAccepted) {
+  int64_t proposals = 0;
+  for (const RuleRow& row : kRules) {
+    const std::string refusal = refusal_of(row.sets), proposal = proposal_of(refusal);
+    if (proposal.empty()) continue;
+    ++proposals;
+    Sets sets = row.sets;
+    sets.push_back(proposal);
+    EXPECT_NE(rule_of(refusal_of(sets)), rule_of(refusal)) << proposal;
+  }
+  EXPECT_GE(proposals, 15);
 }
 
 TEST(DeriveRules, WhatIsTrivialIsAccepted) {

@@ -1,6 +1,7 @@
 // attention where ranks share sequences (zigzag): partials to the bits of one rank, sums against
 // the oracle, and the GPU's rows and sums.
 #include <deque>
+#include <numeric>
 
 #include "tests/ops/attention_tensors.h"
 
@@ -138,7 +139,35 @@ TestTensor of_owner(const TestTensor& by_owner, const ContextShare& share, const
 }
 
 // The chunks of the queries in turn, from link `first` of 2 ranks on, as the trainer sends their
-// sums up the ranks and down again: one rank's bits where none is left out.
+// sums up the ranks and down again.
+template <class Run>
+void run_chain(std::deque<ShareTensors>& shares, TestTensor& d_k, TestTensor& d_v, int64_t first,
+               Run&& run) {
+  const auto ranks = static_cast<int64_t>(shares.size());
+  for (int64_t i = 0; i < d_k.elements(); ++i) d_k.set(i, 0.0), d_v.set(i, 0.0);
+  for (ShareTensors& share : shares) run(attention, share.forward_args());
+  for (int64_t link = first; link < 2 * ranks; ++link) {
+    const bool is_near = link < ranks;
+    AttentionBackwardArgs args =
+        shares[static_cast<size_t>(is_near ? link : 2 * ranks - 1 - link)].backward_args();
+    args.one_chain = true;
+    args.queries = is_near ? QueryChunk::near : QueryChunk::far;
+    args.d_k_sum_SC = args.d_v_sum_SC = {};
+    args.d_k_chain_SC = d_k.inout<float>();
+    args.d_v_chain_SC = d_v.inout<float>();
+    run(attention_backward, args);
+  }
+}
+
+std::deque<ShareTensors> all_shares(AttentionTensors& whole, int64_t ranks) {
+  std::deque<ShareTensors> shares;
+  for (int64_t index = 0; index < ranks; ++index) {
+    shares.emplace_back(whole, ContextShare{ranks, index});
+  }
+  return shares;
+}
+
+// One rank's bits where no link is left out.
 enum class Backend { reference, cuda };
 void expect_chain_has_bits_of_one_rank(const SharedCase& shared, DType dtype, Backend backend,
                                        int64_t first = 0) {
@@ -152,22 +181,8 @@ void expect_chain_has_bits_of_one_rank(const SharedCase& shared, DType dtype, Ba
   run(attention, whole.forward_args());
   run(attention_backward, one_rank);
   TestTensor d_k(Shape(c.T(), c.G * c.Q), DType::f32, 2 * c.G * c.Q), d_v(d_k.shape());
-  for (int64_t i = 0; i < d_k.elements(); ++i) d_k.set(i, 0.0), d_v.set(i, 0.0);
-  std::deque<ShareTensors> shares;
-  for (int64_t index = 0; index < shared.ranks; ++index) {
-    run(attention, shares.emplace_back(whole, ContextShare{shared.ranks, index}).forward_args());
-  }
-  for (int64_t link = first; link < 2 * shared.ranks; ++link) {
-    const bool is_near = link < shared.ranks;
-    AttentionBackwardArgs args =
-        shares[static_cast<size_t>(is_near ? link : 2 * shared.ranks - 1 - link)].backward_args();
-    args.one_chain = true;
-    args.queries = is_near ? QueryChunk::near : QueryChunk::far;
-    args.d_k_sum_SC = args.d_v_sum_SC = {};
-    args.d_k_chain_SC = d_k.inout<float>();
-    args.d_v_chain_SC = d_v.inout<float>();
-    run(attention_backward, args);
-  }
+  std::deque<ShareTensors> shares = all_shares(whole, shared.ranks);
+  run_chain(shares, d_k, d_v, first, run);
   const bool is_whole = first == 0;
   for (const ShareTensors& t : shares) {
     const auto same = [&](const TestTensor& chain, const TestTensor& of_whole) {
@@ -297,6 +312,79 @@ TEST(AttentionShares, PartsOfTheKeysMeetByTheirLogSumExp) {
             t, dtype == DType::f32 ? tolerance(2, terms) : bf16_tolerance(2, terms));
       }
     }
+  }
+}
+
+// Gradients of whole sequences from those of the shares: d_q from each rank's rows; d_k and d_v, a
+// row by the key's owner, summed over the ranks whose queries they are of.
+AttentionGradients gathered_gradients(const std::deque<ShareTensors>& shares,
+                                      const std::vector<const TestTensor*>& d_k,
+                                      const std::vector<const TestTensor*>& d_v) {
+  const AttentionCase& c = shares.front().whole.c;
+  const auto ranks = static_cast<int64_t>(shares.size());
+  const int64_t local_S = c.S / ranks, key_width = c.G * c.Q, query_width = c.H * c.Q;
+  AttentionGradients out{std::vector<double>(c.T() * query_width, 0.0),
+                         std::vector<double>(c.T() * key_width, 0.0),
+                         std::vector<double>(c.T() * key_width, 0.0)};
+  for (int64_t t = 0; t < c.T(); ++t) {
+    const int64_t owner = shares.front().share.owner(t % c.S, c.S);
+    const int64_t row = t / c.S * local_S + shares.front().share.row(t % c.S, c.S);
+    for (int64_t i = 0; i < query_width; ++i) {
+      out.d_q[t * query_width + i] = shares[owner].d_q.at(row * query_width + i);
+    }
+    for (int64_t i = 0; i < key_width; ++i) {
+      const int64_t from = (owner * c.T() / ranks + row) * key_width + i;
+      for (const TestTensor* of_rank : d_k) out.d_k[t * key_width + i] += of_rank->at(from);
+      for (const TestTensor* of_rank : d_v) out.d_v[t * key_width + i] += of_rank->at(from);
+    }
+  }
+  return out;
+}
+
+void expect_finite_differences(const AttentionTensors& whole, const AttentionGradients& gradients) {
+  const AttentionValues at = whole.values();
+  const std::vector<double> weight = whole.d_o.values();
+  const auto along = [&](std::vector<double> AttentionValues::*field,
+                         const std::vector<double>& gradient) {
+    const auto loss = [&, field](const std::vector<double>& value) {
+      AttentionValues moved = at;
+      moved.*field = value;
+      const std::vector<double> o = attention_oracle(whole.c, moved, whole.scale).o;
+      return std::inner_product(o.begin(), o.end(), weight.begin(), 0.0);
+    };
+    TestRandom random(5);
+    return finite_difference_error(loss, at.*field, gradient, random);
+  };
+  EXPECT_LT(along(&AttentionValues::q, gradients.d_q), 1e-4);
+  EXPECT_LT(along(&AttentionValues::k, gradients.d_k), 1e-4);
+  EXPECT_LT(along(&AttentionValues::v, gradients.d_v), 1e-4);
+}
+
+// What ranks make of shared sequences is the derivative of whole attention: parts of the keys in a
+// ring, sums of whole keys, and a chain over the chunks of the queries.
+TEST(AttentionShares, GradientsByPartsAgreeWithFiniteDifferences) {
+  const auto run = [](auto op, const auto& args) { run_op(op, args); };
+  const auto check = [&](const SharedCase& c, auto&& compute) {
+    AttentionTensors whole(c.whole, InputFamily::normals);
+    std::deque<ShareTensors> shares = all_shares(whole, c.ranks);
+    std::vector<const TestTensor*> d_k, d_v;
+    for (ShareTensors& share : shares) {
+      compute(share);
+      d_k.push_back(&share.d_k), d_v.push_back(&share.d_v);
+    }
+    expect_finite_differences(whole, gathered_gradients(shares, d_k, d_v));
+  };
+  for (const SharedCase& c : kSharedCases) {
+    check(c, [](ShareTensors& share) { run_ring(share); });
+    check(c, [&](ShareTensors& share) {
+      run(attention, share.forward_args());
+      run(attention_backward, share.backward_args());
+    });
+    AttentionTensors whole(c.whole, InputFamily::normals);
+    std::deque<ShareTensors> shares = all_shares(whole, c.ranks);
+    TestTensor d_k(Shape(c.whole.T(), c.whole.G * c.whole.Q)), d_v(d_k.shape());
+    run_chain(shares, d_k, d_v, 0, run);
+    expect_finite_differences(whole, gathered_gradients(shares, {&d_k}, {&d_v}));
   }
 }
 

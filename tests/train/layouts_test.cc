@@ -176,6 +176,132 @@ TEST(Layouts, ARecomputedLayerNeverChoosesAgain) {
   });
 }
 
+// Calls by op of one micro-batch: of its backward pass, and of the weight gradients that it left.
+struct BackwardWork {
+  std::map<std::string, int64_t> input, weights;
+};
+BackwardWork backward_work(const Config& config, WeightGradients when) {
+  const SyntheticSequences source(config);
+  BackwardWork work;
+  launch_ranks({.ranks = 1, .workers = 1}, [&](RankEnvironment& environment) {
+    Rank rank(config, environment);
+    TrainStep step(rank, config.model);
+    Model& model = step.model();
+    model.initialize(1);
+    step.begin(0, source);
+    for (const auto& group : model.groups()) group->begin_step();
+    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+    ChunkState state;
+    model.forward({batch, 0, {}, &state});
+    const auto since_now = [&](auto&& body) {
+      rank.totals.clear();
+      body();
+      std::map<std::string, int64_t> calls;
+      for (const auto& [op, use] : rank.totals) calls[op] = use.calls;
+      return calls;
+    };
+    work.input = since_now([&] { model.backward({batch, 0, {}, state, when}); });
+    if (when == WeightGradients::later) {
+      work.weights = since_now([&] { model.backward_weight(batch, 0, state); });
+    }
+    rank.finish_step();
+  });
+  return work;
+}
+
+// All of them wait, of every linear layer, gain, bias and the embedding; none is done twice. (The
+// head's are done in the forward pass, with its logits.)
+TEST(Layouts, DeferredWeightGradientsAreThoseOfAllLayers) {
+  Config config = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
+  config.model.dense_layers = {1};
+  config.model.dense_hidden = 24;
+  config.model.shared_expert_hidden = 24;
+  config.model.shared_expert_gate = true;
+  config.model.attention_bias = true;
+  const BackwardWork now = backward_work(config, WeightGradients::now);
+  const BackwardWork later = backward_work(config, WeightGradients::later);
+  for (const char* op : {"linear_wgrad", "grouped_wgrad", "embedding_wgrad", "leaf_fold"}) {
+    EXPECT_FALSE(later.input.contains(op)) << op;
+    EXPECT_TRUE(later.weights.contains(op)) << op;
+  }
+  std::map<std::string, int64_t> both = later.input;
+  for (const auto& [op, calls] : later.weights) both[op] += calls;
+  EXPECT_EQ(both, now.input);
+}
+
+// Activation bytes that one layer's forward keeps for its backward, on the last rank.
+int64_t kept_bytes(const Config& config) {
+  const SyntheticSequences source(config);
+  int64_t bytes = 0;
+  launch_ranks({.ranks = derive(config).ranks, .workers = 1}, [&](RankEnvironment& environment) {
+    Rank rank(config, environment);
+    TrainStep step(rank, config.model);
+    Model& model = step.model();
+    model.initialize(1);
+    step.begin(0, source);
+    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+    const Buffer x_TD = model.embed(batch);
+    const int64_t before = rank.arena.used_bytes(MemoryClass::activations);
+    LayerState state;
+    const Buffer out_TD =
+        model.layer_forward(batch, 0, model.embed(batch), state, Keep::for_backward);
+    const int64_t kept = rank.arena.used_bytes(MemoryClass::activations) - before;
+    if (rank.at.rank + 1 == rank.mesh.ranks()) bytes = kept - out_TD.size_bytes();
+    rank.finish_step();
+  });
+  return bytes;
+}
+
+// Between up and down projection the gate and up rows alone stay, whatever `recompute` says: its
+// mode `swiglu` is what `none` does. A wider MLP keeps 2 floats a row more, not 3.
+TEST(Layouts, TheSwigluResultIsNeverKept) {
+  const Config experts = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
+  Config shared = experts, dense = experts;
+  shared.model.shared_expert_hidden = 24;
+  dense.model.dense_layers = {0};
+  dense.model.dense_hidden = 24;
+  const int64_t tokens = 8 * experts.train.sequence_length;
+  struct Row {
+    Config config;
+    int64_t ModelConfig::*width;
+    int64_t rows;
+  };
+  for (const Row& row : {Row{experts, &ModelConfig::expert_hidden, tokens * experts.model.top_k},
+                         Row{shared, &ModelConfig::shared_expert_hidden, tokens},
+                         Row{dense, &ModelConfig::dense_hidden, tokens}}) {
+    Config wide = row.config;
+    wide.model.*row.width += 16;
+    const int64_t more = kept_bytes(wide) - kept_bytes(row.config);
+    EXPECT_EQ(more, 4 * 2 * 16 * row.rows);
+  }
+  Config swiglu = with_layout(tiny_config(), {2, 2, 1, Sharding::full, 1, 2});
+  const RunTrace none = run_trace(swiglu, 1);
+  swiglu.recompute.mode = RecomputeMode::swiglu;
+  const RunTrace run = run_trace(swiglu, 1);
+  expect_same_bits(run, none, "swiglu");
+  for (size_t i = 0; i < run.ranks.size(); ++i) {
+    EXPECT_EQ(run.ranks[i].peak_bytes, none.ranks[i].peak_bytes);
+    for (const auto& [op, use] : none.ranks[i].ops) {
+      EXPECT_EQ(run.ranks[i].ops.at(op).flops, use.flops) << op;
+    }
+  }
+}
+
+// An exact ring keeps the keys and values of whole sequences, as the plan of an all-gather has it;
+// a fast one its own.
+TEST(Layouts, AnExactRingKeepsWhatAnAllGatherKeeps) {
+  Config gather = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1, 1, 2});
+  gather.numerics.block_tokens = 8;
+  Config ring = gather;
+  ring.parallel.context = ContextExchange::ring;
+  EXPECT_EQ(kept_bytes(ring), kept_bytes(gather));
+  gather.numerics.reduction = ring.numerics.reduction = ReductionMode::fast;
+  const ModelConfig& model = gather.model;
+  const int64_t tokens = 8 * gather.train.sequence_length;
+  EXPECT_EQ(kept_bytes(gather) - kept_bytes(ring),
+            4 * 2 * tokens * model.kv_heads * model.head_dim);
+}
+
 TEST(Layouts, AnotherSeedGivesOtherBits) {
   Config config = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
   const RunTrace one = run_trace(config, 1);
@@ -214,6 +340,28 @@ TEST(Layouts, OptimizerStateIsShared) {
     EXPECT_LT(rank.weight_bytes, one.ranks[0].weight_bytes);
     EXPECT_LT(rank.peak_bytes, one.ranks[0].peak_bytes / 2);
   }
+}
+
+// Experts' weights are gathered over their own data ranks, all others over all replicas: wider
+// experts change the one, a wider vocabulary the other.
+TEST(Layouts, ExpertsAreShardedOverTheirOwnAxisAlone) {
+  const auto gathered = [](int64_t expert_hidden, int64_t vocab, int64_t ep) {
+    Config config = with_layout(tiny_config(), {4, ep, 2, Sharding::full, 1});
+    config.model.expert_hidden = expert_hidden;
+    config.model.vocab = vocab;
+    config.numerics.reduction = ReductionMode::fast;  // no presence flags travel
+    const RankUse use = run_trace(config, 1).ranks[0];
+    return std::pair(use.data_gather.sent_bytes, use.expert_data_gather.sent_bytes);
+  };
+  // Shards are whole blocks of 4,096 elements, and so are these tensors.
+  const auto [dense, expert] = gathered(128, 512, 2);
+  const auto [dense_of_wide, expert_of_wide] = gathered(256, 512, 2);
+  EXPECT_EQ(dense_of_wide, dense);
+  EXPECT_EQ(expert_of_wide, 2 * expert);
+  const auto [dense_of_words, expert_of_words] = gathered(128, 1024, 2);
+  EXPECT_GT(dense_of_words, dense);
+  EXPECT_EQ(expert_of_words, expert);
+  EXPECT_EQ(gathered(128, 512, 4).second, 0);  // each expert is on one rank
 }
 
 // Each token goes once to each other rank that holds one of its experts: the bytes of a layer's

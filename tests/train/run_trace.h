@@ -61,7 +61,8 @@ struct RankUse {
   int64_t optimizer_bytes = 0, weight_bytes = 0, peak_bytes = 0;
   CommTotals shard_gather, copies_reduce;  // zero where there is one copy of the state
   CommTotals data_gather, data_all_to_all, expert_all_to_all, expert_data_all_to_all;
-  CommTotals context_scatter, context_exchange;
+  CommTotals expert_data_gather;
+  CommTotals context_scatter, context_exchange, pipeline_exchange;
 };
 
 struct RunTrace {
@@ -88,8 +89,10 @@ inline RankUse rank_use(const Rank& rank) {
   use.data_gather = rank.data->totals(CollectiveKind::all_gather);
   use.context_scatter = rank.context->totals(CollectiveKind::reduce_scatter);
   use.context_exchange = rank.context->totals(CollectiveKind::exchange);
+  use.pipeline_exchange = rank.pipeline->totals(CollectiveKind::exchange);
   use.data_all_to_all = rank.data->totals(CollectiveKind::all_to_all_v);
   use.expert_all_to_all = rank.expert->totals(CollectiveKind::all_to_all_v);
+  use.expert_data_gather = rank.expert_data->totals(CollectiveKind::all_gather);
   use.expert_data_all_to_all = rank.expert_data->totals(CollectiveKind::all_to_all_v);
   return use;
 }
