@@ -417,9 +417,9 @@ std::string repro_line(const CheckOptions& options, const CheckReport& report) {
                               .failed = report,
                               .verdict = check_config});
   std::string line = fmt::format("REPRO: cambium check {}", options.config.path);
-  for (const auto* sets : {&options.config.sets, &repro.sets}) {
-    for (const std::string& set : *sets) line += fmt::format(" --set '{}'", set);
-  }
+  std::vector<std::string> sets = options.config.sets;
+  sets.insert(sets.end(), repro.sets.begin(), repro.sets.end());
+  for (const std::string& set : last_assignments(sets)) line += fmt::format(" --set '{}'", set);
   // Failures that depend on the number of threads have no schedule.
   return line + (repro.reproduces ? fmt::format(" --schedule {}", repro.schedule)
                                   : fmt::format(" --seeds {}", options.seeds));

@@ -242,6 +242,30 @@ TEST(Cluster, ExploredTransfersAreLateAndTheTapeReplaysIt) {
   EXPECT_EQ(run({.ranks = 2}), 0);
 }
 
+TEST(Cluster, ASlowRankGoesOnOnlyWhenNoOtherCan) {
+  const auto last_of = [](uint64_t seed, std::vector<int> slow) {
+    ClusterOptions options{.ranks = 3, .schedule_seed = seed, .slow_ranks = std::move(slow)};
+    if (seed % 2 == 0) options.exploration = Exploration::pct;
+    int last = -1;
+    run_cluster(options, [&](RankEnvironment& environment) {
+      RankBench bench(environment);
+      Stream& compute = environment.make_stream("compute");
+      for (int i = 0; i < 4; ++i) {
+        compute.enqueue("add", &add, AddArgs{bench.send.data(), bench.recv.data(), 4});
+        bench.wait(compute.record());
+      }
+      last = environment.rank();
+    });
+    return last;
+  };
+  int64_t last_by_chance = 0;
+  for (uint64_t seed = 1; seed <= 60; ++seed) {
+    EXPECT_EQ(last_of(seed, {1}), 1) << seed;
+    last_by_chance += last_of(seed, {}) == 1 ? 1 : 0;
+  }
+  EXPECT_LT(last_by_chance, 40);
+}
+
 TEST(Cluster, TwoHundredRanks) {
   const ClusterReport report =
       run_cluster({.ranks = 200, .worker_threads = 2}, [](RankEnvironment& environment) {
