@@ -1,10 +1,13 @@
 // cambium plan as a user runs it: text, JSON, the timeline, and a layout that does not fit.
+#include <sys/resource.h>
+
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
 
+#include "fmt/format.h"
 #include "gtest/gtest.h"
 #include "tests/cli/run_binary.h"
 #include "tests/tree.h"
@@ -121,6 +124,70 @@ TEST(PlanCommand, PairsHideTravellingRowsAndTheTimelineShowsThem) {
                            "\"expert backward\"", "\"expert weights\"", "\"dispatch backward\""}) {
     EXPECT_NE(svg.find(part), std::string::npos) << part;
   }
+}
+
+struct ScaleCase {
+  const char *ranks, *pp, *ep;
+  bool folds;
+};
+
+// Seconds of a core that a plan of Qwen3-30B-A3B takes, with 8 micro-batches of 4,096 tokens.
+double plan_core_s(const ScaleCase& scale) {
+  const auto used_s = [] {
+    rusage usage{};
+    getrusage(RUSAGE_CHILDREN, &usage);
+    const auto seconds = [](const timeval& time) {
+      return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+    };
+    return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+  };
+  const std::string dp = fmt::format("{}", 64 / std::stoi(scale.pp));
+  std::vector<std::string> line{
+      "plan", "configs/quickstart.toml", "--machine", "dgx-h200", "--ranks", scale.ranks};
+  if (scale.folds) line.emplace_back("--fold");
+  for (const std::string& assignment :
+       {std::string("model=qwen3-30b-a3b"), std::string("run.device=cuda"),
+        std::string("numerics.compute=bf16"), std::string("numerics.reduction=fast"),
+        std::string("train.sequence_length=4096"), std::string("train.micro_batch_sequences=1"),
+        std::string("logging.digest_every_steps=100"), "parallel.dp=" + dp,
+        std::string("parallel.pp=") + scale.pp, std::string("parallel.ep=") + scale.ep,
+        fmt::format("train.global_batch_sequences={}", 8 * std::stoi(dp))}) {
+    line.insert(line.end(), {"--set", assignment});
+  }
+  const double before = used_s();
+  const BinaryRun run = run_binary(line, {}, 300);
+  EXPECT_EQ(run.exit_code, 0) << run.output;
+  EXPECT_NE(run.output.find(fmt::format("{} ranks", scale.ranks)), std::string::npos);
+  return used_s() - before;
+}
+
+// Twice the time that is claimed, as tests run beside others.
+TEST(PlanCommand, ManyRanksTakeSeconds) {
+  EXPECT_LT(plan_core_s({"64", "1", "64", false}), 2 * 2);
+  EXPECT_LT(plan_core_s({"64", "4", "16", false}), 2 * 2);
+  EXPECT_LT(plan_core_s({"16384", "4", "16", true}), 2 * 10);
+}
+
+// Half a minute and 4 GB each.
+TEST(PlanCommand, DISABLED_AThousandRanksTakeAMinute) {
+  EXPECT_LT(plan_core_s({"1024", "1", "64", false}), 60);
+  EXPECT_LT(plan_core_s({"1024", "4", "16", false}), 60);
+}
+
+// What goes by shapes or sizes beyond the machine file's says so.
+TEST(PlanCommand, ExtrapolationIsSaid) {
+  const auto plan = [](const std::string& machine) {
+    return run_binary({"plan", "configs/qwen3-30b-a3b-1x8.toml", "--machine", machine}).output;
+  };
+  const auto share = [](const std::string& output) {
+    const size_t note = output.find("NOTE: "), end = output.find(" % of the ops' time");
+    return note == std::string::npos ? 0.0 : std::stod(output.substr(note + 6, end - note - 6));
+  };
+  const std::string measured = plan("dgx-h200"), scaled = plan("dgx-b200");
+  EXPECT_GT(share(scaled), 90) << scaled;
+  EXPECT_LT(share(measured), 60) << measured;
+  EXPECT_NE(measured.find("NOTE: some transfers are smaller or larger than those measured"),
+            std::string::npos);
 }
 
 TEST(PlanCommand, WhatDoesNotFitExits40) {

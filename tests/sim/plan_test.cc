@@ -6,8 +6,10 @@
 #include "sim/cluster.h"
 #include "sim/machine_writer.h"
 #include "sim/planner.h"
+#include "sim/routing.h"
 #include "sim/virtual_time.h"
 #include "src/cli/launch.h"
+#include "src/train/routing_trace.h"
 #include "src/train/synthetic.h"
 
 namespace cambium::sim {
@@ -273,6 +275,37 @@ TEST(Plan, RowsOfAllRanksAreThoseThatTokensChose) {
     for (const RankPlan& rank : plan.by_rank) flops += rank.ops.at("grouped_up_dgrad").flops;
     const ModelConfig& model = config.model;
     EXPECT_EQ(flops, 8 * 64 * model.top_k * model.layers * 4 * model.hidden * model.expert_hidden);
+  }
+}
+
+TEST(Plan, ATraceOfARunIsARouting) {
+  Config config = plan_config("[parallel]\ndp = 2\nep = 2\n");
+  const ModelConfig& model = config.model;
+  const std::string path = testing::TempDir() + "/planned_routing.h5";
+  FileSystem files;
+  RoutingTraceWriter writer(files, path, config, {1, 1});
+  TracedRouting traced;
+  const int64_t choices = model.layers * 8 * 64 * model.top_k;
+  traced.gate_weights.assign(static_cast<size_t>(choices), 0.5f);
+  for (int64_t i = 0; i < choices; ++i) {  // layer l's tokens go to experts l, l + 1, ...
+    const int64_t layer = i / (8 * 64 * model.top_k);
+    traced.expert_ids.push_back(static_cast<int32_t>((layer + i % model.top_k) % model.experts));
+  }
+  writer.write_step(1, traced);
+  config.plan.routing = path;
+  RoutingModel routing(config, 64);
+  for (int64_t layer = 0; layer < model.layers; ++layer) {
+    for (const int64_t source : {0, 1}) {
+      const std::vector<int32_t>& rows = routing.expert_rows(layer, 0, source);
+      int32_t chosen = 0, all = 0;
+      for (int64_t e = 0; e < model.experts; ++e) {
+        const int32_t count = rows[static_cast<size_t>(e)];
+        all += count;
+        if ((e - layer + model.experts) % model.experts < model.top_k) chosen += count;
+      }
+      EXPECT_EQ(all, 64 * model.top_k);
+      EXPECT_GT(chosen, all * 9 / 10) << layer;
+    }
   }
 }
 
