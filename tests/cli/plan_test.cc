@@ -41,6 +41,23 @@ TEST(PlanCommand, LinksAreMeasuredIntoAMachineThatPlanReads) {
   EXPECT_EQ(after["peak_bytes"], before["peak_bytes"]);
 }
 
+// Kernels, copies and launches of this machine; and what they say of steps they were not fitted to.
+TEST(PlanCommand, CalibrateWritesAMachineThatPlanReads) {
+  ScratchDirectory scratch;
+  const std::string machine = scratch.path() + "/here.toml";
+  const BinaryRun measured =
+      run_binary({"calibrate", "--device", "cpu", "--out", machine}, {}, 600);
+  ASSERT_EQ(measured.exit_code, 0) << measured.output;
+  const BinaryRun plan = run_binary({"plan", "configs/quickstart.toml", "--machine", machine});
+  EXPECT_EQ(plan.exit_code, 0) << plan.output;
+  EXPECT_NE(plan.output.find("on here, 8 ranks"), std::string::npos) << plan.output;
+  const BinaryRun check = run_binary({"calibrate", "--check", machine}, {}, 300);
+  // A shared machine's times promise nothing: 51 says that their mean error is above the bar.
+  EXPECT_TRUE(check.exit_code == 0 || check.exit_code == 51) << check.output;
+  EXPECT_NE(check.output.find("of 12 steps not used in the fit"), std::string::npos);
+  EXPECT_NE(check.output.find("memory equal to the byte"), std::string::npos) << check.output;
+}
+
 TEST(PlanCommand, JsonHasItsKeysAndTheTraceTheFiveStages) {
   ScratchDirectory scratch;
   const std::string trace = scratch.path() + "/trace.json";
@@ -57,6 +74,9 @@ TEST(PlanCommand, JsonHasItsKeysAndTheTraceTheFiveStages) {
   }
   EXPECT_EQ(plan["ranks"], 8);
   EXPECT_GT(plan["pipeline_bubble"].get<double>(), 0);
+  // 8 sequences of 128 tokens a step.
+  const double rate = 8 * plan["tokens_per_s_per_rank"].get<double>();
+  EXPECT_NEAR(1e-3 * plan["step_ms"].get<double>() * rate, 8 * 128, 1e-6);
   ASSERT_EQ(plan["by_rank"].size(), 8u);
   // Ops of all ranks, the dearest first; on the compute streams they are what keeps ranks busy.
   int64_t busy_ns = 0, ops_ns = 0, last_ns = INT64_MAX;
@@ -74,6 +94,7 @@ TEST(PlanCommand, JsonHasItsKeysAndTheTraceTheFiveStages) {
     for (const auto& [name, bytes] : rank["peak_by_class"].items()) sum += bytes.get<int64_t>();
     EXPECT_EQ(sum, rank["peak_bytes"].get<int64_t>());
     EXPECT_EQ(rank["peak_by_class"].size(), 6u);
+    EXPECT_NE(rank["peak_at"].get<std::string>().find(", at '"), std::string::npos) << rank;
   }
   std::ifstream file(trace);
   const nlohmann::json events = nlohmann::json::parse(file)["traceEvents"];
@@ -175,6 +196,32 @@ TEST(PlanCommand, DISABLED_AThousandRanksTakeAMinute) {
 }
 
 // What goes by shapes or sizes beyond the machine file's says so.
+// Bubbles of 4 stages and 8 micro-batches: 3 of 11 for one stage after another and the uneven
+// stages beside; less for schedules that fill them.
+TEST(PlanCommand, BubblesAreThoseOfTheSchedules) {
+  std::map<std::string, double> bubbles;
+  for (const std::string schedule : {"gpipe", "1f1b", "zb_h1", "zb_v"}) {
+    std::vector<std::string> line{
+        "plan", "configs/quickstart.toml", "--machine", "dgx-h200", "--fold", "--json"};
+    for (const std::string assignment :
+         {"model=qwen3-30b-a3b", "run.device=cuda", "numerics.compute=bf16",
+          "numerics.reduction=fast", "train.sequence_length=4096", "train.micro_batch_sequences=1",
+          "train.global_batch_sequences=64", "logging.digest_every_steps=100", "parallel.pp=4",
+          "parallel.dp=8", "parallel.ep=8"}) {
+      line.insert(line.end(), {"--set", assignment});
+    }
+    line.insert(line.end(), {"--set", "parallel.schedule=" + schedule});
+    const BinaryRun run = run_binary(line);
+    ASSERT_EQ(run.exit_code, 0) << run.output;
+    bubbles[schedule] = nlohmann::json::parse(run.output)["pipeline_bubble"].get<double>();
+  }
+  EXPECT_GT(bubbles["gpipe"], 3.0 / 11);
+  EXPECT_LT(bubbles["gpipe"], 3.0 / 11 + 0.12);
+  EXPECT_NEAR(bubbles["1f1b"], bubbles["gpipe"], 0.01);
+  EXPECT_LT(bubbles["zb_h1"], bubbles["1f1b"] - 0.02);
+  EXPECT_LT(bubbles["zb_v"], bubbles["zb_h1"] - 0.05);
+}
+
 TEST(PlanCommand, ExtrapolationIsSaid) {
   const auto plan = [](const std::string& machine) {
     return run_binary({"plan", "configs/qwen3-30b-a3b-1x8.toml", "--machine", machine}).output;

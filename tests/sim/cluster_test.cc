@@ -242,6 +242,31 @@ TEST(Cluster, ExploredTransfersAreLateAndTheTapeReplaysIt) {
   EXPECT_EQ(run({.ranks = 2}), 0);
 }
 
+// What happens only when one rank does all of its many steps before another's first: random choices
+// need 2^-24 of their schedules for it, priorities half of theirs.
+TEST(Cluster, PrioritiesStarveARankAsRandomChoicesDoNot) {
+  const auto found = [](Exploration exploration) {
+    int64_t schedules = 0;
+    for (uint64_t seed = 1; seed <= 100; ++seed) {
+      const ClusterOptions options{.ranks = 2, .schedule_seed = seed, .exploration = exploration};
+      bool began = false, starved = false;
+      run_cluster(options, [&](RankEnvironment& environment) {
+        RankBench bench(environment);
+        for (int i = 0; i < 24; ++i) {
+          bench.stream.enqueue("add", &add, AddArgs{bench.send.data(), bench.recv.data(), 4});
+          bench.wait(bench.stream.record());
+          if (environment.rank() == 0) began = true;
+        }
+        if (environment.rank() == 1 && !began) starved = true;
+      });
+      schedules += starved ? 1 : 0;
+    }
+    return schedules;
+  };
+  EXPECT_EQ(found(Exploration::random), 0);
+  EXPECT_GE(found(Exploration::pct), 10);
+}
+
 TEST(Cluster, ASlowRankGoesOnOnlyWhenNoOtherCan) {
   const auto last_of = [](uint64_t seed, std::vector<int> slow) {
     ClusterOptions options{.ranks = 3, .schedule_seed = seed, .slow_ranks = std::move(slow)};
