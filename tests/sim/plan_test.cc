@@ -99,6 +99,32 @@ TEST(VirtualTime, IsTheTimelineByHand) {
   EXPECT_EQ(trace.spans().size(), 9u);
 }
 
+// A running transfer takes its share of the memory's rate from an op that memory limits.
+TEST(VirtualTime, TransfersTakeOfTheMemorysRate) {
+  std::string text = plain_machine("8");
+  const std::string none = "memory_percent = { value = 0";
+  text.replace(text.find(none), none.size(), "memory_percent = { value = 50");
+  const Machine machine = parse_machine(text, "plain");
+  const Config config = plan_config("[parallel]\ndp = 2\n");
+  VirtualTime time(machine, config, nullptr);
+  run_cluster({.ranks = 2, .time = &time}, [&](RankEnvironment& environment) {
+    Stream& compute = environment.make_stream("compute");
+    Stream& comm = environment.make_stream("comm");
+    const auto both = environment.make_communicator("both", {0, 1});
+    std::byte* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 44);
+    all_gather({.communicator = *both,
+                .stream = comm,
+                .send = data,
+                .recv = data + 4096,
+                .count = 500,
+                .dtype = DType::u8});
+    environment.shape_only()->charge({"scale_values", {2000}, 0, 2000, 0}, compute);
+    environment.host().wait(compute.record());
+    EXPECT_EQ(environment.host().now_ns(), 2300);  // 300 of 2000 bytes in the transfer's 600 ns
+    environment.host().wait(comm.record());
+  });
+}
+
 // Where a collective was measured, its curve is its time; others keep the link's model.
 TEST(VirtualTime, AMeasuredCollectiveTakesItsCurvesTime) {
   const std::string curve =
@@ -339,6 +365,48 @@ TEST(Plan, FoldedRanksAgreeExactlyWithAllOfThem) {
     run.config.plan.routing = "uniform";
     run.config.numerics.reduction = ReductionMode::exact;
     EXPECT_THROW(plan_step(run), Error);
+  }
+}
+
+TEST(Plan, FoldingIsRefusedWhereRanksDiffer) {
+  const std::string path = testing::TempDir() + "/folded_machine.toml";
+  const std::string dp = "[parallel]\ndp = 4\n", fast = "[numerics]\nreduction = \"fast\"\n";
+  const auto refusal = [&](const std::string& machine, const Config& config) -> std::string {
+    std::ofstream(path) << machine;
+    try {
+      plan_step({.config = config, .machine = path, .folding = Folding::on});
+    } catch (const Error& error) {
+      EXPECT_EQ(error.exit_code(), ExitCode::usage);
+      return error.what();
+    }
+    return "";
+  };
+  const Config plain = plan_config(dp + fast);
+  EXPECT_EQ(refusal(plain_machine("4"), plain), "");
+  Config zipf = plain, tied = plain, digests = plain;
+  zipf.plan.routing = "zipf";
+  tied.model.tie_embeddings = true;
+  digests.logging.digest_every_steps = 1;
+  std::string few_nics = plain_machine("2");
+  few_nics.replace(few_nics.find("nics = { value = 2"), 18, "nics = { value = 1");
+  const struct {
+    std::string machine;
+    Config config;
+    const char* why;
+  } cases[] = {
+      {plain_machine("4"), zipf, "plan.routing = zipf differs between ranks"},
+      {plain_machine("4"), plan_config("[parallel]\ndp = 2\ncp = 2\ncontext = \"ring\"\n" + fast),
+       "each hop of parallel.context = ring"},
+      {plain_machine("4"), tied, "a tied embedding's gradient"},
+      {plain_machine("4"), plan_config(dp), "numerics.reduction = exact"},
+      {plain_machine("4"), digests, "digests of every step"},
+      {machine_source("laptop"), plain, "the ranks share one device"},
+      {few_nics, plain, "2 ranks of a node share 1 NICs"},
+      {plain_machine("3"), plain, "groups of 4 ranks lie across nodes of 3 differently"},
+  };
+  for (const auto& row : cases) {
+    const std::string text = refusal(row.machine, row.config);
+    EXPECT_NE(text.find(row.why), std::string::npos) << row.why << ": " << text;
   }
 }
 
