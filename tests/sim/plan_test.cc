@@ -484,6 +484,38 @@ TEST(Machines, MeasuredCollectivesTakeTheirMeasuredTime) {
   EXPECT_EQ(again.ops.size(), machine.ops.size());
 }
 
+// A constant of a machine file without its source, or in a unit of another kind, is refused.
+TEST(Machines, ConstantsHaveSourcesAndUnits) {
+  for (const char* name : {"dgx-h100", "dgx-h200", "dgx-b200", "laptop", "h100", "h200"}) {
+    const std::string text = machine_source(name);
+    const auto refuses = [&](const std::string& changed) {
+      try {
+        parse_machine(changed, name);
+      } catch (const Error& error) {
+        return error.exit_code() == ExitCode::usage;
+      }
+      return false;
+    };
+    EXPECT_FALSE(refuses(text)) << name;
+    int64_t constants = 0;
+    for (size_t at = text.find("{ value = "); at != std::string::npos;
+         at = text.find("{ value = ", at + 1)) {
+      const std::string line = text.substr(at, text.find('\n', at) - at);
+      std::string without = text;
+      without.replace(text.find("source", at), 6, "origin");
+      EXPECT_TRUE(refuses(without)) << name << ": " << line;
+      const size_t unit = text[at + 10] == '"' ? text.find(' ', at + 10) : std::string::npos;
+      if (unit < at + line.size()) {
+        std::string other = text;
+        other.replace(unit, text.find('"', unit) - unit, " parsec");
+        EXPECT_TRUE(refuses(other)) << name << ": " << line;
+      }
+      ++constants;
+    }
+    EXPECT_GE(constants, 15) << name;
+  }
+}
+
 TEST(Machines, AWrongCurveIsRefusedWithItsKey) {
   const std::string base = machine_source("dgx-h200");
   const auto refusal = [&](const std::string& curve) -> std::string {
