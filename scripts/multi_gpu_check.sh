@@ -311,10 +311,12 @@ row "quickstart, exact, dp $r ep 1, no accumulation" exact q6 $quick "parallel.d
 row "quickstart, exact, dp $r ep $r, no accumulation" exact q3 $quick "parallel.dp=$r" \
   "parallel.ep=$r" "train.micro_batch_sequences=$((8 / r))"
 row "quickstart, exact, pp $r" exact q4 $quick "parallel.pp=$r" parallel.dp=1 parallel.ep=1
-row "quickstart, exact, cp $r" exact q5 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" \
-  "train.sequence_length=$((256 * r))" "model.max_positions=$((256 * r))"
-row "quickstart, fast, cp $r" fast f2 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" \
-  "train.sequence_length=$((256 * r))" "model.max_positions=$((256 * r))"
+shared=("parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" "train.sequence_length=$((256 * r))"
+  "model.max_positions=$((256 * r))")
+row "quickstart, exact, cp $r" exact q5 $quick "${shared[@]}"
+row "quickstart, fast, cp $r" fast f2 $quick "${shared[@]}"
+row "quickstart, exact, cp $r, ring" exact q7 $quick "${shared[@]}" parallel.context=ring
+row "quickstart, fast, cp $r, ring" fast f3 $quick "${shared[@]}" parallel.context=ring
 row "quickstart, fast, dp $r ep $r" fast f1 $quick "parallel.dp=$r" "parallel.ep=$r"
 row "killed in a step: exit 20, resumed bits" struck KILL 20
 row "stopped: exit 21, resumed bits" struck STOP 21
