@@ -97,16 +97,17 @@ void attention_backward_cuda(benchmark::State& state) {
 // part at a time, beside all of them at once as an all-gather does.
 void attention_parts_cuda(benchmark::State& state) {
   if (!gpu_is_there(state)) return;
-  constexpr ContextShare kShare{2, 1};
-  AttentionGpuBuffers b(state.range(0), state.range(1) / kShare.ranks, state.range(2));
-  const Shape all(b.T * kShare.ranks, b.G, b.Q), keys(b.T, b.G * b.Q);
+  const int64_t ranks = 2;
+  const ContextShare share{ranks, 1};
+  AttentionGpuBuffers b(state.range(0), state.range(1) / ranks, state.range(2));
+  const Shape all(b.T * ranks, b.G, b.Q), keys(b.T, b.G * b.Q);
   const Shape all_keys(all[0], keys[1]), rows(b.T, b.H, b.Q);
   DeviceTensor k(all), v(all), d_k(all_keys, DType::f32), d_v(all_keys, DType::f32);
   DeviceTensor o_sum(rows, DType::f32), d_q_sum(rows, DType::f32);
   k.fill_normal(8), v.fill_normal(9);
   const auto shared = [&](auto args) {
-    args.sequence_length = b.S * kShare.ranks;
-    args.share = kShare;
+    args.sequence_length = b.S * ranks;
+    args.share = share;
     return args;
   };
   const auto gathered = [&](OpContext& context, int64_t) {
@@ -129,11 +130,11 @@ void attention_parts_cuda(benchmark::State& state) {
     backward.d_v_sum_SC = {d_v.out<float>().pointer(), keys};
     for (const KeyPart part : {KeyPart::first, KeyPart::next}) {
       forward.part = backward.part = part;
-      forward.key_rank = backward.key_rank = part == KeyPart::first ? kShare.index : 0;
+      forward.key_rank = backward.key_rank = part == KeyPart::first ? share.index : 0;
       attention(forward, context), attention_backward(backward, context);
     }
   };
-  const double flops = 7.0 * static_cast<double>(b.T * b.S * kShare.ranks * b.H * b.Q);
+  const double flops = 7.0 * static_cast<double>(b.T * b.S * ranks * b.H * b.Q);
   run_gpu_bench(state, std::vector<GpuContender>{{"parts", flops, 0, by_parts},
                                                  {"gathered", flops, 0, gathered}});
 }
