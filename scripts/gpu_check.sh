@@ -109,11 +109,11 @@ context() {  # context NAME DEVICE PP DP CP EP SHARDING SCHEDULE [SET...]
 
 exact_contexts() {
   local exact=(numerics.reduction=exact model.top_k=2 data.document_mask=true) count=0
-  context one cuda 1 1 1 1 none 1f1b "${exact[@]}" || return
+  context exact-one cuda 1 1 1 1 none 1f1b "${exact[@]}" || return
   while read -r pp dp cp ep sharding schedule; do
     for exchange in all_gather ring; do
       context many cuda "$pp" "$dp" "$cp" "$ep" "$sharding" "$schedule" "${exact[@]}" \
-        parallel.context=$exchange && "$bin/cambium" compare "$work/one" "$work/many" ||
+        parallel.context=$exchange && "$bin/cambium" compare "$work/exact-one" "$work/many" ||
         { echo "pp $pp dp $dp cp $cp ep $ep $sharding $schedule $exchange" && return 1; }
       rm -rf "$work/many"
       count=$((count + 1))
