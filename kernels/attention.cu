@@ -30,11 +30,11 @@ EncodeTiled encode_tiled() {
 template <class Args>
 AttentionShape attention_shape(const Args& a) {
   const int64_t T = a.k_TGQ[0];
-  CHECK(a.part == KeyPart::all);  // derive() refuses a ring on a GPU
-  CHECK_LT(T, int64_t{INT_MAX});
+  const int64_t S = a.part == KeyPart::all ? a.sequence_length : a.sequence_length / a.share.ranks;
+  CHECK_LT(T * a.share.ranks, int64_t{INT_MAX});
   CHECK_GT(a.scale, 0.0f);  // the largest score is that of the largest product
-  return {.sequences = static_cast<int>(T / a.sequence_length),
-          .S = static_cast<int>(a.sequence_length),
+  return {.sequences = static_cast<int>(T / S),
+          .S = static_cast<int>(S),
           .H = static_cast<int>(a.q_THQ[1]),
           .G = static_cast<int>(a.k_TGQ[1]),
           .Q = static_cast<int>(a.q_THQ[2]),
@@ -42,18 +42,25 @@ AttentionShape attention_shape(const Args& a) {
           .document_start = a.document_start_T.pointer()};
 }
 
+// A ring's first part is the rank's own: every query sees a key of it, so that nothing is added to.
+template <class Args>
+PartAttentionShape part_shape(const Args& a, const AttentionShape& shape) {
+  CHECK_EQ(a.part == KeyPart::first, a.key_rank == a.share.index);
+  return {shape, a.share, {a.share.ranks, a.key_rank}, a.part == KeyPart::next};
+}
+
 constexpr int kTmaAlignmentBytes = 16;
 
-// Whether TMA can carry every tensor and a padded head fits a tile.
+// Whether TMA can carry every tensor of bf16, pairs the sums, and a padded head fits a tile.
 template <class Args>
 bool fits_tensor_cores(const Args& a) {
   bool fits = a.q_THQ[2] % 8 == 0 && a.q_THQ[2] <= 2 * kPanelColumns;
   visit_views(a, [&](const char*, const RawView& view) {
-    if (view.shape.rank != 3) return;
-    fits = fits && view.dtype == DType::bf16 && view.row_stride * 2 % kTmaAlignmentBytes == 0 &&
+    if (view.shape.rank != 3 || view.empty()) return;
+    fits = fits && view.row_stride * dtype_bytes(view.dtype) % kTmaAlignmentBytes == 0 &&
            reinterpret_cast<uintptr_t>(view.data) % kTmaAlignmentBytes == 0;
   });
-  return fits;
+  return fits && a.q_THQ.dtype == DType::bf16;
 }
 
 int multiprocessors() {
@@ -71,16 +78,26 @@ int64_t persistent_blocks(const Shape& shape) {
   return std::min<int64_t>(tiles, multiprocessors());
 }
 
+// Of the parts so far, or of all keys.
+RawView lse_of(const AttentionArgs& a) {
+  return a.part == KeyPart::all ? RawView(a.lse_TH) : RawView(a.lse_sum_TH);
+}
+
 template <int kColumns, class Shape>
 void forward_tiles(const AttentionArgs& a, const Shape& shape, Stream& stream) {
-  const ForwardMaps maps{
-      attention_map(a.q_THQ, shape, kTileRows), attention_map(a.k_TGQ, shape, kTileRows),
-      attention_map(a.v_TGQ, shape, kTileRows), attention_map(a.o_THQ, shape, kWarpgroupRows)};
+  ForwardMaps maps{attention_map(a.q_THQ, shape, kTileRows),
+                   attention_map(a.k_TGQ, shape, kTileRows),
+                   attention_map(a.v_TGQ, shape, kTileRows),
+                   {}};
+  if constexpr (!Shape::kIsPart) maps.o = attention_map(a.o_THQ, shape, kWarpgroupRows);
+  const RawView lse = lse_of(a);
   launch("attention", attention_forward_kernel<kColumns, Shape>,
          {.blocks = persistent_blocks(shape),
           .threads = kTileThreads,
           .shared_bytes = sizeof(ForwardShared<kColumns>)},
-         stream, maps, ForwardArgs<Shape>{shape, a.lse_TH.pointer(), a.lse_TH.row_stride});
+         stream, maps,
+         ForwardArgs<Shape>{shape, static_cast<float*>(lse.data), lse.row_stride,
+                            a.o_sum_THQ.pointer(), a.o_sum_THQ.row_stride});
 }
 
 // Where the dK and dV of shared sequences go.
@@ -110,9 +127,10 @@ void backward_tiles(const AttentionBackwardArgs& a, const Shape& shape, Stream& 
                     attention_map(a.d_o_THQ, shape, kTileRows),
                     attention_map(a.k_TGQ, shape, kTileRows),
                     attention_map(a.v_TGQ, shape, kTileRows),
-                    attention_map(a.d_q_THQ, shape, kWarpgroupRows),
+                    {},
                     {},
                     {}};
+  if constexpr (!Shape::kIsPart) maps.d_q = attention_map(a.d_q_THQ, shape, kWarpgroupRows);
   if constexpr (!Shape::kIsShared) {
     maps.d_k = attention_map(a.d_k_TGQ, shape, kWarpgroupRows);
     maps.d_v = attention_map(a.d_v_TGQ, shape, kWarpgroupRows);
@@ -126,7 +144,9 @@ void backward_tiles(const AttentionBackwardArgs& a, const Shape& shape, Stream& 
                                  static_cast<float*>(sums.d_k.data),
                                  static_cast<float*>(sums.d_v.data),
                                  sums.d_k.row_stride,
-                                 sums.d_v.row_stride};
+                                 sums.d_v.row_stride,
+                                 a.d_q_sum_THQ.pointer(),
+                                 a.d_q_sum_THQ.row_stride};
   launch("attention d_q", attention_query_gradient_kernel<kColumns, Shape>,
          {.blocks = persistent_blocks(shape),
           .threads = kTileThreads,
@@ -170,15 +190,20 @@ PlainArgs<T, Shape> plain_args(const Args& a, const Shape& shape) {
   plain.q = plain_tensor<const T>(a.q_THQ);
   plain.k = plain_tensor<const T>(a.k_TGQ);
   plain.v = plain_tensor<const T>(a.v_TGQ);
-  plain.lse_stride = a.lse_TH.row_stride;
   return plain;
 }
 
 template <class T, class Shape>
 void forward_plain(const AttentionArgs& a, const Shape& shape, Stream& stream) {
   auto plain = plain_args<T>(a, shape);
-  plain.o_out = plain_tensor<T>(a.o_THQ);
-  plain.lse_out = a.lse_TH.pointer();
+  if constexpr (Shape::kIsPart) {
+    plain.o_out = plain_tensor<float>(a.o_sum_THQ);
+  } else {
+    plain.o_out = plain_tensor<T>(a.o_THQ);
+  }
+  const RawView lse = lse_of(a);
+  plain.lse_out = static_cast<float*>(lse.data);
+  plain.lse_stride = lse.row_stride;
   launch_plain(attention_plain_kernel<T, Shape>, PlainRows::queries, stream, plain);
 }
 
@@ -187,7 +212,11 @@ void backward_plain(const AttentionBackwardArgs& a, const Shape& shape, Stream& 
   auto plain = plain_args<T>(a, shape);
   plain.o = plain_tensor<const T>(a.o_THQ);
   plain.d_o = plain_tensor<const T>(a.d_o_THQ);
-  plain.d_q = plain_tensor<T>(a.d_q_THQ);
+  if constexpr (Shape::kIsPart) {
+    plain.d_q = plain_tensor<float>(a.d_q_sum_THQ);
+  } else {
+    plain.d_q = plain_tensor<T>(a.d_q_THQ);
+  }
   if constexpr (Shape::kIsShared) {
     const KeySums sums(a);
     plain.d_k = plain_tensor<float>(sums.d_k);
@@ -197,6 +226,7 @@ void backward_plain(const AttentionBackwardArgs& a, const Shape& shape, Stream& 
     plain.d_v = plain_tensor<T>(a.d_v_TGQ);
   }
   plain.lse = a.lse_TH.pointer();
+  plain.lse_stride = a.lse_TH.row_stride;
   plain.delta = a.delta_TH.pointer();
   plain.delta_stride = a.delta_TH.row_stride;
   launch_plain(attention_plain_delta_kernel<T, Shape>, PlainRows::queries, stream, plain);
@@ -256,6 +286,7 @@ void attention(const AttentionArgs& args, Stream& stream) {
   if (args.kernel == AttentionKernel::cudnn) return attention_cudnn(args, stream);
   const AttentionShape shape = attention_shape(args);
   if (args.share.ranks == 1) return attention_of(args, shape, stream);
+  if (args.part != KeyPart::all) return attention_of(args, part_shape(args, shape), stream);
   attention_of(args, SharedAttentionShape{shape, args.share}, stream);
 }
 
@@ -265,6 +296,9 @@ void attention_backward(const AttentionBackwardArgs& args, Stream& stream) {
   const AttentionShape shape = attention_shape(args);
   if (args.share.ranks == 1) return attention_backward_of(args, shape, stream);
   CHECK(args.d_k_partial_MC.empty());  // the CPU's
+  if (args.part != KeyPart::all) {
+    return attention_backward_of(args, part_shape(args, shape), stream);
+  }
   attention_backward_of(args, SharedAttentionShape{shape, args.share, args.queries}, stream);
 }
 

@@ -26,10 +26,10 @@
 //   partials  of every query block apart (CPU alone), which `attention_key_fold` sums where the
 //             keys are: the bits of one rank too, S / (2 block_tokens) times the bytes of a chain.
 // On the GPU the chunks are whole tiles: S is a multiple of 2 ranks kAttentionTile.
-// Ring attention (arXiv 2310.01889; CPU alone): k and v hold one rank's part of every sequence,
-// laid out as q is, and a call folds it into what earlier calls left, in fp32: the online softmax
-// goes on from o and its log-sum-exp, dQ is added to. dK and dV are of the part and of this rank's
-// queries.
+// Ring attention (arXiv 2310.01889): k and v hold one rank's part of every sequence, laid out as q
+// is, and a call folds it into what earlier calls left, in fp32: the online softmax goes on from o
+// and its log-sum-exp, dQ is added to. dK and dV are of the part and of this rank's queries. On the
+// GPU the first part is the rank's own.
 #pragma once
 
 #include "kernels/attention_cudnn.h"

@@ -37,6 +37,8 @@ struct BackwardArgs {
   int64_t delta_stride;
   float *d_k_sum, *d_v_sum;  // of shared sequences: the sums, or the chain so far
   int64_t d_k_stride, d_v_stride;
+  float* d_q_sum;  // of a part
+  int64_t d_q_sum_stride;
 };
 
 // A warpgroup's 64 rows from `staging` into `map`; the caller has written them.

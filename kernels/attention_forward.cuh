@@ -22,8 +22,10 @@ struct ForwardMaps {
 template <class Shape>
 struct ForwardArgs {
   Shape shape;
-  float* lse;
+  float* lse;  // of a part: of the parts so far, as o_sum
   int64_t lse_stride;
+  float* o_sum;
+  int64_t o_sum_stride;
 };
 
 template <int kColumns>
@@ -46,8 +48,8 @@ struct RowSoftmax {
 };
 
 // Scores become probabilities relative to the largest score so far; `rescale` is what earlier sums
-// are worth under it.
-template <int kElements>
+// are worth under it. A row may see no key yet where a part is not its own.
+template <bool kMayBeEmpty, int kElements>
 __device__ __forceinline__ void fold_scores(float (&s)[kElements], float scale_log2,
                                             RowSoftmax& state, float (&rescale)[2]) {
 #pragma unroll
@@ -61,8 +63,9 @@ __device__ __forceinline__ void fold_scores(float (&s)[kElements], float scale_l
     float largest = fmaxf(most[0], most[1]);
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-    rescale[r] = exp2_fast((state.largest[r] - largest) * scale_log2);
-    const float shift = largest * scale_log2;
+    const float base = kMayBeEmpty && largest == -INFINITY ? 0.0f : largest;
+    rescale[r] = exp2_fast((state.largest[r] - base) * scale_log2);
+    const float shift = base * scale_log2;
     state.largest[r] = largest;
     float sum[2] = {state.sum[r] * rescale[r], 0.0f};
 #pragma unroll
@@ -85,7 +88,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[kElements], int first_key
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     const int at = key + i / 4 * 8 + i % 2, r = i / 2 % 2;
-    if ((at > rows.position[r]) | (at < rows.first_seen[r])) s[i] = -INFINITY;
+    if ((at > rows.last_seen[r]) | (at < rows.first_seen[r])) s[i] = -INFINITY;
   }
 }
 
@@ -184,6 +187,33 @@ __device__ __forceinline__ void store_output(const ForwardMaps& maps,
   commit_stores();
 }
 
+// A part's output and log-sum-exp meet those of the parts before it.
+template <class Shape, int kElements>
+__device__ __forceinline__ void add_output(const ForwardArgs<Shape>& args, const QueryTile& tile,
+                                           const QueryRows& rows, const RowSoftmax& state,
+                                           const float (&o)[kElements]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = state.sum[r];
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    const int64_t token = int64_t{tile.sequence} * args.shape.S + rows.row[r];
+    float* lse = args.lse + token * args.lse_stride + tile.head;
+    const float part = sum > 0.0f ? state.largest[r] * args.shape.scale + logf(sum) : -INFINITY;
+    const MergedLse merged(args.shape.adds ? *lse : -INFINITY, part);
+    const float factor = sum > 0.0f ? merged.part / sum : 0.0f;
+    __syncwarp();  // every lane has read what one of them writes
+    if (accumulator_lane().column == 0) *lse = merged.lse;
+    float* row = sum_at(args.o_sum, args.o_sum_stride, args.shape, tile, rows.row[r]);
+    each_pair<kElements>(r, args.shape.Q, row, [&](int i, float2* to) {
+      float2 value = args.shape.adds ? *to : float2{0.0f, 0.0f};
+      value.x = fmaf(o[i], factor, value.x * merged.before);
+      value.y = fmaf(o[i + 1], factor, value.y * merged.before);
+      *to = value;
+    });
+  }
+}
+
 template <int kColumns, class Shape>
 __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps,
                                                  const ForwardArgs<Shape>& args,
@@ -224,7 +254,7 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps,
     release(&shared.k_empty[k_ring.stage]);
     k_ring.advance();
     mask_scores(s, tile.last_key_tile * kTileRows, rows);
-    fold_scores(s, scale_log2, state, rescale);
+    fold_scores<Shape::kIsPart>(s, scale_log2, state, rescale);
     pack_operand(s, p);
     for (int key = tile.last_key_tile - 1; key >= tile.first_key_tile; --key) {
       wait_barrier(shared_address(&shared.k_full[k_ring.stage]), k_ring.parity);
@@ -238,7 +268,7 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps,
       release(&shared.k_empty[k_ring.stage]);
       k_ring.advance();
       if (key * kTileRows < rows.latest_first) mask_scores(s, key * kTileRows, rows);
-      fold_scores(s, scale_log2, state, rescale);
+      fold_scores<Shape::kIsPart>(s, scale_log2, state, rescale);
       wgmma_wait<0>(o);
       release(&shared.v_empty[v_ring.stage]);
       v_ring.advance();
@@ -253,7 +283,11 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps,
     wgmma_wait<0>(o);
     release(&shared.v_empty[v_ring.stage]);
     v_ring.advance();
-    store_output(maps, args, shared, tile, warpgroup, state, o);
+    if constexpr (Shape::kIsPart) {
+      add_output(args, tile, rows, state, o);
+    } else {
+      store_output(maps, args, shared, tile, warpgroup, state, o);
+    }
   }
   if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }

@@ -53,7 +53,7 @@ __device__ __forceinline__ KeyTile key_tile(const Shape& shape) {
   const int first_row = min(max(shape.first_row(tile.first), shape.first_query()), end);
   tile.first_step = first_row / kStepRows;
   tile.end_step = (end + kStepRows - 1) / kStepRows;
-  tile.is_own = !Shape::kIsShared || (first_row < end && shape.position(first_row) == tile.first);
+  tile.is_own = shape.is_own(first_row, tile.first);
   int seen = tile.first_step + tile.is_own;  // its own queries always see the tile
   while (shape.document_start != nullptr && seen < tile.end_step) {
     const int middle = (seen + tile.end_step) / 2;
@@ -165,9 +165,9 @@ __device__ __forceinline__ void store_key_gradient(const CUtensorMap* map, const
 }
 
 // body(i, its place) for pairs of this warpgroup's 64 rows of fp32 sums, by owner of the keys.
-template <int kElements, class Body>
-__device__ __forceinline__ void for_key_sums(const SharedAttentionShape& shape, float* sum,
-                                             int64_t stride, const KeyTile& at, Body&& body) {
+template <int kElements, class Shape, class Body>
+__device__ __forceinline__ void for_key_sums(const Shape& shape, float* sum, int64_t stride,
+                                             const KeyTile& at, Body&& body) {
   const AccumulatorLane lane = accumulator_lane();
   const int64_t row =
       shape.sum_row(at.sequence, at.first) + consumer_index() * kWarpgroupRows + lane.row;
@@ -181,20 +181,19 @@ __device__ __forceinline__ void for_key_sums(const SharedAttentionShape& shape, 
   }
 }
 
-template <int kElements>
-__device__ __forceinline__ void load_key_sums(const SharedAttentionShape& shape, float* sum,
-                                              int64_t stride, const KeyTile& at,
-                                              float (&d)[kElements]) {
+template <int kElements, class Shape>
+__device__ __forceinline__ void load_key_sums(const Shape& shape, float* sum, int64_t stride,
+                                              const KeyTile& at, float (&d)[kElements]) {
   for_key_sums<kElements>(shape, sum, stride, at, [&](int i, const float2* from) {
     d[i] = from->x;
     d[i + 1] = from->y;
   });
 }
 
-template <int kElements>
-__device__ __forceinline__ void store_key_sums(const SharedAttentionShape& shape, float* sum,
-                                               int64_t stride, const KeyTile& at,
-                                               const float (&d)[kElements], float factor) {
+template <int kElements, class Shape>
+__device__ __forceinline__ void store_key_sums(const Shape& shape, float* sum, int64_t stride,
+                                               const KeyTile& at, const float (&d)[kElements],
+                                               float factor) {
   for_key_sums<kElements>(shape, sum, stride, at, [&](int i, float2* to) {
     *to = make_float2(d[i] * factor, d[i + 1] * factor);
   });
@@ -309,7 +308,7 @@ __device__ __forceinline__ void start_scores_of_step(float (&s)[kElements], cons
     mask_earlier_queries(s, at.first_key - (tile.first / kStepRows + at.step) * kStepRows - column);
   }
   if (shape.document_start != nullptr) {
-    mask_later_documents(s, tile.sequence * shape.S + at.first_key,
+    mask_later_documents(s, shape.key_number(tile.sequence, at.first_key),
                          shared.document_start[at.stage] + column);
   }
 }

@@ -41,7 +41,7 @@ template <class T, class Shape>
 struct PlainArgs {
   Shape shape;
   PlainTensor<const T> q, k, v, o, d_o;
-  PlainTensor<T> o_out, d_q;
+  PlainTensor<std::conditional_t<Shape::kIsPart, float, T>> o_out, d_q;  // or their sums
   PlainTensor<std::conditional_t<Shape::kIsShared, float, T>> d_k, d_v;  // or their sums
   float* lse_out;
   const float* lse;
@@ -79,6 +79,16 @@ __device__ __forceinline__ void plain_load(const float* from, float (&acc)[kPlai
   for (int slot = 0; slot < kPlainSlots; ++slot) {
     const int d = lane + slot * kWarpLanes;
     if (d < Q) acc[slot] = from[d];
+  }
+}
+
+__device__ __forceinline__ void plain_add(const float* from, float (&acc)[kPlainSlots],
+                                          float factor, int Q) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+#pragma unroll
+  for (int slot = 0; slot < kPlainSlots; ++slot) {
+    const int d = lane + slot * kWarpLanes;
+    if (d < Q) acc[slot] = fmaf(from[d], factor, acc[slot]);
   }
 }
 
@@ -127,9 +137,9 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
   const int group = row.head / shape.heads();
   const T* q = a.q.row(row.token, row.head, Q);
   float largest = -INFINITY, sum = 0.0f, o[kPlainSlots] = {};
-  const int position = shape.position(row.row);
-  for (int first = shape.first_key(row.sequence, row.row); first <= position; first += kWarpLanes) {
-    const int count = min(kWarpLanes, position + 1 - first);
+  const int last = shape.last_key(row.row);
+  for (int first = shape.first_key(row.sequence, row.row); first <= last; first += kWarpLanes) {
+    const int count = min(kWarpLanes, last + 1 - first);
     const int64_t token = int64_t{row.sequence} * shape.S + first;
     const float score =
         lane < count ? shape.scale * plain_dot(q, a.k.row(token + lane, group, Q), Q) : -INFINITY;
@@ -140,9 +150,23 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
     for (float& value : o) value *= rescale;
     plain_accumulate<T>(o, prob, count, Q, [&](int i) { return a.v.row(token + i, group, Q); });
   }
-  for (float& value : o) value /= sum;
-  plain_store(a.o_out.row(row.token, row.head, Q), o, 1.0f, Q);
-  if (lane == 0) a.lse_out[row.token * a.lse_stride + row.head] = largest + logf(sum);
+  auto* to = a.o_out.row(row.token, row.head, Q);
+  float* lse = a.lse_out + row.token * a.lse_stride + row.head;
+  if constexpr (Shape::kIsPart) {
+    const float part = sum > 0.0f ? largest + logf(sum) : -INFINITY;
+    const MergedLse merged(shape.adds ? *lse : -INFINITY, part);
+    __syncwarp();  // every lane has read what one of them writes
+    if (sum > 0.0f) {
+      for (float& value : o) value *= merged.part / sum;
+    }
+    if (shape.adds) plain_add(to, o, merged.before, Q);
+    plain_store(to, o, 1.0f, Q);
+    if (lane == 0) *lse = merged.lse;
+  } else {
+    for (float& value : o) value /= sum;
+    plain_store(to, o, 1.0f, Q);
+    if (lane == 0) *lse = largest + logf(sum);
+  }
 }
 
 template <class T, class Shape>
@@ -184,16 +208,20 @@ __global__ void __launch_bounds__(kPlainWarps* kWarpLanes)
   if (!plain_query(shape, row)) return;
   const int group = row.head / shape.heads();
   float d_q[kPlainSlots] = {};
-  const int position = shape.position(row.row);
-  for (int first = shape.first_key(row.sequence, row.row); first <= position; first += kWarpLanes) {
-    const int count = min(kWarpLanes, position + 1 - first);
+  const int last = shape.last_key(row.row);
+  for (int first = shape.first_key(row.sequence, row.row); first <= last; first += kWarpLanes) {
+    const int count = min(kWarpLanes, last + 1 - first);
     const int64_t token = int64_t{row.sequence} * shape.S + first;
     PlainPair pair;
     if (lane < count) pair = plain_pair(a, row.token, row.head, token + lane, group);
     plain_accumulate<T>(d_q, pair.d_score, count, Q,
                         [&](int i) { return a.k.row(token + i, group, Q); });
   }
-  plain_store(a.d_q.row(row.token, row.head, Q), d_q, 1.0f, Q);
+  auto* to = a.d_q.row(row.token, row.head, Q);
+  if constexpr (Shape::kIsPart) {
+    if (shape.adds) plain_add(to, d_q, 1.0f, Q);
+  }
+  plain_store(to, d_q, 1.0f, Q);
 }
 
 template <class T, class Shape>

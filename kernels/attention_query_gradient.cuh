@@ -94,6 +94,22 @@ __device__ __forceinline__ void store_query_gradient(const BackwardMaps& maps,
   }
 }
 
+// A part's dQ is added to that of the parts before it.
+template <class Shape, int kElements>
+__device__ __forceinline__ void add_query_gradient(const BackwardArgs<Shape>& args,
+                                                   const QueryTile& tile, const QueryRows& rows,
+                                                   const float (&d_q)[kElements]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float* row = sum_at(args.d_q_sum, args.d_q_sum_stride, args.shape, tile, rows.row[r]);
+    each_pair<kElements>(r, args.shape.Q, row, [&](int i, float2* to) {
+      const float2 value = args.shape.adds ? *to : float2{0.0f, 0.0f};
+      *to = make_float2(fmaf(d_q[i], args.shape.scale, value.x),
+                        fmaf(d_q[i + 1], args.shape.scale, value.y));
+    });
+  }
+}
+
 template <int kColumns, class Shape>
 __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps,
                                                         const BackwardArgs<Shape>& args,
@@ -162,7 +178,11 @@ __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps
     wgmma_wait<0>(d_q);
     release(&shared.k_empty[(ring.stage + kBackwardStages - 1) % kBackwardStages]);
 
-    store_query_gradient(maps, shape, shared, {0, tile.head, rows.first_row, tile.sequence}, d_q);
+    if constexpr (Shape::kIsPart) {
+      add_query_gradient(args, tile, rows, d_q);
+    } else {
+      store_query_gradient(maps, shape, shared, {0, tile.head, rows.first_row, tile.sequence}, d_q);
+    }
   }
   if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }

@@ -214,9 +214,11 @@ __device__ __forceinline__ void store_floats(float* to, const float (&values)[kV
 
 // Copies of 16 bytes from memory to shared memory that run on while the thread works. A thread that
 // reads what it copied itself needs no barrier; groups complete in order.
-__device__ __forceinline__ void copy_async(uint4* to, const void* from) {
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+__device__ __forceinline__ void copy_async(unsigned address, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async(uint4* to, const void* from) {
+  copy_async(static_cast<unsigned>(__cvta_generic_to_shared(to)), from);
 }
 __device__ __forceinline__ void end_copy_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -1,11 +1,10 @@
-// RMSNorm on the GPU. A block takes a few rows at once: a thread owns the same columns of each,
-// holds them in registers between the only read and the write, and the rows' sums meet in one
-// barrier.
+// RMSNorm on the GPU. Forward: a warp takes a row, which its lanes hold in registers between the
+// only read and the write; a block takes one that is longer than they hold.
 //
 // D2: a row's sum depends on D and the vector width alone. Backward: one block per leaf, which adds
-// its rows' d_gain in token order, so that leaves do not depend on who computes them (D3); rows
-// come through a queue in shared memory. Napkin: at D = 2048 in bf16 a block of 256 threads has 32
-// KB of loads in flight (forward).
+// its rows' d_gain in token order, so that leaves do not depend on who computes them (D3); a thread
+// owns the same columns of each row; rows come through a queue in shared memory.
+// Napkin: at D = 2048 in bf16 a warp has 4 KB of loads in flight, 8 with a residual (forward).
 #include "kernels/cuda_launch.cuh"
 #include "kernels/rms_norm.h"
 
@@ -26,74 +25,84 @@ struct NormForward {
   float epsilon;
 };
 
+// Who shares a row.
+enum class RowOwner : uint8_t { warp, block };
+
 // Column of this thread's vector `i`; beyond D where it has none.
-template <int kVec>
+template <int kVec, RowOwner kOwner = RowOwner::block>
 __device__ __forceinline__ int column_of(int i) {
-  return (i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kVec;
+  const int threads = kOwner == RowOwner::warp ? kWarpLanes : static_cast<int>(blockDim.x);
+  return (i * threads + static_cast<int>(threadIdx.x) % threads) * kVec;
 }
 
-// x (+ residual, rounded to its storage), and the sum stored where it is asked for.
-template <class T, int kVec>
-__device__ __forceinline__ Packed<T, kVec> load_normed(const NormForward<T>& a, int64_t t,
-                                                       int column) {
-  Packed<T, kVec> packed = load_packed<T, kVec>(a.x_TD.row(t) + column);
-  if (!a.residual_TD.is_absent()) {
-    float x[kVec], residual[kVec];
-    unpack(packed, x);
-    load_values<T, kVec>(a.residual_TD.row(t) + column, residual);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) x[j] += residual[j];
-    packed = pack<T, kVec>(x);
-  }
-  if (!a.sum_TD.is_absent()) store_packed(a.sum_TD.row(t) + column, packed);
-  return packed;
-}
-
-template <class T, int kVec, int kPer, int kRows>
-__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormForward<T> a) {
-  __shared__ float shared[kMaxThreads / kWarpLanes][kRows];
-  const int64_t first = int64_t{blockIdx.x} * kRows;
-  Packed<T, kVec> normed[kRows][kPer];
-  float squares[kRows] = {};
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const int column = column_of<kVec>(i);
-      if (column < a.D && first + r < a.T_count) {
-        normed[r][i] = load_normed<T, kVec>(a, first + r, column);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      if (column_of<kVec>(i) >= a.D || first + r >= a.T_count) continue;
-      float x[kVec];
-      unpack(normed[r][i], x);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) squares[r] = fmaf(x[j], x[j], squares[r]);
-    }
-  }
-  block_sum(squares, shared);
+// The row x (+ residual, rounded to its storage) as stored, after its sum is stored where asked
+// for.
+template <class T, int kVec, int kPer, RowOwner kOwner>
+__device__ __forceinline__ void load_normed(const NormForward<T>& a, int64_t t,
+                                            Packed<T, kVec> (&row)[kPer]) {
+  // All loads before the first store, which they could not pass.
+  Packed<T, kVec> residual[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
-    const int column = column_of<kVec>(i);
+    const int column = column_of<kVec, kOwner>(i);
     if (column >= a.D) continue;
-    float gain[kVec];
+    row[i] = load_packed<T, kVec>(a.x_TD.row(t) + column);
+    if (!a.residual_TD.is_absent()) {
+      residual[i] = load_packed<T, kVec>(a.residual_TD.row(t) + column);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int column = column_of<kVec, kOwner>(i);
+    if (column >= a.D) continue;
+    if (!a.residual_TD.is_absent()) {
+      float x[kVec], other[kVec];
+      unpack(row[i], x), unpack(residual[i], other);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) x[j] += other[j];
+      row[i] = pack<T, kVec>(x);
+    }
+    if (!a.sum_TD.is_absent()) store_packed(a.sum_TD.row(t) + column, row[i]);
+  }
+}
+
+constexpr int kRowWarps = 4;  // rows of a block, one a warp
+
+template <class T, int kVec, int kPer, RowOwner kOwner>
+__global__ void __launch_bounds__(kOwner == RowOwner::warp ? kRowWarps * kWarpLanes : kMaxThreads)
+    rms_norm_kernel(const NormForward<T> a) {
+  int64_t t = blockIdx.x;
+  if constexpr (kOwner == RowOwner::warp) {
+    t = t * kRowWarps + threadIdx.x / kWarpLanes;
+    if (t >= a.T_count) return;
+  }
+  Packed<T, kVec> row[kPer];
+  load_normed<T, kVec, kPer, kOwner>(a, t, row);
+  float squares[1] = {}, x[kVec], gain[kVec];
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (column_of<kVec, kOwner>(i) >= a.D) continue;
+    unpack(row[i], x);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) squares[0] = fmaf(x[j], x[j], squares[0]);
+  }
+  if constexpr (kOwner == RowOwner::warp) {
+    squares[0] = warp_sum(squares[0]);
+  } else {
+    __shared__ float shared[kMaxThreads / kWarpLanes][1];
+    block_sum(squares, shared);
+  }
+  const float rstd = 1.0f / sqrtf(squares[0] / static_cast<float>(a.D) + a.epsilon);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int column = column_of<kVec, kOwner>(i);
+    if (column >= a.D) continue;
+    unpack(row[i], x);
     load_values<T, kVec>(a.gain_D + column, gain);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (first + r >= a.T_count) continue;
-      const float rstd = 1.0f / sqrtf(squares[r] / static_cast<float>(a.D) + a.epsilon);
-      float y[kVec];
-      unpack(normed[r][i], y);
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) y[j] = gain[j] * (y[j] * rstd);
-      store_values<T, kVec>(a.y_TD.row(first + r) + column, y);
-      if (column == 0) a.rstd_T[first + r] = rstd;
-    }
+    for (int j = 0; j < kVec; ++j) x[j] = gain[j] * (x[j] * rstd);
+    store_values<T, kVec>(a.y_TD.row(t) + column, x);
+    if (column == 0) a.rstd_T[t] = rstd;
   }
 }
 
@@ -230,6 +239,17 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_backward_kernel(const No
   }
 }
 
+// Calls body.operator()<kPer>() where a warp can own a row, and says whether it can.
+template <int kVec, class Body>
+bool with_warp(int64_t D, Body&& body) {
+  const int64_t per = blocks_for(blocks_for(D, kVec), kWarpLanes);
+  if (per > 16) return false;
+  per <= 2   ? body.template operator()<2>()
+  : per <= 8 ? body.template operator()<8>()
+             : body.template operator()<16>();
+  return true;
+}
+
 // Calls body.operator()<kPer>(threads): kPer vectors a thread, from D and the width alone.
 template <int kVec, class Body>
 void with_threads(const char* op, int64_t D, Body&& body) {
@@ -261,10 +281,15 @@ void rms_norm(const RmsNormArgs& args, Stream& stream) {
                            T_count,
                            static_cast<int>(D),
                            args.epsilon};
+    const bool by_warp = with_warp<kVec>(D, [&]<int kPer>() {
+      launch("rms_norm", rms_norm_kernel<T, kVec, kPer, RowOwner::warp>,
+             {.blocks = blocks_for(T_count, kRowWarps), .threads = kRowWarps * kWarpLanes}, stream,
+             a);
+    });
+    if (by_warp) return;
     with_threads<kVec>("rms_norm", D, [&]<int kPer>(int threads) {
-      constexpr int kRows = kPer == 1 ? 4 : 1;
-      launch("rms_norm", rms_norm_kernel<T, kVec, kPer, kRows>,
-             {.blocks = blocks_for(T_count, kRows), .threads = threads}, stream, a);
+      launch("rms_norm", rms_norm_kernel<T, kVec, kPer, RowOwner::block>,
+             {.blocks = T_count, .threads = threads}, stream, a);
     });
   });
 }

@@ -111,35 +111,42 @@ exact_contexts() {
   local exact=(numerics.reduction=exact model.top_k=2 data.document_mask=true) count=0
   context one cuda 1 1 1 1 none 1f1b "${exact[@]}" || return
   while read -r pp dp cp ep sharding schedule; do
-    context many cuda "$pp" "$dp" "$cp" "$ep" "$sharding" "$schedule" "${exact[@]}" &&
-      "$bin/cambium" compare "$work/one" "$work/many" ||
-      { echo "pp $pp dp $dp cp $cp ep $ep $sharding $schedule" && return 1; }
-    rm -rf "$work/many"
-    count=$((count + 1))
+    for exchange in all_gather ring; do
+      context many cuda "$pp" "$dp" "$cp" "$ep" "$sharding" "$schedule" "${exact[@]}" \
+        parallel.context=$exchange && "$bin/cambium" compare "$work/one" "$work/many" ||
+        { echo "pp $pp dp $dp cp $cp ep $ep $sharding $schedule $exchange" && return 1; }
+      rm -rf "$work/many"
+      count=$((count + 1))
+    done
   done < <(tr ';' '\n' <<<"$contexts")
   echo "$count layouts have the bits of one rank"
 }
 
 contexts() {
   context whole cuda 1 1 1 1 none 1f1b && context whole-cpu cpu 1 1 1 1 none 1f1b || return
-  local count=0 worst=0 other found
-  while read -r pp dp cp ep sharding schedule; do
-    for run in shared again; do
-      context $run cuda "$pp" "$dp" "$cp" "$ep" "$sharding" "$schedule" || return
+  local count=0 worst=0 layout exchange
+  while read -r layout; do
+    for exchange in all_gather ring; do
+      one_context "$exchange" $layout || { echo "pp dp cp ep: $layout $exchange"; return 1; }
+      count=$((count + 1))
     done
-    "$bin/cambium" compare "$work/shared" "$work/again" || return
-    for other in whole whole-cpu; do
-      found=$(paste <(losses $other) <(losses shared) | awk '{ gap = ($1 - $2) / $1
-        if (gap < 0) gap = -gap; if (gap > worst) worst = gap }
-        END { printf "%.1e", NR == 6 ? worst : 1 }')
-      awk "BEGIN{exit !($found < 5e-4)}" ||
-        { echo "pp $pp dp $dp cp $cp ep $ep $sharding $schedule: $found from $other"; return 1; }
-      worst=$(awk "BEGIN{print ($found > $worst) ? $found : $worst}")
-    done
-    rm -rf "$work/shared" "$work/again"
-    count=$((count + 1))
   done < <(tr ';' '\n' <<<"$contexts")
   echo "$count layouts repeat their bits; losses differ by at most $worst from one rank and the CPU"
+}
+
+one_context() {  # one_context EXCHANGE LAYOUT...: run twice, and near one rank; raises `worst`
+  local exchange=$1 other found
+  shift
+  for run in shared again; do context $run cuda "$@" parallel.context="$exchange" || return; done
+  "$bin/cambium" compare "$work/shared" "$work/again" || return
+  for other in whole whole-cpu; do
+    found=$(paste <(losses $other) <(losses shared) | awk '{ gap = ($1 - $2) / $1
+      if (gap < 0) gap = -gap; if (gap > worst) worst = gap }
+      END { printf "%.1e", NR == 6 ? worst : 1 }')
+    awk "BEGIN{exit !($found < 5e-4)}" || { echo "$found from $other"; return 1; }
+    worst=$(awk "BEGIN{print ($found > $worst) ? $found : $worst}")
+  done
+  rm -rf "$work/shared" "$work/again"
 }
 
 losses() { grep -o '"loss":[0-9.e+-]*' "$work/$1/metrics.jsonl" | cut -d: -f2; }

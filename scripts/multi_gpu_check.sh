@@ -43,7 +43,7 @@ row() {
     echo "== $name: exit $status"
     tail -n 30 "$work/log"
   fi
-  table+=("$(printf '%-52s %-14s %6.1f s  %s' "$name" "$verdict" \
+  table+=("$(printf '%-60s %-14s %6.1f s  %s' "$name" "$verdict" \
     "$(awk "BEGIN{print $EPOCHREALTIME - $begin}")" "$(tail -n 1 "$work/log" | cut -c1-160)")")
   echo "${table[-1]}"
 }
@@ -306,13 +306,17 @@ row "conformance on $r ranks" env CAMBIUM_COMM_RANKS="$r" "$bin/test_comm" \
 row "links of $r GPUs measured ($bin/links.toml)" links
 row "quickstart, exact, dp $r ep 1" exact q1 $quick "parallel.dp=$r" parallel.ep=1
 row "quickstart, exact, dp $r ep $r" exact q2 $quick "parallel.dp=$r" "parallel.ep=$r"
-row "the same, no accumulation" exact q3 $quick "parallel.dp=$r" "parallel.ep=$r" \
-  "train.micro_batch_sequences=$((8 / r))"
+row "quickstart, exact, dp $r ep 1, no accumulation" exact q6 $quick "parallel.dp=$r" \
+  parallel.ep=1 "train.micro_batch_sequences=$((8 / r))"
+row "quickstart, exact, dp $r ep $r, no accumulation" exact q3 $quick "parallel.dp=$r" \
+  "parallel.ep=$r" "train.micro_batch_sequences=$((8 / r))"
 row "quickstart, exact, pp $r" exact q4 $quick "parallel.pp=$r" parallel.dp=1 parallel.ep=1
-row "quickstart, exact, cp $r" exact q5 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" \
-  "train.sequence_length=$((256 * r))" "model.max_positions=$((256 * r))"
-row "quickstart, fast, cp $r" fast f2 $quick "parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" \
-  "train.sequence_length=$((256 * r))" "model.max_positions=$((256 * r))"
+shared=("parallel.cp=$r" parallel.dp=1 "parallel.ep=$r" "train.sequence_length=$((256 * r))"
+  "model.max_positions=$((256 * r))")
+row "quickstart, exact, cp $r" exact q5 $quick "${shared[@]}"
+row "quickstart, fast, cp $r" fast f2 $quick "${shared[@]}"
+row "quickstart, exact, cp $r, ring" exact q7 $quick "${shared[@]}" parallel.context=ring
+row "quickstart, fast, cp $r, ring" fast f3 $quick "${shared[@]}" parallel.context=ring
 row "quickstart, fast, dp $r ep $r" fast f1 $quick "parallel.dp=$r" "parallel.ep=$r"
 row "killed in a step: exit 20, resumed bits" struck KILL 20
 row "stopped: exit 21, resumed bits" struck STOP 21
@@ -322,6 +326,10 @@ row "2-layer Qwen3-30B-A3B, exact, dp $r ep 1" exact s1 $quick "${slice[@]}" "pa
   parallel.ep=1
 row "2-layer Qwen3-30B-A3B, exact, dp $r ep $r" exact s2 $quick "${slice[@]}" "parallel.dp=$r" \
   "parallel.ep=$r"
+row "2-layer Qwen3-30B-A3B, exact, dp $r ep 1, no accumulation" exact s7 $quick "${slice[@]}" \
+  "parallel.dp=$r" parallel.ep=1 "train.micro_batch_sequences=$((4 / r))"
+row "2-layer Qwen3-30B-A3B, exact, dp $r ep $r, no accumulation" exact s8 $quick "${slice[@]}" \
+  "parallel.dp=$r" "parallel.ep=$r" "train.micro_batch_sequences=$((4 / r))"
 row "2-layer Qwen3-30B-A3B, exact, pp $r" exact s3 $quick "${slice[@]}" "parallel.pp=$r" \
   parallel.dp=1 parallel.ep=1
 row "2-layer Qwen3-30B-A3B, exact, cp $r ep $r" exact s6 $quick "${slice[@]}" "parallel.cp=$r" \

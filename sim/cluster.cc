@@ -173,7 +173,11 @@ class SimEnvironment final : public RankEnvironment {
     const auto member =
         static_cast<int>(std::find(members.begin(), members.end(), rank_) - members.begin());
     group.join(member);
-    return std::make_unique<SimCommunicator>(group, member, injector_.get());
+    const bool is_explored = options_.schedule_seed != 0 || options_.replay != nullptr;
+    const SimCommunicator::Hooks hooks{
+        .injector = injector_.get(),
+        .explored = is_explored && options_.device == Device::cpu ? &scheduler_ : nullptr};
+    return std::make_unique<SimCommunicator>(group, member, hooks);
   }
 
   void set_step(int64_t step) override {

@@ -82,6 +82,7 @@ enum class Races { ignored, detected };
 
 // How a seed explores. `random` draws every choice evenly; `pct` gives every fiber and stream a
 // random priority and lowers the leader's at two random moments (Burckhardt et al., ASPLOS 2010).
+// Both let some transfers start late (on the CPU), in virtual time, which is a choice as well.
 enum class Exploration { random, pct };
 
 // Choices of an explored run that were not the oldest candidate: what replays it.
@@ -138,7 +139,7 @@ struct ClusterReport {
   int64_t fiber_switches = 0;
   int64_t compute_phases = 0;
   int64_t tasks = 0;
-  int64_t virtual_ns = 0;  // that injected delays took
+  int64_t virtual_ns = 0;  // that delays took, injected ones and drawn ones
   RaceReport races;
 };
 

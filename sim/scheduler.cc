@@ -13,6 +13,9 @@ namespace cambium::sim {
 namespace {
 
 constexpr uint64_t kDecisionsBetweenChanges = 2000;  // a step of a small model on eight ranks
+constexpr uint64_t kTransfersOfALate = 16;           // of so many transfers, one starts late
+constexpr uint64_t kLatencies = 8;                   // 0 to 7 units: enough to change places
+constexpr int64_t kLatencyUnitNs = 10'000;
 constexpr int kSpinsBeforeYield = 2000;  // about 5 us: phases are hundreds of tasks long
 
 // SplitMix64 of (seed, counter): the schedule's own stream of draws.
@@ -50,13 +53,9 @@ uint64_t Scheduler::random(uint64_t bound) { return mix(seed_, draws_++) % bound
 int64_t Scheduler::choose(const std::vector<int>& ready) {
   const auto fibers = std::ssize(ready);
   const int64_t candidates = fibers + ready_streams_.count();
-  const uint64_t decision = decisions_++;
   int64_t choice = 0;
   if (exploration_->replay != nullptr) {
-    const ScheduleTape& tape = *exploration_->replay;
-    if (replayed_ < tape.size() && tape[replayed_].decision == decision) {
-      choice = tape[replayed_++].choice % candidates;
-    }
+    choice = replayed_choice() % candidates;
   } else {
     std::vector<int64_t> actors, among;
     const auto slow = [&](int rank) {
@@ -76,10 +75,34 @@ int64_t Scheduler::choose(const std::vector<int>& ready) {
                  ? choose_by_priority(actors, among)
                  : among[random(static_cast<uint64_t>(among.size()))];
   }
-  if (choice != 0 && exploration_->record != nullptr) {
-    exploration_->record->push_back({decision, static_cast<uint32_t>(choice)});
-  }
+  decide(choice);
   return choice;
+}
+
+// The tape's choice of the decision at hand; 0 where it has none.
+int64_t Scheduler::replayed_choice() {
+  const ScheduleTape& tape = *exploration_->replay;
+  if (replayed_ >= tape.size() || tape[replayed_].decision != decisions_) return 0;
+  return tape[replayed_++].choice;
+}
+
+void Scheduler::decide(int64_t choice) {
+  const uint64_t decision = decisions_++;
+  if (choice == 0 || exploration_->record == nullptr) return;
+  exploration_->record->push_back({decision, static_cast<uint32_t>(choice)});
+}
+
+// A late transfer starts when nothing else can go on, and those that are late in the order of their
+// latencies: completions change places with any that was posted later.
+int64_t Scheduler::drawn_latency_ns() {
+  int64_t units = 0;
+  if (exploration_->replay != nullptr) {
+    units = replayed_choice() % static_cast<int64_t>(kLatencies);
+  } else if (random(kTransfersOfALate) == 0) {
+    units = static_cast<int64_t>(random(kLatencies));
+  }
+  decide(units);
+  return units * kLatencyUnitNs;
 }
 
 // An actor's priority is drawn when it is first seen.

@@ -80,6 +80,8 @@ class Scheduler {
   void pause(int rank, int64_t delay_ns, const char* why, std::source_location site);
   // From any thread: wakes `stream` after `delay_ns`. Returns when that is.
   int64_t delay(Stream& stream, int rank, int64_t delay_ns, const char* why);
+  // Of explored runs: how much later than its turn a transfer starts; mostly not at all.
+  int64_t drawn_latency_ns();
   void set_watchdog(int64_t limit_ns) { watchdog_ns_ = limit_ns; }
   // The rank that waited for too long, -1 when none did, and whom it waited for.
   int overdue_rank() const { return overdue_rank_; }
@@ -102,6 +104,8 @@ class Scheduler {
   void run_stream(Stream& stream, int64_t most);
   // Explored runs: which of the ready fibers and streams goes on.
   int64_t choose(const std::vector<int>& ready);
+  int64_t replayed_choice();
+  void decide(int64_t choice);
   int64_t choose_by_priority(const std::vector<int64_t>& actors, const std::vector<int64_t>& among);
   int64_t priority(int64_t actor);
   // The ranks that woke; false when nobody sleeps or a rank's wait is overdue.

@@ -8,6 +8,7 @@
 #include "sim/comm_faults.h"
 #include "sim/order_hazards.h"
 #include "sim/race_detector.h"
+#include "sim/scheduler.h"
 #include "sim/virtual_time.h"
 #include "src/comm/call_check.h"
 
@@ -245,7 +246,7 @@ void Group::retire() {
 
 Ticket SimCommunicator::post(CollectiveCall call) {
   check_call(call);
-  if (injector_ != nullptr) return injector_->post(*this, std::move(call));
+  if (hooks_.injector != nullptr) return hooks_.injector->post(*this, std::move(call));
   return submit(std::move(call));
 }
 
@@ -291,6 +292,9 @@ Ticket SimCommunicator::submit(CollectiveCall call, Delay delay) {
   if (stream.observer() != nullptr) declare_transfer(call, *this);
   const char* op_name = collective_name(call.kind);
   Transfer& transfer = group_.new_transfer(rank_);
+  if (delay.ns == 0 && hooks_.explored != nullptr) {
+    delay = {hooks_.explored->drawn_latency_ns(), "is late", hooks_.explored};
+  }
   transfer.delay = delay;
   group_.bind(transfer, std::move(call));
   if (group_.time() != nullptr) {

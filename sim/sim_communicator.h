@@ -185,8 +185,12 @@ class Group {
 
 class SimCommunicator final : public Communicator {
  public:
-  SimCommunicator(Group& group, int member, FaultInjector* injector)
-      : Communicator(group.name(), member, group.ranks()), group_(group), injector_(injector) {}
+  struct Hooks {
+    FaultInjector* injector = nullptr;  // null when no fault strikes this rank
+    Scheduler* explored = nullptr;      // not null: draws how late a transfer starts
+  };
+  SimCommunicator(Group& group, int member, const Hooks& hooks)
+      : Communicator(group.name(), member, group.ranks()), group_(group), hooks_(hooks) {}
   Ticket post(CollectiveCall call) override;
   // `post` without faults.
   Ticket submit(CollectiveCall call, Delay delay = {});
@@ -194,7 +198,7 @@ class SimCommunicator final : public Communicator {
 
  private:
   Group& group_;
-  FaultInjector* injector_;  // null when no fault strikes this rank
+  Hooks hooks_;
 };
 
 }  // namespace cambium::sim

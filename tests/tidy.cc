@@ -328,6 +328,34 @@ void check_includes(const SourceFile& source, Findings& findings) {
   }
 }
 
+// Race detection, and copies to a device, see what an op's visit_views names, and nothing else.
+void check_declared_views(const SourceFile& source, Findings& findings) {
+  if (!starts_with(source.path, "kernels/") || !ends_with(source.path, ".h")) return;
+  if (starts_with(source.path, "kernels/shared_")) return;  // parts of ops, which declare
+  std::map<std::string, std::map<std::string, int>> views;  // by args struct: member and line
+  std::string args, visited;
+  for (int number = 1; number <= static_cast<int>(source.code.size()); ++number) {
+    const std::string& line = source.code[static_cast<size_t>(number - 1)];
+    if (starts_with(line, "struct ")) args = line.substr(7, line.find(' ', 7) - 7);
+    if (starts_with(line, "}")) args = visited = "";
+    const bool is_view =
+        starts_with(line, "  In<") || starts_with(line, "  Out<") || starts_with(line, "  InOut<");
+    if (ends_with(args, "Args") && is_view) {
+      const size_t begin = line.find("> ") + 2;
+      views[args][line.substr(begin, line.find_first_of("; ={", begin) - begin)] = number;
+    }
+    const std::string head = "void visit_views(const ";
+    if (starts_with(line, head)) visited = line.substr(head.size(), line.find('&') - head.size());
+    if (visited.empty()) continue;
+    std::erase_if(views[visited], [&](const auto& view) { return has_word(line, view.first); });
+  }
+  for (const auto& [op, members] : views) {
+    for (const auto& [name, number] : members) {
+      findings.add(source, number, "undeclared-view", "visit '" + name + "' in its visit_views");
+    }
+  }
+}
+
 void check_file(const SourceFile& source, Findings& findings) {
   check_lengths(source, findings);
   check_head(source, findings);
@@ -336,6 +364,7 @@ void check_file(const SourceFile& source, Findings& findings) {
   check_bool_parameters(source, findings);
   check_globals(source, findings);
   check_includes(source, findings);
+  check_declared_views(source, findings);
 }
 
 // --- Rules over the tree ---

@@ -68,6 +68,13 @@ inline constexpr Sample kSamples[] = {
     {"include-table", "src/train/a.cc", "#include \"src/cli/cli.h\"\n"},
     {"include-table", "sim/a.cc", "#include \"tests/ops/a.h\"\n"},
     {"heavy-header", "src/train/a.h", "#pragma once\n#include \"nlohmann/json.hpp\"\n"},
+    {"", "kernels/a.h",
+     "#pragma once\nstruct AArgs {\n  In<float> x_N;\n  Out<float> y_N;\n};\n"
+     "void visit_views(const AArgs& a, V&& visit) {\n  visit(\"x\", a.x_N);\n"
+     "  visit(\"y\", a.y_N);\n}\n"},
+    {"undeclared-view", "kernels/a.h",
+     "#pragma once\nstruct AArgs {\n  In<float> x_N;\n  Out<float> y_N;\n};\n"
+     "void visit_views(const AArgs& a, V&& visit) {\n  visit(\"y\", a.y_N);\n}\n"},
     {"pragma-once", "src/train/a.h", "int f();\n"},
 };
 

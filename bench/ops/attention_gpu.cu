@@ -93,6 +93,52 @@ void attention_backward_cuda(benchmark::State& state) {
   });
 }
 
+// The second of two ranks that share sequences of S, both passes: keys as a ring brings them, a
+// part at a time, beside all of them at once as an all-gather does.
+void attention_parts_cuda(benchmark::State& state) {
+  if (!gpu_is_there(state)) return;
+  const int64_t ranks = 2;
+  const ContextShare share{ranks, 1};
+  AttentionGpuBuffers b(state.range(0), state.range(1) / ranks, state.range(2));
+  const Shape all(b.T * ranks, b.G, b.Q), keys(b.T, b.G * b.Q);
+  const Shape all_keys(all[0], keys[1]), rows(b.T, b.H, b.Q);
+  DeviceTensor k(all), v(all), d_k(all_keys, DType::f32), d_v(all_keys, DType::f32);
+  DeviceTensor o_sum(rows, DType::f32), d_q_sum(rows, DType::f32);
+  k.fill_normal(8), v.fill_normal(9);
+  const auto shared = [&](auto args) {
+    args.sequence_length = b.S * ranks;
+    args.share = share;
+    return args;
+  };
+  const auto gathered = [&](OpContext& context, int64_t) {
+    AttentionArgs forward = shared(b.forward());
+    AttentionBackwardArgs backward = shared(b.backward());
+    forward.k_TGQ = backward.k_TGQ = k.in<Real>();
+    forward.v_TGQ = backward.v_TGQ = v.in<Real>();
+    backward.d_k_TGQ = backward.d_v_TGQ = {};
+    backward.d_k_sum_SC = d_k.out<float>(), backward.d_v_sum_SC = d_v.out<float>();
+    attention(forward, context), attention_backward(backward, context);
+  };
+  const auto by_parts = [&](OpContext& context, int64_t) {
+    AttentionArgs forward = shared(b.forward());
+    AttentionBackwardArgs backward = shared(b.backward());
+    forward.o_THQ = {}, forward.lse_TH = {};
+    forward.o_sum_THQ = o_sum.inout<float>(), forward.lse_sum_TH = b.lse.inout<float>();
+    backward.d_q_THQ = {}, backward.d_k_TGQ = backward.d_v_TGQ = {};
+    backward.d_q_sum_THQ = d_q_sum.inout<float>();
+    backward.d_k_sum_SC = {d_k.out<float>().pointer(), keys};
+    backward.d_v_sum_SC = {d_v.out<float>().pointer(), keys};
+    for (const KeyPart part : {KeyPart::first, KeyPart::next}) {
+      forward.part = backward.part = part;
+      forward.key_rank = backward.key_rank = part == KeyPart::first ? share.index : 0;
+      attention(forward, context), attention_backward(backward, context);
+    }
+  };
+  const double flops = 7.0 * static_cast<double>(b.T * b.S * ranks * b.H * b.Q);
+  run_gpu_bench(state, std::vector<GpuContender>{{"parts", flops, 0, by_parts},
+                                                 {"gathered", flops, 0, gathered}});
+}
+
 void attention_cuda_shapes(benchmark::internal::Benchmark* b) {
   b->ArgNames({"sequences", "S", "Q"})->UseManualTime()->Iterations(1);
   b->Unit(benchmark::kMillisecond);
@@ -101,6 +147,7 @@ void attention_cuda_shapes(benchmark::internal::Benchmark* b) {
 }
 BENCHMARK(attention_cuda)->Apply(attention_cuda_shapes);
 BENCHMARK(attention_backward_cuda)->Apply(attention_cuda_shapes);
+BENCHMARK(attention_parts_cuda)->Apply(attention_cuda_shapes);
 
 }  // namespace
 }  // namespace cambium::bench

@@ -327,6 +327,7 @@ void bandwidth_balance_loss(benchmark::State& state) {
                   {.probs_TE = probs.in<float>(),
                    .expert_index_TK = index.in<int32_t>(),
                    .sequence_length = 4096,
+                   .positions = 4096,
                    .block_tokens = kBlockTokens,
                    .loss_scale = 1,
                    .gradient_scale = 1,

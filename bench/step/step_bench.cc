@@ -70,6 +70,7 @@ const StepBench kSmallFast{"small", 256, 1, 1, 8, ReductionMode::fast};
 
 // Many ranks of the tiny model, one sequence each: what simulating a cluster costs.
 const StepBench kManyRanks{"tiny", 64, 64, 8, 1, ReductionMode::exact, 64};
+const StepBench kMostRanks{"tiny", 64, 512, 8, 1, ReductionMode::exact, 512};  // 12 GB
 
 BENCHMARK_CAPTURE(run_steps, step_quickstart_fast, kOneRankFast, 2)
     ->UseManualTime()
@@ -94,6 +95,10 @@ BENCHMARK_CAPTURE(run_steps, step_small_fast, kSmallFast, 2)
     ->Unit(benchmark::kMillisecond);
 
 BENCHMARK_CAPTURE(run_steps, step_64_ranks, kManyRanks, 2)
+    ->UseManualTime()
+    ->Iterations(1)
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(run_steps, step_512_ranks, kMostRanks, 2)
     ->UseManualTime()
     ->Iterations(1)
     ->Unit(benchmark::kMillisecond);

@@ -34,13 +34,24 @@ std::string join_tape(const std::vector<std::string>& parts) {
   return parts.empty() ? "fifo" : joined(parts);
 }
 
+// Without what is the default anyway.
+std::string fault_table(const FaultConfig& fault) {
+  const FaultConfig defaults;
+  std::string text = fmt::format("{{kind=\"{}\"", fault.kind);
+  const auto add = [&](const char* key, const auto& value, const auto& usual, const char* quote) {
+    if (value != usual) text += fmt::format(",{}={}{}{}", key, quote, value, quote);
+  };
+  add("rank", fault.rank, defaults.rank, "");
+  add("step", fault.step, defaults.step, "");
+  add("site", fault.site, defaults.site, "\"");
+  add("probability", fault.probability, defaults.probability, "");
+  add("seconds", fault.seconds, defaults.seconds, "");
+  return text + "}";
+}
+
 std::string faults_set(const std::vector<FaultConfig>& faults) {
   std::vector<std::string> tables;
-  for (const FaultConfig& fault : faults) {
-    tables.push_back(fmt::format(
-        "{{kind=\"{}\", rank={}, step={}, site=\"{}\", probability={}, seconds={}}}", fault.kind,
-        fault.rank, fault.step, fault.site, fault.probability, fault.seconds));
-  }
+  for (const FaultConfig& fault : faults) tables.push_back(fault_table(fault));
   return "faults=[" + joined(tables) + "]";
 }
 
@@ -83,6 +94,15 @@ class Shrinker {
     }
   }
 
+  // With fewer ranks: faults of ranks that are gone strike others.
+  static void keep_faults(const Config& now, int64_t ranks, Sets& sets) {
+    std::vector<FaultConfig> faults = now.faults;
+    for (FaultConfig& fault : faults) fault.rank %= ranks;
+    if (std::ranges::any_of(now.faults, [&](const auto& fault) { return fault.rank >= ranks; })) {
+      sets.push_back(faults_set(faults));
+    }
+  }
+
   std::vector<Sets> candidates() const {
     const Config now = config_with({});
     const ParallelConfig& parallel = now.parallel;
@@ -101,10 +121,13 @@ class Shrinker {
            {std::pair("parallel.pp", parallel.pp), std::pair("parallel.dp", parallel.dp),
             std::pair("parallel.cp", parallel.cp)}) {
         if (value % divisor != 0) continue;
-        all.push_back({set(key, value / divisor)});
+        Sets fewer{set(key, value / divisor)};
+        keep_faults(now, parallel.pp * parallel.dp * parallel.cp / divisor, fewer);
+        all.push_back(fewer);
         for (int64_t ep = parallel.ep; ep % 2 == 0;) {
           ep /= 2;
-          all.push_back({set(key, value / divisor), set("parallel.ep", ep)});
+          all.push_back(fewer);
+          all.back().push_back(set("parallel.ep", ep));
         }
       }
       if (parallel.ep % divisor == 0) all.push_back({set("parallel.ep", parallel.ep / divisor)});
@@ -155,6 +178,17 @@ class Shrinker {
 };
 
 }  // namespace
+
+std::vector<std::string> last_assignments(const std::vector<std::string>& sets) {
+  std::vector<std::string> last;
+  for (size_t i = 0; i < sets.size(); ++i) {
+    const std::string key = sets[i].substr(0, sets[i].find('=') + 1);
+    const auto sets_it_again = [&](const std::string& later) { return later.starts_with(key); };
+    const auto after = sets.begin() + static_cast<int64_t>(i) + 1;
+    if (std::none_of(after, sets.end(), sets_it_again)) last.push_back(sets[i]);
+  }
+  return last;
+}
 
 Repro shrink(const ShrinkRequest& request) { return Shrinker(request).run(); }
 

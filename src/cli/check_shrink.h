@@ -47,4 +47,7 @@ struct ShrinkRequest {
 };
 Repro shrink(const ShrinkRequest& request);
 
+// "KEY=VALUE" assignments without those whose key is assigned again later.
+std::vector<std::string> last_assignments(const std::vector<std::string>& sets);
+
 }  // namespace cambium

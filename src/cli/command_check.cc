@@ -9,7 +9,7 @@
 //   2. bits: the layout against one rank, exact mode, poisoned memory: losses, norm, parameters
 //   3. no rank computes what another did: FLOPs of all ranks equal one rank's
 //   4. threads: 1, 2 and 4 workers give the same bits
-//   5. schedules: seeded random orders of ranks and streams give the same bits
+//   5. schedules: seeded orders of ranks and streams, transfers late, give the same bits
 //   6. the configured reduction mode, when it is `fast`, repeats itself bit for bit
 // Every run also proves collective matching and freedom from deadlock for its schedule. Injected
 // [[faults]] strike the layout's runs, never the one rank it is compared with. Layouts for GPUs are
@@ -417,9 +417,9 @@ std::string repro_line(const CheckOptions& options, const CheckReport& report) {
                               .failed = report,
                               .verdict = check_config});
   std::string line = fmt::format("REPRO: cambium check {}", options.config.path);
-  for (const auto* sets : {&options.config.sets, &repro.sets}) {
-    for (const std::string& set : *sets) line += fmt::format(" --set '{}'", set);
-  }
+  std::vector<std::string> sets = options.config.sets;
+  sets.insert(sets.end(), repro.sets.begin(), repro.sets.end());
+  for (const std::string& set : last_assignments(sets)) line += fmt::format(" --set '{}'", set);
   // Failures that depend on the number of threads have no schedule.
   return line + (repro.reproduces ? fmt::format(" --schedule {}", repro.schedule)
                                   : fmt::format(" --seeds {}", options.seeds));

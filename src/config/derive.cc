@@ -319,11 +319,6 @@ void check_supported(const Config& config, ConfigUse use) {
     fail(ExitCode::usage, "{} is not supported yet; nearest supported: {}", what, nearest);
   };
   if (config.run.device == DeviceKind::cuda && parallel.cp > 1) {
-    if (parallel.context == ContextExchange::ring) {
-      refuse(fmt::format("parallel.cp = {} and parallel.context = ring with run.device = cuda",
-                         parallel.cp),
-             "parallel.context = all_gather");
-    }
     check_multiple({"2 * parallel.cp * (attention's tile on a GPU, 128)",
                     2 * parallel.cp * kAttentionTile, "train.sequence_length",
                     config.train.sequence_length});

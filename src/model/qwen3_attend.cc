@@ -235,7 +235,8 @@ void attention_core_backward(const LayerContext& c, const MicroBatch& batch, con
     backward.d_v_sum_SC = {sum_SC.f32() + width, Shape(rows, width), 2 * width};
     attention_backward(backward, c.rank.ops);
     reduce_context(c, batch, sum_SC, {d.k, d.v});
-  } else if (c.rank.config.parallel.context == ContextExchange::all_gather) {
+  } else if (c.rank.config.parallel.context == ContextExchange::all_gather ||
+             c.rank.config.run.device == DeviceKind::cuda) {
     chain_context(c, batch, {d.k, d.v}, backward);
   } else {
     const int64_t width = x.G * x.Q;

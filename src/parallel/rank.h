@@ -98,7 +98,7 @@ class Rank {
   std::vector<T> read(const void* from, int64_t count,
                       std::source_location site = std::source_location::current()) {
     const std::byte* bytes = download(from, count * static_cast<int64_t>(sizeof(T)), site);
-    host.wait(compute.record());
+    host.wait(compute.record(), site);
     const T* values = landed(reinterpret_cast<const T*>(bytes), count, site);
     return {values, values + count};
   }

@@ -65,6 +65,16 @@ TEST(Faults, AStruckRunGoesOnWithoutItsFaultToTheSameBits) {
   }
 }
 
+TEST(Faults, ASlowRankLeavesNoMark) {
+  const ScratchDirectory scratch;
+  const BinaryRun run = run_binary({"check", config_to_break(scratch), "--seeds", "6", "--set",
+                                    "faults=[{kind='slow_rank',rank=2}]"});
+  EXPECT_EQ(run.exit_code, 0) << run.output;
+  for (const char* text : {"(fault: slow_rank on rank 2", "6 explored schedules"}) {
+    EXPECT_NE(run.output.find(text), std::string::npos) << run.output;
+  }
+}
+
 TEST(Faults, FlippedBitIsRefusedUnlessAllowedAndThenFound) {
   const ScratchDirectory scratch;
   const Trainer trainer{config_to_break(scratch), scratch.path()};

@@ -95,9 +95,6 @@ const RuleRow kRules[] = {
       "train.sequence_length=256", "model.max_positions=256"},
      "train.sequence_length = 256 is not a multiple of 2 * parallel.cp * (attention's tile on a "
      "GPU, 128) = 512; nearest: 512"},
-    {{"run.device=cuda", "numerics.compute=bf16", "parallel.cp=2", "parallel.context=ring"},
-     "parallel.cp = 2 and parallel.context = ring with run.device = cuda is not supported yet; "
-     "nearest supported: parallel.context = all_gather"},
     {{"run.transport=nccl"}, "run.transport = nccl with run.device = cpu"},
     {{"parallel.dp=2", "faults=[{kind='rng_rank',rank=1,probability=0.5}]"},
      "faults.probability = 0.5 of kind rng_rank draws rank and step"},

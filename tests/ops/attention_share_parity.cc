@@ -21,6 +21,12 @@ TestTensor share_rows(const TestTensor& whole, const ContextShare& share, int64_
   return part;
 }
 
+enum class Backend { reference, cuda };
+template <class Op, class Args>
+void run_on(Backend backend, Op op, const Args& args) {
+  backend == Backend::cuda ? run_cuda_op(op, args) : run_op(op, args);
+}
+
 // One rank's part of `of`: its queries against whole keys.
 struct ShareTensors {
   ShareTensors(AttentionTensors& of, const ContextShare& share)
@@ -168,12 +174,9 @@ std::deque<ShareTensors> all_shares(AttentionTensors& whole, int64_t ranks) {
 }
 
 // One rank's bits where no link is left out.
-enum class Backend { reference, cuda };
 void expect_chain_has_bits_of_one_rank(const SharedCase& shared, DType dtype, Backend backend,
                                        int64_t first = 0) {
-  const auto run = [&](auto op, const auto& args) {
-    backend == Backend::cuda ? run_cuda_op(op, args) : run_op(op, args);
-  };
+  const auto run = [&](auto op, const auto& args) { run_on(backend, op, args); };
   const AttentionCase& c = shared.whole;
   AttentionTensors whole(c, InputFamily::normals, dtype);
   AttentionBackwardArgs one_rank = whole.backward_args();
@@ -255,7 +258,7 @@ TEST(AttentionShares, SharesSumTheKeyGradientsOfTheirQueries) {
 }
 
 // A share's attention, one rank's part of the keys after the other, as a ring brings them.
-void run_ring(ShareTensors& t, int64_t first_hop = 0) {
+void run_ring(ShareTensors& t, int64_t first_hop = 0, Backend backend = Backend::reference) {
   const int64_t T = t.q.shape()[0], ranks = t.share.ranks;
   TestTensor o_sum(t.q.shape()), d_q_sum(t.q.shape());
   const auto each_part = [&](auto&& run) {
@@ -277,7 +280,7 @@ void run_ring(ShareTensors& t, int64_t first_hop = 0) {
     args.key_rank = key_rank;
     args.o_sum_THQ = o_sum.inout<float>();
     args.lse_sum_TH = t.lse.inout<float>();
-    run_op(attention, args);
+    run_on(backend, attention, args);
   });
   for (int64_t i = 0; i < t.o.elements(); ++i) t.o.set(i, o_sum.at(i));
   TestTensor d_k(Shape(T, t.whole.c.G * t.whole.c.Q)), d_v(d_k.shape());
@@ -291,7 +294,7 @@ void run_ring(ShareTensors& t, int64_t first_hop = 0) {
     args.d_q_sum_THQ = d_q_sum.inout<float>();
     args.d_k_sum_SC = d_k.out<float>();
     args.d_v_sum_SC = d_v.out<float>();
-    run_op(attention_backward, args);
+    run_on(backend, attention_backward, args);
     for (int64_t i = 0; i < d_k.elements(); ++i) {
       t.d_k.set(key_rank * d_k.elements() + i, d_k.at(i));
       t.d_v.set(key_rank * d_k.elements() + i, d_v.at(i));
@@ -478,6 +481,46 @@ TEST(AttentionShares, CudaSharesHaveTheRowsOfOneRank) {
       }
     }
   }
+}
+
+// Keys that come a rank's part at a time, on the GPU: near the oracle, and twice the same bits.
+TEST(AttentionShares, CudaPartsOfTheKeysMeetByTheirLogSumExp) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    std::vector<SharedCase> cases = kSharedTileCases;
+    if (dtype == DType::f32) cases.insert(cases.end(), kSharedCases.begin(), kSharedCases.end());
+    for (const SharedCase& c : cases) {
+      AttentionTensors whole(c.whole, InputFamily::normals, dtype);
+      for (int64_t index = 0; index < c.ranks; ++index) {
+        SCOPED_TRACE(testing::Message()
+                     << c.whole.S << " positions, head " << c.whole.Q << " " << dtype_name(dtype)
+                     << ", rank " << index << " of " << c.ranks);
+        ShareTensors t(whole, {c.ranks, index}), again(whole, {c.ranks, index});
+        run_ring(t, 0, Backend::cuda);
+        run_ring(again, 0, Backend::cuda);
+        const int64_t terms = c.whole.Q + 16;
+        expect_share_near_oracle(
+            t, dtype == DType::f32 ? tolerance(2, terms) : bf16_tolerance(2, terms));
+        for (const auto member : {&ShareTensors::o, &ShareTensors::lse, &ShareTensors::d_q,
+                                  &ShareTensors::d_k, &ShareTensors::d_v}) {
+          EXPECT_TRUE(bits_equal(t.*member, again.*member));
+        }
+      }
+    }
+  }
+}
+
+// A part left out, or one taken for another rank's, is noticed.
+TEST(AttentionShares, CudaMustFailWithoutOnePartOfTheKeys) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  const SharedCase& c = kSharedTileCases[0];
+  AttentionTensors whole(c.whole, InputFamily::normals, DType::bf16);
+  EXPECT_THROW(
+      {
+        ShareTensors t(whole, {c.ranks, 1});
+        run_ring(t, 1, Backend::cuda);  // does not begin with its own keys
+      },
+      Error);
 }
 
 // In exact mode ranks that share sequences have the bits of one, on the GPU too.

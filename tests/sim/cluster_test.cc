@@ -191,6 +191,106 @@ TEST(Cluster, SameBitsForWorkersAndSchedules) {
   }
 }
 
+// Some transfers of explored schedules start late, in virtual time, so that those of two streams
+// complete in either order on any rank; the tape holds that too.
+TEST(Cluster, ExploredTransfersAreLateAndTheTapeReplaysIt) {
+  struct Arrival {
+    std::string* order;
+    char name;
+  };
+  const auto note = [](const Arrival& arrival, Workers&) { *arrival.order += arrival.name; };
+  std::string order;  // in which rank 0's two transfers completed
+  const auto run = [&](const ClusterOptions& options) {
+    order.clear();
+    const ClusterReport report = run_cluster(options, [&](RankEnvironment& environment) {
+      RankBench bench(environment);
+      Stream& other_stream = environment.make_stream("other");
+      const auto other = environment.make_communicator("other", bench.members);
+      std::vector<float> second(64);
+      std::string unseen;
+      std::string* const arrived = environment.rank() == 0 ? &order : &unseen;
+      bench.sum(64);
+      bench.stream.enqueue("note", static_cast<void (*)(const Arrival&, Workers&)>(note),
+                           Arrival{arrived, '1'});
+      all_reduce({.communicator = *other,
+                  .stream = other_stream,
+                  .send = bench.send.data(),
+                  .recv = second.data(),
+                  .count = 64});
+      other_stream.enqueue("note", static_cast<void (*)(const Arrival&, Workers&)>(note),
+                           Arrival{arrived, '2'});
+      bench.wait(bench.stream.record());
+      bench.wait(other_stream.record());
+    });
+    return report.virtual_ns;
+  };
+  std::map<std::string, int64_t> late, in_time;
+  for (uint64_t seed = 1; seed <= 200; ++seed) {
+    ScheduleTape tape;
+    ClusterOptions options{.ranks = 2, .schedule_seed = seed, .record = &tape};
+    if (seed % 2 == 0) options.exploration = Exploration::pct;
+    const int64_t virtual_ns = run(options);
+    const std::string drawn = order;
+    ++(virtual_ns > 0 ? late : in_time)[drawn];
+    EXPECT_EQ(run({.ranks = 2, .replay = &tape}), virtual_ns) << tape_text(tape);
+    EXPECT_EQ(order, drawn) << tape_text(tape);
+  }
+  for (auto* const orders : {&late, &in_time}) {
+    EXPECT_GT((*orders)["12"], 0);
+    EXPECT_GT((*orders)["21"], 0);
+  }
+  EXPECT_EQ(run({.ranks = 2}), 0);
+}
+
+// What happens only when one rank does all of its many steps before another's first: random choices
+// need 2^-24 of their schedules for it, priorities half of theirs.
+TEST(Cluster, PrioritiesStarveARankAsRandomChoicesDoNot) {
+  const auto found = [](Exploration exploration) {
+    int64_t schedules = 0;
+    for (uint64_t seed = 1; seed <= 100; ++seed) {
+      const ClusterOptions options{.ranks = 2, .schedule_seed = seed, .exploration = exploration};
+      bool began = false, starved = false;
+      run_cluster(options, [&](RankEnvironment& environment) {
+        RankBench bench(environment);
+        for (int i = 0; i < 24; ++i) {
+          bench.stream.enqueue("add", &add, AddArgs{bench.send.data(), bench.recv.data(), 4});
+          bench.wait(bench.stream.record());
+          if (environment.rank() == 0) began = true;
+        }
+        if (environment.rank() == 1 && !began) starved = true;
+      });
+      schedules += starved ? 1 : 0;
+    }
+    return schedules;
+  };
+  EXPECT_EQ(found(Exploration::random), 0);
+  EXPECT_GE(found(Exploration::pct), 10);
+}
+
+TEST(Cluster, ASlowRankGoesOnOnlyWhenNoOtherCan) {
+  const auto last_of = [](uint64_t seed, std::vector<int> slow) {
+    ClusterOptions options{.ranks = 3, .schedule_seed = seed, .slow_ranks = std::move(slow)};
+    if (seed % 2 == 0) options.exploration = Exploration::pct;
+    int last = -1;
+    run_cluster(options, [&](RankEnvironment& environment) {
+      RankBench bench(environment);
+      Stream& compute = environment.make_stream("compute");
+      for (int i = 0; i < 4; ++i) {
+        compute.enqueue("add", &add, AddArgs{bench.send.data(), bench.recv.data(), 4});
+        bench.wait(compute.record());
+      }
+      last = environment.rank();
+    });
+    return last;
+  };
+  int64_t last_by_chance = 0;
+  for (uint64_t seed = 1; seed <= 60; ++seed) {
+    EXPECT_EQ(last_of(seed, {1}), 1) << seed;
+    last_by_chance += last_of(seed, {}) == 1 ? 1 : 0;
+  }
+  EXPECT_LT(last_by_chance, 40);
+}
+
 TEST(Cluster, TwoHundredRanks) {
   const ClusterReport report =
       run_cluster({.ranks = 200, .worker_threads = 2}, [](RankEnvironment& environment) {

@@ -151,8 +151,12 @@ TEST(CommFaults, DelaysTakeVirtualTimeInAnySchedule) {
                                            .communicator = row.communicator,
                                            .delay_ns = 7 * kSecond});
       options.schedule_seed = seed;
-      EXPECT_EQ(run_cluster(options, train_like).virtual_ns, row.want_ns)
-          << comm_fault_name(row.kind) << " '" << row.communicator << "' seed " << seed;
+      // An explored schedule adds latencies of its own, far below a millisecond each.
+      const int64_t virtual_ns = run_cluster(options, train_like).virtual_ns;
+      const std::string what =
+          fmt::format("{} '{}' seed {}", comm_fault_name(row.kind), row.communicator, seed);
+      EXPECT_GE(virtual_ns, row.want_ns) << what;
+      EXPECT_LE(virtual_ns, row.want_ns + (seed == 0 ? 0 : kSecond / 1000)) << what;
       options.watchdog_ns = 6 * kSecond;
       const RunError error = run_error(options, train_like);
       EXPECT_EQ(error.exit_code, ExitCode::watchdog) << error.message;

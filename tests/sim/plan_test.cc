@@ -6,8 +6,10 @@
 #include "sim/cluster.h"
 #include "sim/machine_writer.h"
 #include "sim/planner.h"
+#include "sim/routing.h"
 #include "sim/virtual_time.h"
 #include "src/cli/launch.h"
+#include "src/train/routing_trace.h"
 #include "src/train/synthetic.h"
 
 namespace cambium::sim {
@@ -95,6 +97,32 @@ TEST(VirtualTime, IsTheTimelineByHand) {
   span(1, "linear", 3000, 5150);
   span(1, "all_gather", 3000, 3600);
   EXPECT_EQ(trace.spans().size(), 9u);
+}
+
+// A running transfer takes its share of the memory's rate from an op that memory limits.
+TEST(VirtualTime, TransfersTakeOfTheMemorysRate) {
+  std::string text = plain_machine("8");
+  const std::string none = "memory_percent = { value = 0";
+  text.replace(text.find(none), none.size(), "memory_percent = { value = 50");
+  const Machine machine = parse_machine(text, "plain");
+  const Config config = plan_config("[parallel]\ndp = 2\n");
+  VirtualTime time(machine, config, nullptr);
+  run_cluster({.ranks = 2, .time = &time}, [&](RankEnvironment& environment) {
+    Stream& compute = environment.make_stream("compute");
+    Stream& comm = environment.make_stream("comm");
+    const auto both = environment.make_communicator("both", {0, 1});
+    std::byte* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 44);
+    all_gather({.communicator = *both,
+                .stream = comm,
+                .send = data,
+                .recv = data + 4096,
+                .count = 500,
+                .dtype = DType::u8});
+    environment.shape_only()->charge({"scale_values", {2000}, 0, 2000, 0}, compute);
+    environment.host().wait(compute.record());
+    EXPECT_EQ(environment.host().now_ns(), 2300);  // 300 of 2000 bytes in the transfer's 600 ns
+    environment.host().wait(comm.record());
+  });
 }
 
 // Where a collective was measured, its curve is its time; others keep the link's model.
@@ -276,6 +304,37 @@ TEST(Plan, RowsOfAllRanksAreThoseThatTokensChose) {
   }
 }
 
+TEST(Plan, ATraceOfARunIsARouting) {
+  Config config = plan_config("[parallel]\ndp = 2\nep = 2\n");
+  const ModelConfig& model = config.model;
+  const std::string path = testing::TempDir() + "/planned_routing.h5";
+  FileSystem files;
+  RoutingTraceWriter writer(files, path, config, {1, 1});
+  TracedRouting traced;
+  const int64_t choices = model.layers * 8 * 64 * model.top_k;
+  traced.gate_weights.assign(static_cast<size_t>(choices), 0.5f);
+  for (int64_t i = 0; i < choices; ++i) {  // layer l's tokens go to experts l, l + 1, ...
+    const int64_t layer = i / (8 * 64 * model.top_k);
+    traced.expert_ids.push_back(static_cast<int32_t>((layer + i % model.top_k) % model.experts));
+  }
+  writer.write_step(1, traced);
+  config.plan.routing = path;
+  RoutingModel routing(config, 64);
+  for (int64_t layer = 0; layer < model.layers; ++layer) {
+    for (const int64_t source : {0, 1}) {
+      const std::vector<int32_t>& rows = routing.expert_rows(layer, 0, source);
+      int32_t chosen = 0, all = 0;
+      for (int64_t e = 0; e < model.experts; ++e) {
+        const int32_t count = rows[static_cast<size_t>(e)];
+        all += count;
+        if ((e - layer + model.experts) % model.experts < model.top_k) chosen += count;
+      }
+      EXPECT_EQ(all, 64 * model.top_k);
+      EXPECT_GT(chosen, all * 9 / 10) << layer;
+    }
+  }
+}
+
 TEST(Plan, FoldedRanksAgreeExactlyWithAllOfThem) {
   const std::string path = testing::TempDir() + "/plain_machine.toml";
   std::ofstream(path) << plain_machine("4");
@@ -306,6 +365,48 @@ TEST(Plan, FoldedRanksAgreeExactlyWithAllOfThem) {
     run.config.plan.routing = "uniform";
     run.config.numerics.reduction = ReductionMode::exact;
     EXPECT_THROW(plan_step(run), Error);
+  }
+}
+
+TEST(Plan, FoldingIsRefusedWhereRanksDiffer) {
+  const std::string path = testing::TempDir() + "/folded_machine.toml";
+  const std::string dp = "[parallel]\ndp = 4\n", fast = "[numerics]\nreduction = \"fast\"\n";
+  const auto refusal = [&](const std::string& machine, const Config& config) -> std::string {
+    std::ofstream(path) << machine;
+    try {
+      plan_step({.config = config, .machine = path, .folding = Folding::on});
+    } catch (const Error& error) {
+      EXPECT_EQ(error.exit_code(), ExitCode::usage);
+      return error.what();
+    }
+    return "";
+  };
+  const Config plain = plan_config(dp + fast);
+  EXPECT_EQ(refusal(plain_machine("4"), plain), "");
+  Config zipf = plain, tied = plain, digests = plain;
+  zipf.plan.routing = "zipf";
+  tied.model.tie_embeddings = true;
+  digests.logging.digest_every_steps = 1;
+  std::string few_nics = plain_machine("2");
+  few_nics.replace(few_nics.find("nics = { value = 2"), 18, "nics = { value = 1");
+  const struct {
+    std::string machine;
+    Config config;
+    const char* why;
+  } cases[] = {
+      {plain_machine("4"), zipf, "plan.routing = zipf differs between ranks"},
+      {plain_machine("4"), plan_config("[parallel]\ndp = 2\ncp = 2\ncontext = \"ring\"\n" + fast),
+       "each hop of parallel.context = ring"},
+      {plain_machine("4"), tied, "a tied embedding's gradient"},
+      {plain_machine("4"), plan_config(dp), "numerics.reduction = exact"},
+      {plain_machine("4"), digests, "digests of every step"},
+      {machine_source("laptop"), plain, "the ranks share one device"},
+      {few_nics, plain, "2 ranks of a node share 1 NICs"},
+      {plain_machine("3"), plain, "groups of 4 ranks lie across nodes of 3 differently"},
+  };
+  for (const auto& row : cases) {
+    const std::string text = refusal(row.machine, row.config);
+    EXPECT_NE(text.find(row.why), std::string::npos) << row.why << ": " << text;
   }
 }
 
@@ -381,6 +482,38 @@ TEST(Machines, MeasuredCollectivesTakeTheirMeasuredTime) {
                     "again");
   ASSERT_EQ(again.collectives.size(), 1u);
   EXPECT_EQ(again.ops.size(), machine.ops.size());
+}
+
+// A constant of a machine file without its source, or in a unit of another kind, is refused.
+TEST(Machines, ConstantsHaveSourcesAndUnits) {
+  for (const char* name : {"dgx-h100", "dgx-h200", "dgx-b200", "laptop", "h100", "h200"}) {
+    const std::string text = machine_source(name);
+    const auto refuses = [&](const std::string& changed) {
+      try {
+        parse_machine(changed, name);
+      } catch (const Error& error) {
+        return error.exit_code() == ExitCode::usage;
+      }
+      return false;
+    };
+    EXPECT_FALSE(refuses(text)) << name;
+    int64_t constants = 0;
+    for (size_t at = text.find("{ value = "); at != std::string::npos;
+         at = text.find("{ value = ", at + 1)) {
+      const std::string line = text.substr(at, text.find('\n', at) - at);
+      std::string without = text;
+      without.replace(text.find("source", at), 6, "origin");
+      EXPECT_TRUE(refuses(without)) << name << ": " << line;
+      const size_t unit = text[at + 10] == '"' ? text.find(' ', at + 10) : std::string::npos;
+      if (unit < at + line.size()) {
+        std::string other = text;
+        other.replace(unit, text.find('"', unit) - unit, " parsec");
+        EXPECT_TRUE(refuses(other)) << name << ": " << line;
+      }
+      ++constants;
+    }
+    EXPECT_GE(constants, 15) << name;
+  }
 }
 
 TEST(Machines, AWrongCurveIsRefusedWithItsKey) {

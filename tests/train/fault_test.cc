@@ -1,6 +1,6 @@
 // Faults of ranks, links and saves: each ends with the bits of a run without, or with its
 // documented exit code within the virtual time limit, and after a restart from the newest
-// checkpoint the run has those bits too. A rank that dies is tried at any call of three steps,
+// checkpoint the run has those bits too. A rank that dies is tried at every call of three steps,
 // saves included.
 #include "src/checkpoint/checkpoint.h"
 #include "src/config/faults.h"
@@ -37,14 +37,14 @@ FaultRun run_with_saves(Config config, const std::string& directory,
   const SyntheticSequences source(config);
   FileSystem files;
   files.make_directories(checkpoint_directory(directory));
-  const auto newest = open_newest_checkpoint(files, checkpoint_directory(directory));
   TrainRun run;
   run.config = &config;
   run.directory = directory;
   run.files = &files;
   FaultRun result;
-  if (newest.reader != nullptr) result.loaded_step = newest.reader->state().step;
   try {
+    const auto newest = open_newest_checkpoint(files, checkpoint_directory(directory));
+    if (newest.reader != nullptr) result.loaded_step = newest.reader->state().step;
     launch_ranks({.ranks = derived.ranks,
                   .workers = 1,
                   .faults = faults,
@@ -105,12 +105,11 @@ void expect_recovery(const FaultConfig& fault, ExitCode exit_code, const std::st
   EXPECT_EQ(restarted.digest, unfaulted_digest()) << what;
 }
 
-// At every `stride`-th call of every rank and step; returns how many ranks were killed.
-int64_t kill_ranks(int64_t stride) {
+TEST(Faults, RankKilledAtEveryCallOfThreeSteps) {
   int64_t kills = 0;
   for (int64_t rank = 0; rank < 8; ++rank) {
     for (int64_t step = 1; step <= kFaultSteps; ++step) {
-      for (int64_t call = rank * step % stride;; call += stride) {
+      for (int64_t call = 0;; ++call) {
         const FaultConfig fault{"rank_crash", rank, step, fmt::format("#{}", call)};
         const TemporaryDirectory directory;
         const FaultRun failed = run_with_saves(quickstart_layout(), directory.path(), {fault});
@@ -120,16 +119,7 @@ int64_t kill_ranks(int64_t stride) {
       }
     }
   }
-  return kills;
-}
-
-TEST(Faults, RankKilledAtSampledCallsOfThreeSteps) { EXPECT_GE(kill_ranks(16), 8 * 3); }
-
-// A minute: test_train --gtest_also_run_disabled_tests --gtest_filter=*KilledAtEveryCall*
-TEST(Faults, DISABLED_RankKilledAtEveryCallOfThreeSteps) {
-  const int64_t kills = kill_ranks(1);
   EXPECT_GE(kills, 8 * 3 * 16);
-  fmt::print("{} kills\n", kills);
 }
 
 TEST(Faults, EachEndsWithItsExitCodeAndGoesOnWithTheSameBits) {
@@ -206,9 +196,10 @@ TEST(Faults, TornFilesAreFoundByTheirHashes) {
   }
 }
 
-constexpr const char* kSoakKinds[] = {"rank_crash",    "stuck_rank",   "pause",        "slow_link",
-                                      "flapping_link", "torn_write",   "failed_write", "disk_full",
-                                      "lost_peer",     "nan_gradient", "wrong_count"};
+constexpr const char* kSoakKinds[] = {
+    "rank_crash",        "stuck_rank", "pause",     "slow_link",     "flapping_link", "torn_write",
+    "failed_write",      "disk_full",  "lost_peer", "out_of_memory", "nan_gradient",  "wrong_count",
+    "skipped_collective"};
 
 // Several kinds at once, each with its probability: no run ends well with other bits, and removing
 // the faults recovers every one. Returns the number of faults that struck.
@@ -229,12 +220,18 @@ int64_t soak(uint64_t first_seed, uint64_t seeds) {
     const TemporaryDirectory directory;
     FaultRun run = run_with_saves(config, directory.path(), faults);
     if (run.exit_code != ExitCode::done) {
-      constexpr ExitCode kDocumented[] = {ExitCode::peer_lost,  ExitCode::watchdog,
-                                          ExitCode::io,         ExitCode::corrupt_file,
-                                          ExitCode::non_finite, ExitCode::collective_mismatch};
+      constexpr ExitCode kDocumented[] = {
+          ExitCode::peer_lost,  ExitCode::watchdog,     ExitCode::collective_mismatch,
+          ExitCode::deadlock,   ExitCode::io,           ExitCode::corrupt_file,
+          ExitCode::non_finite, ExitCode::out_of_memory};
       EXPECT_NE(std::ranges::find(kDocumented, run.exit_code), std::end(kDocumented))
           << seed << ": " << run.message;
       run = run_with_saves(config, directory.path(), {});
+      if (run.exit_code == ExitCode::corrupt_file) {  // the only checkpoint was torn: from step 0
+        EXPECT_NE(run.message.find("move the directory away"), std::string::npos) << run.message;
+        const TemporaryDirectory other;
+        run = run_with_saves(config, other.path(), {});
+      }
     }
     EXPECT_EQ(run.message, "") << seed;
     EXPECT_EQ(run.digest, unfaulted_digest()) << seed;
@@ -242,9 +239,9 @@ int64_t soak(uint64_t first_seed, uint64_t seeds) {
   return struck;
 }
 
-TEST(Faults, SampledSoakEndsWithTheSameBits) { EXPECT_GE(soak(1, 16), 16); }
+TEST(Faults, SampledSoakEndsWithTheSameBits) { EXPECT_GE(soak(1, 64), 64); }
 
-// Two minutes: test_train --gtest_also_run_disabled_tests --gtest_filter=*SoakOf*
+// A minute: test_train --gtest_also_run_disabled_tests --gtest_filter=*SoakOf*
 TEST(Faults, DISABLED_SoakOfTwoThousandSeeds) { fmt::print("{} faults\n", soak(1, 2000)); }
 
 // A flipped bit is no error of the run: its digests tell.

@@ -62,9 +62,10 @@ constexpr PipelineSchedule kSchedules[] = {
     PipelineSchedule::zb_h1, PipelineSchedule::zb_v,        PipelineSchedule::dualpipev};
 
 std::string run_name(const Config& config) {
-  return fmt::format("{} pp {} dp {} cp {} ep {} {}, {} layers",
-                     choice_name(config.parallel.schedule), config.parallel.pp, config.parallel.dp,
-                     config.parallel.cp, config.parallel.ep, choice_name(config.parallel.sharding),
+  const ParallelConfig& p = config.parallel;
+  return fmt::format("{} pp {} dp {} cp {} ({}) ep {} {} over {} {}, {} layers",
+                     choice_name(p.schedule), p.pp, p.dp, p.cp, choice_name(p.context), p.ep,
+                     choice_name(p.sharding), p.shard_ranks, choice_name(config.numerics.reduction),
                      config.model.layers);
 }
 
@@ -107,20 +108,51 @@ TEST(ZeroBuffers, NoScheduleOfCommunicationDeadlocks) {
   }
 }
 
+// What ranks of one sequence, and copies of a sharded state, exchange beside them.
+TEST(ZeroBuffers, NoRingOrCopyOfShardedStateDeadlocks) {
+  for (const ReductionMode mode : {ReductionMode::exact, ReductionMode::fast}) {
+    for (const ContextExchange context : {ContextExchange::all_gather, ContextExchange::ring}) {
+      for (const PipelineSchedule schedule : kSchedules) {
+        for (const auto [pp, dp, cp, shard_ranks] : std::initializer_list<std::array<int64_t, 4>>{
+                 {1, 1, 4, 0}, {2, 1, 3, 0}, {2, 2, 2, 2}, {3, 4, 2, 4}}) {
+          Config config = narrow_config({.dp = dp,
+                                         .ep = 2 - cp % 2,
+                                         .sharding = Sharding::full,
+                                         .pp = pp,
+                                         .cp = cp,
+                                         .schedule = schedule,
+                                         .context = context,
+                                         .shard_ranks = shard_ranks},
+                                        schedule_need(schedule, pp).least);
+          config.numerics.reduction = mode;
+          expect_no_deadlock(config);
+        }
+      }
+    }
+  }
+}
+
+void expect_stopped(const Config& config, int rank, const char* communicator) {
+  const ZeroBufferRun run =
+      run_without_buffers(config, {{.kind = sim::CommFaultKind::skipped_collective,
+                                    .rank = rank,
+                                    .step = 1,
+                                    .communicator = communicator}});
+  EXPECT_TRUE(run.exit_code == ExitCode::deadlock ||
+              run.exit_code == ExitCode::collective_mismatch || run.exit_code == ExitCode::internal)
+      << run_name(config) << ": " << run.message;
+}
+
 // A rank that leaves one message out is a deadlock or a mismatch, whichever rank it is.
 TEST(ZeroBuffers, MustFailWithAMissingMessage) {
-  for (const PipelineSchedule schedule : kSchedules) {
-    for (int rank = 0; rank < 3; ++rank) {
-      const Config config = narrow_config({.pp = 3, .schedule = schedule}, 6);
-      const ZeroBufferRun run =
-          run_without_buffers(config, {{.kind = sim::CommFaultKind::skipped_collective,
-                                        .rank = rank,
-                                        .step = 1,
-                                        .communicator = "pipeline"}});
-      EXPECT_TRUE(run.exit_code == ExitCode::deadlock ||
-                  run.exit_code == ExitCode::collective_mismatch ||
-                  run.exit_code == ExitCode::internal)
-          << run_name(config) << ": " << run.message;
+  for (int rank = 0; rank < 3; ++rank) {
+    for (const PipelineSchedule schedule : kSchedules) {
+      expect_stopped(narrow_config({.pp = 3, .schedule = schedule}, 6), rank, "pipeline");
+    }
+    for (const ReductionMode mode : {ReductionMode::exact, ReductionMode::fast}) {
+      Config ring = narrow_config({.cp = 3, .context = ContextExchange::ring}, 1);
+      ring.numerics.reduction = mode;
+      expect_stopped(ring, rank, "context");
     }
   }
 }
