@@ -2,6 +2,8 @@
 // trace changes them; even routing loads experts alike; files that do not fit are refused.
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include "src/train/routing_trace.h"
 #include "tests/data/scratch.h"
 #include "tests/train/run_trace.h"
@@ -87,6 +89,47 @@ TEST(Routing, TraceOfEveryLayoutIsThatOfOneRankByteForByte) {
   }
   loads[1] = run.steps.back().expert_load[1];
   EXPECT_EQ(loads, run.steps.back().expert_load);
+}
+
+// Bytes that all ranks of four, two experts each, send over their expert group in a step, from the
+// experts that tokens chose: each token goes once to each other rank that holds one of its experts,
+// though it chose two there; in exact mode a row of each comes back, in fast mode their sum.
+int64_t routed_bytes(const Config& config, const TracedRouting& routing) {
+  const int64_t K = config.model.top_k, D = config.model.hidden, ranks = 4;
+  const int64_t tokens_of_rank = 8 / ranks * config.train.sequence_length;
+  int64_t sent = 0, rows = 0;
+  for (int64_t first = 0; first < std::ssize(routing.expert_ids); first += K) {
+    if (routing.expert_ids[first] < 0) continue;  // a dense layer
+    const int64_t own = first / K / tokens_of_rank % ranks;
+    std::set<int64_t> others;
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t holder = routing.expert_ids[first + k] / 2;
+      if (holder == own) continue;
+      others.insert(holder);
+      ++rows;
+    }
+    sent += std::ssize(others);
+  }
+  const bool exact = config.numerics.reduction == ReductionMode::exact;
+  const int64_t back = exact ? rows : sent;
+  const int64_t forward = sent * (4 * D + 8 * K + (exact ? 4 : 0)) + back * 4 * D;
+  const int64_t backward = sent * 4 * D + back * 4 * D + rows * 4;
+  const int64_t counts = 3 * 2 * ranks * (ranks - 1) * 8;  // layers, micro-batches
+  return forward + backward + counts;
+}
+
+TEST(Routing, ATokenGoesOnceToEachRankOfItsExperts) {
+  const ScratchDirectory scratch;
+  for (const ReductionMode mode : {ReductionMode::exact, ReductionMode::fast}) {
+    Config config = with_layout(routed_config(), {4, 4, 1, Sharding::zero1});
+    config.numerics.reduction = mode;
+    const TracedRouting first = traced_run(config, scratch.path("routed.h5")).front();
+    int64_t bytes = 0;
+    for (const RankUse& rank : run_trace(config, 1).ranks) {
+      bytes += rank.expert_all_to_all.sent_bytes;
+    }
+    EXPECT_EQ(bytes, routed_bytes(config, first));
+  }
 }
 
 TEST(Routing, ReplayOfTheOwnTraceKeepsTheBitsInEveryLayout) {
