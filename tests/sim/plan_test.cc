@@ -11,48 +11,10 @@
 #include "src/cli/launch.h"
 #include "src/train/routing_trace.h"
 #include "src/train/synthetic.h"
+#include "tests/sim/plain_machine.h"
 
 namespace cambium::sim {
 namespace {
-
-// 1 FLOP and 1 byte a nanosecond; a transfer takes a quarter of the device and 100 ns of latency.
-std::string plain_machine(const std::string& node_ranks) {
-  return "name = \"plain\"\n[device]\nkind = \"cpu\"\ncompute = \"fp32\"\n"
-         "memory = { value = \"1 GB\", source = \"t\" }\n"
-         "reserved = { value = \"0 B\", source = \"t\" }\n"
-         "peak = { value = \"1 GFLOP/s\", source = \"t\" }\n"
-         "memory_bandwidth = { value = \"1 GB/s\", source = \"t\" }\n"
-         "launch = { value = \"0 ns\", source = \"t\" }\n"
-         "shortest_op = { value = \"0 ns\", source = \"t\" }\n"
-         "host_wait = { value = \"0 ns\", source = \"t\" }\n"
-         "copy_bandwidth = { value = \"1 GB/s\", source = \"t\" }\n"
-         "multiprocessors = { value = 100, source = \"t\" }\n"
-         "[overlap]\nmultiprocessors = { value = 25, source = \"t\" }\n"
-         "memory_percent = { value = 0, source = \"t\" }\n"
-         "[node]\ndevices = { value = " +
-         node_ranks + ", source = \"t\" }\nnics = { value = " + node_ranks +
-         ", source = \"t\" }\n"
-         "[near]\nlatency = { value = \"100 ns\", source = \"t\" }\n"
-         "rank_latency = { value = \"0 ns\", source = \"t\" }\n"
-         "bandwidth = { value = \"1 GB/s\", source = \"t\" }\n"
-         "efficiency = { points = [[\"1 B\", 1.0], [\"1 GB\", 1.0]], source = \"t\" }\n"
-         "[far]\nlatency = { value = \"0 ns\", source = \"t\" }\n"
-         "rank_latency = { value = \"0 ns\", source = \"t\" }\n"
-         "bandwidth = { value = \"500 MB/s\", source = \"t\" }\n"
-         "efficiency = { points = [[\"1 B\", 1.0], [\"1 GB\", 1.0]], source = \"t\" }\n"
-         "[[op]]\nname = \"linear\"\nbound = \"compute\"\nsource = \"t\"\n"
-         "points = [{ shape = [64, 64, 64], flops = 1000, bytes = 1, us = 1 }]\n";
-}
-
-Config plan_config(const std::string& layout) {
-  const std::vector<std::string> sets{"numerics.block_tokens=16"};
-  return parse_config(
-      "[model]\npreset = \"tiny\"\nlayers = 4\n[train]\nglobal_batch_sequences = 8\n"
-      "micro_batch_sequences = 1\nsequence_length = 64\n[balance]\n"
-      "loss = \"sequence\"\n[logging]\ndigest_every_steps = 2\n" +
-          layout,
-      "plan_test", sets);
-}
 
 Cost work(int64_t flops) { return {"linear", {64, 64, 64}, flops, 1, 0}; }
 
@@ -165,34 +127,6 @@ TEST(VirtualTime, AMeasuredCollectiveTakesItsCurvesTime) {
   EXPECT_EQ(ns(CollectiveKind::all_gather, 1000), std::pair(int64_t{4000}, false));
   EXPECT_EQ(ns(CollectiveKind::all_gather, 3000), std::pair(int64_t{12000}, true));
   EXPECT_EQ(ns(CollectiveKind::reduce_scatter, 500), std::pair(int64_t{600}, false));
-}
-
-TEST(VirtualTime, MessagesThatMeetOnALinkShareIt) {
-  const Machine machine = parse_machine(plain_machine("1"), "plain");
-  const Config config = plan_config("[parallel]\ndp = 2\n");
-  VirtualTime time(machine, config, nullptr);
-  run_cluster({.ranks = 2, .time = &time}, [&](RankEnvironment& environment) {
-    std::byte* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 44);
-    std::unique_ptr<Communicator> communicators[2];
-    Ticket tickets[2];
-    for (int i = 0; i < 2; ++i) {
-      const std::string name = i == 0 ? "long" : "short";
-      communicators[i] = environment.make_communicator(name, {0, 1});
-      const Message message{1 - environment.rank(), data, i == 0 ? 1000 : 500};
-      const std::span<const Message> one(&message, 1), none;
-      const bool sends = environment.rank() == 0;
-      tickets[i] = exchange({.communicator = *communicators[i],
-                             .stream = environment.make_stream(name),
-                             .sends = sends ? one : none,
-                             .recvs = sends ? none : one,
-                             .dtype = DType::u8});
-    }
-    // Alone 2000 and 1000 ns at half a byte a nanosecond; together the short one takes 2000.
-    environment.host().wait(tickets[1]);
-    EXPECT_EQ(environment.host().now_ns(), 2000);
-    environment.host().wait(tickets[0]);
-    EXPECT_EQ(environment.host().now_ns(), 3000);
-  });
 }
 
 TEST(VirtualTime, AMissingCallIsADeadlockAndAWrongOneAMismatch) {
