@@ -214,6 +214,19 @@ __device__ __forceinline__ void add_output(const ForwardArgs<Shape>& args, const
   }
 }
 
+template <int kColumns, class Shape, int kElements>
+__device__ __forceinline__ void finish_output(const ForwardMaps& maps,
+                                              const ForwardArgs<Shape>& args,
+                                              ForwardShared<kColumns>& shared,
+                                              const QueryTile& tile, const QueryRows& rows,
+                                              RowSoftmax& state, float (&o)[kElements]) {
+  if constexpr (Shape::kIsPart) {
+    add_output(args, tile, rows, state, o);
+  } else {
+    store_output(maps, args, shared, tile, consumer_index(), state, o);
+  }
+}
+
 template <int kColumns, class Shape>
 __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps,
                                                  const ForwardArgs<Shape>& args,
@@ -283,11 +296,7 @@ __device__ __forceinline__ void forward_consumer(const ForwardMaps& maps,
     wgmma_wait<0>(o);
     release(&shared.v_empty[v_ring.stage]);
     v_ring.advance();
-    if constexpr (Shape::kIsPart) {
-      add_output(args, tile, rows, state, o);
-    } else {
-      store_output(maps, args, shared, tile, warpgroup, state, o);
-    }
+    finish_output(maps, args, shared, tile, rows, state, o);
   }
   if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }

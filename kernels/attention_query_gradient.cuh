@@ -110,6 +110,20 @@ __device__ __forceinline__ void add_query_gradient(const BackwardArgs<Shape>& ar
   }
 }
 
+template <int kColumns, class Shape, int kElements>
+__device__ __forceinline__ void finish_query_gradient(const BackwardMaps& maps,
+                                                      const BackwardArgs<Shape>& args,
+                                                      QueryGradientShared<kColumns>& shared,
+                                                      const QueryTile& tile, const QueryRows& rows,
+                                                      const float (&d_q)[kElements]) {
+  if constexpr (Shape::kIsPart) {
+    add_query_gradient(args, tile, rows, d_q);
+  } else {
+    const TileAt at{0, tile.head, rows.first_row, tile.sequence};
+    store_query_gradient(maps, args.shape, shared, at, d_q);
+  }
+}
+
 template <int kColumns, class Shape>
 __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps,
                                                         const BackwardArgs<Shape>& args,
@@ -178,11 +192,7 @@ __device__ __forceinline__ void query_gradient_consumer(const BackwardMaps& maps
     wgmma_wait<0>(d_q);
     release(&shared.k_empty[(ring.stage + kBackwardStages - 1) % kBackwardStages]);
 
-    if constexpr (Shape::kIsPart) {
-      add_query_gradient(args, tile, rows, d_q);
-    } else {
-      store_query_gradient(maps, shape, shared, {0, tile.head, rows.first_row, tile.sequence}, d_q);
-    }
+    finish_query_gradient(maps, args, shared, tile, rows, d_q);
   }
   if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }

@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kThreads) balance_sum_kernel(const BalanceLoss
   }
   __syncthreads();
   for (int e = threadIdx.x; e < a.E; e += kThreads) {
-    // tidy: allow float-atomics: integers
-    if (count_E[e] > 0) atomicAdd(counts_of(a, blockIdx.x) + e, count_E[e]);
+    if (count_E[e] == 0) continue;
+    atomicAdd(counts_of(a, blockIdx.x) + e, count_E[e]);  // tidy: allow float-atomics: integers
   }
 }
 
