@@ -126,6 +126,29 @@ TEST(VirtualTime, CollectivesTakeTheSlowerOfTwoTiers) {
   EXPECT_EQ(gather_end_ns(plain_machine("2"), {0, 2}, 1), 2 * 2 * 300);  // two share the NICs
 }
 
+// Each of two takes a quarter of the device from an op that computes beside them.
+TEST(VirtualTime, TransfersAtOnceTakeTheirMultiprocessorsEach) {
+  const Machine machine = parse_machine(plain_machine("8"), "plain");
+  const Config config = plan_config("[parallel]\ndp = 2\n");
+  VirtualTime time(machine, config, nullptr);
+  run_cluster({.ranks = 2, .time = &time}, [&](RankEnvironment& environment) {
+    Stream& compute = environment.make_stream("compute");
+    std::vector<std::unique_ptr<Communicator>> groups;
+    for (const std::string name : {"one", "other"}) {
+      groups.push_back(environment.make_communicator(name, {0, 1}));
+      all_gather({.communicator = *groups.back(),
+                  .stream = environment.make_stream(name),
+                  .send = fake_data(),
+                  .recv = fake_data() + 4096,
+                  .count = 500,
+                  .dtype = DType::u8});
+    }
+    environment.shape_only()->charge({"linear", {64, 64, 64}, 2000, 1, 0}, compute);
+    environment.host().wait(compute.record());
+    EXPECT_EQ(environment.host().now_ns(), 2600);  // at half its rate for their 1200 ns
+  });
+}
+
 // The slowest rank's counts decide, near and far at once.
 TEST(VirtualTime, AnAllToAllTakesItsSlowestRanksTime) {
   const auto end_ns = [](const std::vector<int64_t>& sent_by_0) {
