@@ -54,7 +54,7 @@ class Experts(torch.nn.Module):
         weight = weight / weight.sum(-1, keepdim=True)
         expert, order = index.reshape(-1).sort(stable=True)
         token = order // m["K"]
-        ends = torch.searchsorted(expert, torch.arange(m["E"]), right=True).to(torch.int32)
+        ends = torch.searchsorted(expert, torch.arange(m["E"], device=x.device), right=True).to(torch.int32)
         gate, up = torch._grouped_mm(flat[token], self.up, offs=ends).chunk(2, -1)
         y = torch._grouped_mm(F.silu(gate) * up, self.down, offs=ends)
         y = y * weight.reshape(-1)[order, None]
