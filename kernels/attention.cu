@@ -51,7 +51,8 @@ PartAttentionShape part_shape(const Args& a, const AttentionShape& shape) {
 
 constexpr int kTmaAlignmentBytes = 16;
 
-// Whether TMA can carry every tensor of bf16, pairs the sums, and a padded head fits a tile.
+// Whether TMA can carry every tensor, fp32 sums of parts have aligned rows too, and a padded head
+// fits a tile.
 template <class Args>
 bool fits_tensor_cores(const Args& a) {
   bool fits = a.q_THQ[2] % 8 == 0 && a.q_THQ[2] <= 2 * kPanelColumns;

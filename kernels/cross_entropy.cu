@@ -14,7 +14,7 @@
 
 #include <cfloat>
 
-#include "kernels/cuda_launch.cuh"
+#include "kernels/cuda_hopper.cuh"
 
 namespace cambium::cuda {
 
@@ -138,18 +138,9 @@ struct Share {
   int64_t first_row, row_step;
 };
 
-__device__ __forceinline__ uint4 load_shared(unsigned address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
 // This thread's ring: it reads what it copied itself alone, so no barrier is needed. Copies run
 // kSlots vectors ahead, row after row; each is a group of its own, empty past the last row and for
-// the vector that a row's end leaves out. Pointers walk: products of strides would be a third of
+// the vector that a row's end leaves out. Pointers walk: products of strides were a seventh of
 // the kernel's instructions.
 template <class T, int kVec>
 class Ring {
@@ -170,7 +161,7 @@ class Ring {
   // The slot that the thread is at: its vector, the next copy into it, the slot after it.
   __device__ __forceinline__ Packed<T, kVec> vector() const {
     Packed<T, kVec> packed;
-    *reinterpret_cast<uint4*>(&packed) = load_shared(at_);
+    *reinterpret_cast<uint4*>(&packed) = load_shared_16(at_);
     return packed;
   }
   __device__ __forceinline__ void start_copy() {

@@ -1,6 +1,6 @@
 // Attention on the GPU at Qwen3-30B-A3B's heads, 32 of queries and 4 of keys, bf16. Peers: cuDNN as
 // numerics.attention = cudnn calls it, where it is there (its backward pass deterministic as ours),
-// and bench/peers/torch_attention.py: cuDNN through PyTorch, not deterministic.
+// and bench/peers/torch_gpu.py: cuDNN through PyTorch, not deterministic.
 #include <cmath>
 
 #include "bench/ops/cuda_bench.h"

@@ -238,7 +238,7 @@ void attention_core_backward(const LayerContext& c, const MicroBatch& batch, con
   } else if (c.rank.config.parallel.context == ContextExchange::all_gather ||
              c.rank.config.run.device == DeviceKind::cuda) {
     chain_context(c, batch, {d.k, d.v}, backward);
-  } else {
+  } else {  // a ring on the CPU, which alone keeps query blocks' partials apart
     const int64_t width = x.G * x.Q;
     const int64_t rows =
         attention_partial_rows(x.T, batch.sequence_length, backward.block_tokens, backward.share);

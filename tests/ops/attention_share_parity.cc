@@ -435,27 +435,34 @@ TEST(AttentionShares, MustFailWithTheSumsOfAnotherShare) {
 
 // ---- the GPU ---------------------------------------------------------------------------------
 
-// Chunks of any length in fp32; whole tiles in bf16.
-TEST(AttentionShares, CudaSharesStayWithinRounding) {
-  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+// body(share, bound) for each rank of each case: chunks of any length in fp32, whole tiles in bf16.
+template <class Body>
+void each_cuda_share(Body&& body) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     std::vector<SharedCase> cases = kSharedTileCases;
     if (dtype == DType::f32) cases.insert(cases.end(), kSharedCases.begin(), kSharedCases.end());
     for (const SharedCase& c : cases) {
       AttentionTensors whole(c.whole, InputFamily::normals, dtype);
+      const int64_t terms = c.whole.Q + 16;
       for (int64_t index = 0; index < c.ranks; ++index) {
         SCOPED_TRACE(testing::Message()
                      << c.whole.S << " positions, head " << c.whole.Q << " " << dtype_name(dtype)
                      << ", rank " << index << " of " << c.ranks);
-        ShareTensors t(whole, {c.ranks, index});
-        run_cuda_op(attention, t.forward_args());
-        run_cuda_op(attention_backward, t.backward_args());
-        const int64_t terms = c.whole.Q + 16;
-        expect_share_near_oracle(
-            t, dtype == DType::f32 ? tolerance(2, terms) : bf16_tolerance(2, terms));
+        body(whole, ContextShare{c.ranks, index},
+             dtype == DType::f32 ? tolerance(2, terms) : bf16_tolerance(2, terms));
       }
     }
   }
+}
+
+TEST(AttentionShares, CudaSharesStayWithinRounding) {
+  if (!has_gpu()) GTEST_SKIP() << kNoGpu;
+  each_cuda_share([](AttentionTensors& whole, const ContextShare& share, double bound) {
+    ShareTensors t(whole, share);
+    run_cuda_op(attention, t.forward_args());
+    run_cuda_op(attention_backward, t.backward_args());
+    expect_share_near_oracle(t, bound);
+  });
 }
 
 // A share's rows have the bits of one rank's, as tiles are those of whole sequences; its sums do
@@ -486,41 +493,25 @@ TEST(AttentionShares, CudaSharesHaveTheRowsOfOneRank) {
 // Keys that come a rank's part at a time, on the GPU: near the oracle, and twice the same bits.
 TEST(AttentionShares, CudaPartsOfTheKeysMeetByTheirLogSumExp) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
-  for (const DType dtype : {DType::f32, DType::bf16}) {
-    std::vector<SharedCase> cases = kSharedTileCases;
-    if (dtype == DType::f32) cases.insert(cases.end(), kSharedCases.begin(), kSharedCases.end());
-    for (const SharedCase& c : cases) {
-      AttentionTensors whole(c.whole, InputFamily::normals, dtype);
-      for (int64_t index = 0; index < c.ranks; ++index) {
-        SCOPED_TRACE(testing::Message()
-                     << c.whole.S << " positions, head " << c.whole.Q << " " << dtype_name(dtype)
-                     << ", rank " << index << " of " << c.ranks);
-        ShareTensors t(whole, {c.ranks, index}), again(whole, {c.ranks, index});
-        run_ring(t, 0, Backend::cuda);
-        run_ring(again, 0, Backend::cuda);
-        const int64_t terms = c.whole.Q + 16;
-        expect_share_near_oracle(
-            t, dtype == DType::f32 ? tolerance(2, terms) : bf16_tolerance(2, terms));
-        for (const auto member : {&ShareTensors::o, &ShareTensors::lse, &ShareTensors::d_q,
-                                  &ShareTensors::d_k, &ShareTensors::d_v}) {
-          EXPECT_TRUE(bits_equal(t.*member, again.*member));
-        }
-      }
+  each_cuda_share([](AttentionTensors& whole, const ContextShare& share, double bound) {
+    ShareTensors t(whole, share), again(whole, share);
+    run_ring(t, 0, Backend::cuda);
+    run_ring(again, 0, Backend::cuda);
+    expect_share_near_oracle(t, bound);
+    for (const auto member : {&ShareTensors::o, &ShareTensors::lse, &ShareTensors::d_q,
+                              &ShareTensors::d_k, &ShareTensors::d_v}) {
+      EXPECT_TRUE(bits_equal(t.*member, again.*member));
     }
-  }
+  });
 }
 
-// A part left out, or one taken for another rank's, is noticed.
-TEST(AttentionShares, CudaMustFailWithoutOnePartOfTheKeys) {
+// Rows that its own keys did not begin would hold what was there before.
+TEST(AttentionShares, CudaRefusesARingThatBeginsWithOtherKeys) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
   const SharedCase& c = kSharedTileCases[0];
   AttentionTensors whole(c.whole, InputFamily::normals, DType::bf16);
-  EXPECT_THROW(
-      {
-        ShareTensors t(whole, {c.ranks, 1});
-        run_ring(t, 1, Backend::cuda);  // does not begin with its own keys
-      },
-      Error);
+  ShareTensors t(whole, {c.ranks, 1});
+  EXPECT_THROW(run_ring(t, 1, Backend::cuda), Error);
 }
 
 // In exact mode ranks that share sequences have the bits of one, on the GPU too.

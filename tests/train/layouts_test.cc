@@ -140,17 +140,25 @@ TEST(Layouts, RecomputationKeepsTheLossOfGrowingLoads) {
   expect_same_bits(run_trace(config, kSteps), want, "global_batch");
 }
 
+// body(rank, model, batch) on every rank, with its first micro-batch and nothing run yet.
+template <class Body>
+void with_micro_batch(const Config& config, Body&& body) {
+  const SyntheticSequences source(config);
+  launch_ranks({.ranks = derive(config).ranks, .workers = 1}, [&](RankEnvironment& environment) {
+    Rank rank(config, environment);
+    TrainStep step(rank, config.model);
+    step.model().initialize(1);
+    step.begin(0, source);
+    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+    body(rank, step.model(), batch);
+    rank.finish_step();
+  });
+}
+
 // The router's weights change between a forward pass and its repetition: the experts do not.
 TEST(Layouts, ARecomputedLayerNeverChoosesAgain) {
   const Config config = with_layout(tiny_config(), {1, 1, 8, Sharding::none, 1});
-  const SyntheticSequences source(config);
-  launch_ranks({.ranks = 1, .workers = 1}, [&](RankEnvironment& environment) {
-    Rank rank(config, environment);
-    TrainStep step(rank, config.model);
-    Model& model = step.model();
-    model.initialize(1);
-    step.begin(0, source);
-    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+  with_micro_batch(config, [&](Rank& rank, Model& model, const MicroBatch& batch) {
     const auto choice_of = [&](LayerState& state, Keep keep) {
       model.layer_forward(batch, 0, model.embed(batch), state, keep);
       const int64_t count = batch.tokens * config.model.top_k;
@@ -172,7 +180,6 @@ TEST(Layouts, ARecomputedLayerNeverChoosesAgain) {
     LayerState again;
     again.expert_index_TK = std::move(first.expert_index_TK);
     EXPECT_EQ(choice_of(again, Keep::recomputing), chosen);
-    rank.finish_step();
   });
 }
 
@@ -181,16 +188,9 @@ struct BackwardWork {
   std::map<std::string, int64_t> input, weights;
 };
 BackwardWork backward_work(const Config& config, WeightGradients when) {
-  const SyntheticSequences source(config);
   BackwardWork work;
-  launch_ranks({.ranks = 1, .workers = 1}, [&](RankEnvironment& environment) {
-    Rank rank(config, environment);
-    TrainStep step(rank, config.model);
-    Model& model = step.model();
-    model.initialize(1);
-    step.begin(0, source);
+  with_micro_batch(config, [&](Rank& rank, Model& model, const MicroBatch& batch) {
     for (const auto& group : model.groups()) group->begin_step();
-    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
     ChunkState state;
     model.forward({batch, 0, {}, &state});
     const auto since_now = [&](auto&& body) {
@@ -204,7 +204,6 @@ BackwardWork backward_work(const Config& config, WeightGradients when) {
     if (when == WeightGradients::later) {
       work.weights = since_now([&] { model.backward_weight(batch, 0, state); });
     }
-    rank.finish_step();
   });
   return work;
 }
@@ -231,15 +230,8 @@ TEST(Layouts, DeferredWeightGradientsAreThoseOfAllLayers) {
 
 // Activation bytes that one layer's forward keeps for its backward, on the last rank.
 int64_t kept_bytes(const Config& config) {
-  const SyntheticSequences source(config);
   int64_t bytes = 0;
-  launch_ranks({.ranks = derive(config).ranks, .workers = 1}, [&](RankEnvironment& environment) {
-    Rank rank(config, environment);
-    TrainStep step(rank, config.model);
-    Model& model = step.model();
-    model.initialize(1);
-    step.begin(0, source);
-    const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
+  with_micro_batch(config, [&](Rank& rank, Model& model, const MicroBatch& batch) {
     const Buffer x_TD = model.embed(batch);
     const int64_t before = rank.arena.used_bytes(MemoryClass::activations);
     LayerState state;
@@ -247,7 +239,6 @@ int64_t kept_bytes(const Config& config) {
         model.layer_forward(batch, 0, model.embed(batch), state, Keep::for_backward);
     const int64_t kept = rank.arena.used_bytes(MemoryClass::activations) - before;
     if (rank.at.rank + 1 == rank.mesh.ranks()) bytes = kept - out_TD.size_bytes();
-    rank.finish_step();
   });
   return bytes;
 }
