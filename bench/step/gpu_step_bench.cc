@@ -10,8 +10,10 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "kernels/cuda_stream.h"
+#include "src/base/philox.h"
 #include "src/cli/launch.h"
 #include "src/model/layer_tools.h"
 #include "src/train/synthetic.h"
@@ -34,6 +36,35 @@ Config gpu_config(int64_t layers, int64_t vocab, const char* state_dtype = "fp32
       "gpu_step_bench", {});
 }
 
+// Embeddings of variance 1, as the peers' are, rows repeated: beside smaller ones the sums of
+// attention, much the same at all late positions, would send most tokens to the same experts.
+void spread_tokens(Model& model) {
+  constexpr int64_t kDrawn = int64_t{1} << 22;
+  std::vector<float> drawn(kDrawn);
+  fill_normal(drawn.data(), 0, kDrawn, 1.0f, 1, 1);
+  for (const auto& group : model.groups()) {
+    for (const ParamPiece& piece : group->stored_pieces()) {
+      if (piece.tensor->canonical.role != TensorRole::embed) continue;
+      std::vector<float> values(static_cast<size_t>(piece.elements));
+      for (size_t i = 0; i < values.size(); ++i) values[i] = drawn[i % drawn.size()];
+      group->set_weights(piece, values);
+      group->refresh_compute_copy();
+    }
+  }
+}
+
+// Rows of the busiest expert over the mean, layers alike; the peers' is 1.1.
+void report_loads(benchmark::State& state, Model& model) {
+  const int64_t layers = model.config().layers, experts = model.config().experts;
+  std::vector<int32_t> count(static_cast<size_t>(layers * experts));
+  if constexpr (kHasCuda) {
+    cuda::copy_bytes(model.router().count_LE.data(), count.data(), 4 * std::ssize(count));
+  }
+  const double sum = std::accumulate(count.begin(), count.end(), 0.0);
+  state.counters["busiest/mean"] =
+      *std::max_element(count.begin(), count.end()) * static_cast<double>(layers * experts) / sum;
+}
+
 // Batches drawn before the clock runs, as the peers' are: drawing one takes the host milliseconds.
 class DrawnSequences : public SequenceSource {
  public:
@@ -41,6 +72,7 @@ class DrawnSequences : public SequenceSource {
     const SyntheticSequences source(config);
     for (size_t i = 0; i < batches_.size(); ++i) {
       source.fill(static_cast<int64_t>(i), {0, kSequences}, batches_[i]);
+      draw_tokens(config.model.vocab, static_cast<uint64_t>(i), batches_[i]);
       counts_[i] = source.target_count(static_cast<int64_t>(i));
     }
   }
@@ -53,6 +85,15 @@ class DrawnSequences : public SequenceSource {
   }
 
  private:
+  // All tokens alike likely, as the peers draw theirs.
+  static void draw_tokens(int64_t vocab, uint64_t batch_index, Batch& batch) {
+    const RandomSequence random{1, RandomStream::data, batch_index};
+    for (size_t i = 0; i < batch.token_T.size(); ++i) {
+      const double u = random_uniform(random, i);
+      batch.token_T[i] = static_cast<int32_t>(u * static_cast<double>(vocab));
+    }
+  }
+
   std::array<Batch, 4> batches_;
   std::array<int64_t, 4> counts_{};
 };
@@ -98,7 +139,30 @@ void print_op_times(Rank& rank, TrainStep& step, const SequenceSource& source, i
   }
 }
 
+// Seconds of one call, the mean of `counted` in one queue; then one more, which a profiler records
+// (bench/timeline).
+template <class Body>
+double mean_seconds(Rank& rank, int warm_up, int counted, Body&& body) {
+  for (int i = 0; i < warm_up; ++i) body();
+  rank.host.wait(rank.compute.record());
+  const int64_t start = rank.host.now_ns();
+  for (int i = 0; i < counted; ++i) body();
+  rank.host.wait(rank.compute.record());
+  const double seconds = 1e-9 * static_cast<double>(rank.host.now_ns() - start) / counted;
+  if constexpr (kHasCuda) {
+    const cuda::StepProfile profile;
+    body();
+    rank.host.wait(rank.compute.record());
+  }
+  return seconds;
+}
+
 enum class Passes { forward, both };
+
+// As a step's first micro-batch: weight gradients are stored.
+void begin_step(const Model& model) {
+  for (const auto& group : model.groups()) group->begin_step();
+}
 
 // Router, routing, experts and combination of one layer, from the second norm's output on.
 void run_moe(Model& model, const MicroBatch& batch, LayerState& attended, Buffer& d_out_TD,
@@ -132,37 +196,31 @@ void run_moe(Model& model, const MicroBatch& batch, LayerState& attended, Buffer
 
 void gpu_moe(benchmark::State& state) {
   if (!kHasCuda || !has_gpu(state)) return state.SkipWithError(kNoGpu);
-  const Config config = gpu_config(1, 512);
+  const Config config = gpu_config(1, 65536);
   const DrawnSequences source(config);
   const ModelConfig& m = config.model;
   const Passes passes = state.range(0) == 0 ? Passes::forward : Passes::both;
   const double flops = (passes == Passes::both ? 18.0 : 6.0) * kSequences * kSequenceLength *
                        static_cast<double>(m.top_k * m.hidden * m.expert_hidden);
-  constexpr int kWarmUp = 5, kCounted = 20;
   for (auto _ : state) {
     launch_ranks({.ranks = 1, .device = DeviceKind::cuda}, [&](RankEnvironment& environment) {
       Rank rank(config, environment);
       TrainStep step(rank, config.model);
       Model& model = step.model();
       model.initialize(1);
+      spread_tokens(model);
       step.begin(0, source);
-      for (const auto& group : model.groups()) group->begin_step();
       {
         const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
         LayerState attended;
         attend_forward(model.layer_context(0), batch, model.embed(batch), attended);
         Buffer d_out_TD;
-        int64_t start = 0;
-        for (int i = 0; i < kWarmUp + kCounted; ++i) {
-          if (i == kWarmUp) {
-            rank.host.wait(rank.compute.record());
-            start = rank.host.now_ns();
-          }
+        const double seconds = mean_seconds(rank, 5, 20, [&] {
+          begin_step(model);
           run_moe(model, batch, attended, d_out_TD, passes);
-        }
-        rank.host.wait(rank.compute.record());
-        report(state, 1e-9 * static_cast<double>(rank.host.now_ns() - start) / kCounted, flops,
-               rank);
+        });
+        report(state, seconds, flops, rank);
+        report_loads(state, model);
       }
       rank.finish_step();
     });
@@ -171,29 +229,24 @@ void gpu_moe(benchmark::State& state) {
 
 void gpu_layer(benchmark::State& state) {
   if (!kHasCuda || !has_gpu(state)) return state.SkipWithError(kNoGpu);
-  const Config config = gpu_config(1, 512);
+  const Config config = gpu_config(1, 65536);
   const Derived derived = derive(config);
   const DrawnSequences source(config);
   const double head_flops = 6.0 * static_cast<double>(config.model.vocab * config.model.hidden);
   const double flops = (derived.training_flops_per_token - head_flops) *
                        static_cast<double>(derived.tokens_per_step);
-  constexpr int kWarmUp = 3, kCounted = 10;
   for (auto _ : state) {
     launch_ranks({.ranks = 1, .device = DeviceKind::cuda}, [&](RankEnvironment& environment) {
       Rank rank(config, environment);
       TrainStep step(rank, config.model);
       Model& model = step.model();
       model.initialize(1);
+      spread_tokens(model);
       step.begin(0, source);
-      for (const auto& group : model.groups()) group->begin_step();
       {
         const MicroBatch batch = step.upload_micro_batch(source, 0, 0);
-        int64_t start = 0;
-        for (int i = 0; i < kWarmUp + kCounted; ++i) {
-          if (i == kWarmUp) {
-            rank.host.wait(rank.compute.record());
-            start = rank.host.now_ns();
-          }
+        const double seconds = mean_seconds(rank, 3, 10, [&] {
+          begin_step(model);
           LayerState layer;
           LayerGradients gradients;
           gradients.d_out_TD =
@@ -201,10 +254,9 @@ void gpu_layer(benchmark::State& state) {
           model.begin_layer(0, batch);
           model.layer_backward(batch, 0, layer, gradients);
           model.end_layer(0);
-        }
-        rank.host.wait(rank.compute.record());
-        report(state, 1e-9 * static_cast<double>(rank.host.now_ns() - start) / kCounted, flops,
-               rank);
+        });
+        report(state, seconds, flops, rank);
+        report_loads(state, model);
       }
       rank.finish_step();
     });
@@ -223,6 +275,7 @@ void gpu_step(benchmark::State& state) {
       Rank rank(config, environment);
       TrainStep step(rank, config.model);
       step.model().initialize(1);
+      spread_tokens(step.model());
       rank.finish_step();
       for (int64_t now = 1; now <= kWarmUp + kCounted; ++now) {
         const int64_t start = rank.host.now_ns();
@@ -234,6 +287,7 @@ void gpu_step(benchmark::State& state) {
       std::nth_element(times.begin(), times.begin() + kCounted / 2, times.end());
       report(state, 1e-9 * static_cast<double>(times[kCounted / 2]),
              derived.training_flops_per_token * static_cast<double>(derived.tokens_per_step), rank);
+      report_loads(state, step.model());
     });
   }
 }

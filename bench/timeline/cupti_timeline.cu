@@ -7,14 +7,19 @@
 // copies and fills; then it writes timeline-<pid>.json, which Perfetto loads, to the working
 // directory, and one line to stderr: the span from first to last, the time in which compute ran,
 // in which communication (NCCL's kernels) ran, and in which communication ran alone: exposed. A
-// kernel of NCCL that waits for its peer counts as communication, as in `cambium plan`.
+// kernel of NCCL that waits for its peer counts as communication, as in `cambium plan`. A line for
+// each kernel's name follows, dearest first. cambium_bench's gpu_moe and gpu_layer are bracketed
+// the same way.
 #include <cupti.h>
+#include <cxxabi.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -146,6 +151,35 @@ void write_trace(const std::vector<Activity>& all, uint64_t origin_ns) {
   if (std::fclose(file) != 0) std::perror(path.c_str());
 }
 
+// "void cambium::cuda::rms_norm_kernel<...>(...)" without what stands around the name.
+std::string short_name(const std::string& mangled) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
+  std::string name = status == 0 ? text : mangled;
+  std::free(text);
+  for (const char* part : {"void ", "cambium::cuda::", "(anonymous namespace)::"}) {
+    for (size_t at; (at = name.find(part)) != std::string::npos;) name.erase(at, strlen(part));
+  }
+  return name.substr(0, std::min<size_t>(name.find('('), 72));
+}
+
+// Time and count of each kernel's name, dearest first.
+void print_totals(const std::vector<Activity>& all) {
+  std::map<std::string, std::pair<uint64_t, int>> totals;
+  for (const Activity& activity : all) {
+    auto& [ns, count] = totals[short_name(activity.name)];
+    ns += activity.time.end_ns - activity.time.begin_ns;
+    ++count;
+  }
+  std::vector<std::pair<uint64_t, std::string>> order;
+  for (const auto& [name, total] : totals) order.emplace_back(total.first, name);
+  std::sort(order.rbegin(), order.rend());
+  for (const auto& [ns, name] : order) {
+    std::fprintf(stderr, "timeline: %9.3f ms %5d x %s\n", static_cast<double>(ns) / 1e6,
+                 totals[name].second, name.c_str());
+  }
+}
+
 void report() {
   const std::lock_guard lock(recorder().mutex);
   const std::vector<Activity>& all = recorder().activities;
@@ -167,6 +201,8 @@ void report() {
                span / 1e6, static_cast<double>(total_ns(compute)) / 1e6,
                static_cast<double>(total_ns(comm)) / 1e6, exposed / 1e6, 100 * exposed / span,
                all.size(), recorder().dropped);
+  print_totals(all);
+  recorder().activities.clear();
 }
 
 void CUPTIAPI on_profiler_call(void*, CUpti_CallbackDomain, CUpti_CallbackId id, const void* data) {
