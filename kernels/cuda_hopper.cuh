@@ -29,6 +29,7 @@ struct TensorMapShape {
   std::array<int64_t, 3> extent{1, 1, 1};
   std::array<int64_t, 2> stride{0, 0};  // elements, of the second and third extent
   std::array<int, 3> box{1, 1, 1};
+  int swizzle_bytes = kSwizzleBytes;  // or 64: chunk c of row r at c ^ (r / 2 % 4)
 };
 
 template <class Element>
@@ -59,8 +60,8 @@ CUtensorMap tensor_map_of(const Element* data, const TensorMapShape& shape) {
   const CUresult result =
       encode(&map, kIsFloat ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
              const_cast<Element*>(data), extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             shape.swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   CHECK_EQ(static_cast<int>(result), static_cast<int>(CUDA_SUCCESS));
   return map;
 }
@@ -177,12 +178,25 @@ __device__ __forceinline__ void copy_tensor_multicast(uint32_t to, const CUtenso
       : "memory");
 }
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+// `bytes` that lie together, a multiple of 16 as both addresses are.
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
-__device__ __forceinline__ void prefetch_to_l2(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
+// One box on its way into the L2.
+__device__ __forceinline__ void prefetch_tensor(const CUtensorMap& map, TensorCoordinate at) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(&map),
+               "r"(at.inner), "r"(at.middle), "r"(at.outer)
+               : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // 16 bytes, of which the first `bytes` are read and the rest are zeros.
@@ -260,6 +274,14 @@ __device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
+}
+__device__ __forceinline__ uint32_t load_shared_pair(uint32_t from) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_pair(uint32_t to, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
 __device__ __forceinline__ float load_shared_float(uint32_t from) {
   float v;

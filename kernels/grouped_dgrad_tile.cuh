@@ -2,9 +2,10 @@
 // the expert's [D, F] weights, then SwiGLU backward of the stored gate and up and <g, h> of each
 // row.
 //
-// A warp finishes its 16 rows 64 columns at a time. Gate and up come in 16-byte copies to the
-// scratch, where their gradients take their places, so that each memory request is a whole 128-byte
-// line.
+// A warp finishes its 16 rows of each half 32 columns at a time, through two buffers: the copy
+// engine brings gate and up of the next chunk and takes results out, the first two chunks come
+// while the tile is multiplied. Gradients take the places of gate and up. Rows at an expert's end
+// are stored by the warp itself, which does not write those of the next expert.
 // Napkin at 131072 x 2048 x 768: 412 GFLOP, 0.56 ms; 1.0 GB of gate, up and results, 0.25 ms.
 #pragma once
 
@@ -14,8 +15,23 @@
 namespace cambium::cuda {
 
 using DgradRegisters = TurnRegisters<40, 232>;
-constexpr int kDgradPieces = 3;  // of a warp's scratch: gate, up, weighted_h
-static_assert(4 * kDgradPieces * kWarpScratchBytes <= kTurnScratchBytes);
+
+constexpr int kDgradChunkColumns = 32;
+constexpr int kDgradChunks = kTurnColumns / kDgradChunkColumns;  // of a half
+constexpr int kDgradRowBytes = kDgradChunkColumns * 2;           // swizzled as the copy engine does
+constexpr int kDgradPieceBytes = kWarpRows * kDgradRowBytes;
+constexpr int kDgradPieces = 3;  // gate, up, weighted_h
+constexpr int kDgradBuffers = 2;
+constexpr int kDgradWarpBytes = kDgradBuffers * kDgradPieces * kDgradPieceBytes;
+constexpr int kDgradAhead = 4;  // chunks that go to the L2 before they are loaded
+static_assert(4 * kDgradWarpBytes <= kTurnScratchBytes);
+static_assert(4 * kTurnGroups * kDgradBuffers <= TurnShared::kOwnBarriers);
+static_assert(64 % (kDgradBuffers * kDgradChunkColumns) == 0, "a half has whole rounds of buffers");
+
+struct DownDgradParams {
+  GroupedTileParams tile;
+  CUtensorMap gate_up_map, d_gate_up_map, weighted_h_map;  // boxes of 32 columns and 16 rows
+};
 
 // --- Fetching ---
 
@@ -44,153 +60,196 @@ __device__ __forceinline__ void fetch_dgrad_tiles(const GroupedTileParams& p,
 
 // --- Results ---
 
-// 64 columns of rows of a [R, columns] tensor.
-template <class Element>
-struct LinesOf {
-  Element* data;
-  int64_t stride;
+// A warp's chunks: `chunk` counts those of a half, and goes on into the second half.
+struct DgradChunks {
+  uint32_t buffers, loaded_0;
+  int lane, first_row;  // of the warp in a half
+  uint32_t rounds = 0;  // of the buffers, before this half
 
-  // The lane's place in 4 rows of 128 bytes. NOTE: found anew for each call, where accumulators
-  // fill the registers: a spilled address costs more than it saves, the L1 beside the stages is
-  // little.
-  __device__ __forceinline__ Element* first(const WarpRows& warp, int row0, int column) const {
-    asm volatile("" : "+r"(row0));
-    return data + int64_t{row0 + warp.lane / 8} * stride + (column + warp.lane % 8 * 8);
+  __device__ DgradChunks(const TurnShared& shared, int group, int thread_of_group) {
+    const int warp = thread_of_group / kWarpLanes;
+    lane = thread_of_group % kWarpLanes;
+    first_row = warp * kWarpRows;
+    buffers = shared.scratch(group) + warp * kDgradWarpBytes;
+    loaded_0 = shared.own((group * 4 + warp) * kDgradBuffers);
+  }
+  __device__ __forceinline__ static int count(const DownDgradParams& p, const GroupedTile& tile) {
+    return min(kDgradChunks, (p.tile.F - tile.column0) / kDgradChunkColumns);
+  }
+  __device__ __forceinline__ int rows(const GroupedTile& tile, int half) const {
+    return max(0, min(kWarpRows, tile.rows - 64 * half - first_row));
+  }
+  __device__ __forceinline__ uint32_t buffer(int chunk) const {
+    return buffers + chunk % kDgradBuffers * (kDgradPieces * kDgradPieceBytes);
+  }
+  __device__ __forceinline__ uint32_t loaded(int chunk) const {
+    return loaded_0 + 8 * (chunk % kDgradBuffers);
+  }
+  __device__ __forceinline__ uint32_t parity(int chunk) const {
+    return (rounds + chunk / kDgradBuffers) % 2;
+  }
+  // Calls move(gate's place in memory, up's) for a chunk that exists.
+  template <class Move>
+  __device__ __forceinline__ void place(const DownDgradParams& p, const GroupedTile& tile, int half,
+                                        int chunk, Move&& move) const {
+    const int chunks = count(p, tile);
+    if (chunk >= chunks) {
+      chunk -= chunks;
+      ++half;
+    }
+    if (half > 1 || chunk >= chunks || rows(tile, half) == 0) return;
+    const int row = tile.row0 + 64 * half + first_row;
+    const int column = tile.column0 + chunk * kDgradChunkColumns;
+    move(TensorCoordinate{column, row, 0}, TensorCoordinate{p.tile.F + column, row, 0});
+  }
+  __device__ __forceinline__ void load(const DownDgradParams& p, const GroupedTile& tile, int half,
+                                       int chunk) const {
+    place(p, tile, half, chunk, [&](TensorCoordinate gate, TensorCoordinate up) {
+      arrive_expecting(loaded(chunk), 2 * kDgradPieceBytes);
+      copy_tensor(buffer(chunk), p.gate_up_map, loaded(chunk), gate);
+      copy_tensor(buffer(chunk) + kDgradPieceBytes, p.gate_up_map, loaded(chunk), up);
+    });
+  }
+  __device__ __forceinline__ void prefetch(const DownDgradParams& p, const GroupedTile& tile,
+                                           int half, int chunk) const {
+    place(p, tile, half, chunk, [&](TensorCoordinate gate, TensorCoordinate up) {
+      prefetch_tensor(p.gate_up_map, gate);
+      prefetch_tensor(p.gate_up_map, up);
+    });
+  }
+  __device__ __forceinline__ void prepare(const DownDgradParams& p, const GroupedTile& tile) const {
+    if (lane != 0) return;
+    wait_stores_read<0>();
+    for (int chunk = 0; chunk < kDgradBuffers; ++chunk) load(p, tile, 0, chunk);
+    for (int chunk = kDgradBuffers; chunk < kDgradAhead; ++chunk) prefetch(p, tile, 0, chunk);
+  }
+  // While a chunk is worked on, the next one comes into the other buffer, once that one's results
+  // have left it.
+  __device__ __forceinline__ void look_ahead(const DownDgradParams& p, const GroupedTile& tile,
+                                             int half, int chunk) const {
+    if (lane != 0) return;
+    if (half > 0 || chunk > 0) {  // prepare() loaded the first two
+      wait_stores_read<0>();
+      load(p, tile, half, chunk + 1);
+    }
+    prefetch(p, tile, half, chunk + kDgradAhead);
+  }
+  __device__ __forceinline__ void store(const DownDgradParams& p, const GroupedTile& tile, int half,
+                                        int chunk) const {
+    const uint32_t from = buffer(chunk);
+    const int row = tile.row0 + 64 * half + first_row, exist = rows(tile, half);
+    const int column = tile.column0 + chunk * kDgradChunkColumns;
+    if (exist == kWarpRows) {
+      if (lane != 0) return;
+      store_tensor(p.d_gate_up_map, from, {column, row, 0});
+      store_tensor(p.d_gate_up_map, from + kDgradPieceBytes, {p.tile.F + column, row, 0});
+      store_tensor(p.weighted_h_map, from + 2 * kDgradPieceBytes, {column, row, 0});
+      return commit_stores();
+    }
+#pragma unroll 1
+    for (int i = lane; i < exist * 4; i += kWarpLanes) {  // 16 bytes of a row
+      const uint32_t at = from + i / 4 * kDgradRowBytes + ((i % 4 ^ i / 8 % 4) << 4);
+      __nv_bfloat16* wide =
+          p.tile.wide + int64_t{row + i / 4} * p.tile.wide_stride + column + i % 4 * 8;
+      *reinterpret_cast<uint4*>(wide) = load_shared_16(at);
+      *reinterpret_cast<uint4*>(wide + p.tile.F) = load_shared_16(at + kDgradPieceBytes);
+      *reinterpret_cast<uint4*>(p.tile.narrow + int64_t{row + i / 4} * p.tile.narrow_stride +
+                                column + i % 4 * 8) = load_shared_16(at + 2 * kDgradPieceBytes);
+    }
+    fence_async_proxy();
+    __syncwarp();
   }
 };
 
-// Between memory and a piece of the warp's scratch; rows that do not exist read as zeros.
-__device__ __forceinline__ void load_lines(const WarpRows& warp, uint32_t piece,
-                                           const __nv_bfloat16* from, int64_t stride) {
-#pragma unroll
-  for (int pass = 0; pass < 4; ++pass, from += 4 * stride) {
-    uint32_t place = piece + warp.line_place(0);
-    asm volatile("" : "+l"(from), "+r"(place));
-    place = (place ^ pass % 2 << 6) + pass * 4 * kSwizzleBytes;
-    copy_16(place, from, warp.line_row(pass) < warp.rows ? 16 : 0);
-  }
-}
-__device__ __forceinline__ void store_lines(const WarpRows& warp, uint32_t piece, __nv_bfloat16* to,
-                                            int64_t stride) {
-#pragma unroll
-  for (int pass = 0; pass < 4; ++pass, to += 4 * stride) {
-    uint32_t place = piece + warp.line_place(0);
-    asm volatile("" : "+l"(to), "+r"(place));
-    place = (place ^ pass % 2 << 6) + pass * 4 * kSwizzleBytes;
-    const uint4 line = load_shared_16(place);
-    if (warp.line_row(pass) < warp.rows) *reinterpret_cast<uint4*>(to) = line;
-  }
-}
-
-// The 64 gate and up columns of a chunk on their way into the L2: a lane a row of one of them.
-__device__ __forceinline__ void prefetch_gate_up(const GroupedTileParams& p, const WarpRows& warp,
-                                                 int row0, int column) {
-  const int row = warp.lane % kWarpRows, second = warp.lane / kWarpRows * p.F;
-  if (row >= warp.rows || column >= p.F) return;
-  prefetch_to_l2(p.gate_up + int64_t{row0 + row} * p.gate_up_stride + column + second);
-}
-
-// 64 columns of a tile's half, in the scratch; `dot` sums g h of the lane's two rows.
-__device__ __forceinline__ void finish_dgrad_chunk(const WarpRows& warp,
+// 32 columns of a tile's half, in a buffer; `dot` sums g h of the lane's two rows. NOTE: a pair of
+// elements at a time, although matrix loads would bring eight: the accumulators leave forty
+// registers, and what spills goes through the L2.
+__device__ __forceinline__ void finish_dgrad_chunk(uint32_t buffer, int lane,
                                                    const RowWeightPair& weight, float (&dot)[2],
                                                    const TurnAccumulators& acc, int first) {
+  const int row = lane / 4;
+  const uint32_t place_0 = buffer + row * kDgradRowBytes + (row / 2 << 4) + lane % 4 * 4;
 #pragma unroll
-  for (int i = 0; i < kChunkGroups / 2; ++i) {
-    uint32_t place = warp.tile_place(0);
-    asm volatile("" : "+r"(place), "+f"(dot[0]), "+f"(dot[1]));
-    place ^= i << 5;
-    uint32_t gate[4], up[4], out[4];
-    load_tiles(place, gate);
-    load_tiles(place + kWarpScratchBytes, up);
+  for (int g = 0; g < kDgradChunkColumns / 8; ++g) {
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {  // two column groups of two row halves
-      const int half = v % 2, at = first + 8 * i + 2 * v;
+    for (int half = 0; half < 2; ++half) {
+      uint32_t place = place_0;
+      asm volatile("" : "+r"(place), "+f"(dot[0]), "+f"(dot[1]));
+      place = (place ^ g << 4) + half * 8 * kDgradRowBytes;
+      const uint32_t gate = load_shared_pair(place);
+      const uint32_t up = load_shared_pair(place + kDgradPieceBytes);
+      const int at = first + 4 * g + 2 * half;
       const float w = weight.of[half], g_low = acc[at], g_high = acc[at + 1];
-      const DownDgradPoint low = down_dgrad_point(low_of(gate[v]), low_of(up[v]), w, g_low);
-      const DownDgradPoint high = down_dgrad_point(high_of(gate[v]), high_of(up[v]), w, g_high);
+      const DownDgradPoint low = down_dgrad_point(low_of(gate), low_of(up), w, g_low);
+      const DownDgradPoint high = down_dgrad_point(high_of(gate), high_of(up), w, g_high);
       dot[half] = fmaf(g_high, high.h, fmaf(g_low, low.h, dot[half]));
-      gate[v] = pack_pair(low.d_gate, high.d_gate);
-      up[v] = pack_pair(low.d_up, high.d_up);
-      out[v] = pack_pair(low.weighted_h, high.weighted_h);
+      store_shared_pair(place, pack_pair(low.d_gate, high.d_gate));
+      store_shared_pair(place + kDgradPieceBytes, pack_pair(low.d_up, high.d_up));
+      store_shared_pair(place + 2 * kDgradPieceBytes, pack_pair(low.weighted_h, high.weighted_h));
     }
-    store_tiles(place, gate);
-    store_tiles(place + kWarpScratchBytes, up);
-    store_tiles(place + 2 * kWarpScratchBytes, out);
   }
 }
 
-// A warp's rows from `row0` of all R. <g, h> of the tile's columns as a partial sum of the row:
-// columns in the lane's order, then the four lanes of the row.
-__device__ __forceinline__ void finish_dgrad_half(const GroupedTileParams& p,
-                                                  const GroupedTile& tile, const WarpRows& warp,
-                                                  int row0, const TurnAccumulators& acc) {
-  if (warp.rows == 0) return;
-  const RowWeightPair weight(p.weight == nullptr ? nullptr : p.weight + row0, warp);
-  const LinesOf<const __nv_bfloat16> gate_up{p.gate_up, p.gate_up_stride};
-  const LinesOf<__nv_bfloat16> d_gate_up{p.wide, p.wide_stride},
-      weighted_h{p.narrow, p.narrow_stride};
+// <g, h> of the tile's columns is a partial sum of the row: columns in the lane's order, then the
+// four lanes of the row.
+template <int kHalf>
+__device__ __forceinline__ void finish_dgrad_half(const DownDgradParams& p, const GroupedTile& tile,
+                                                  DgradChunks& chunks,
+                                                  const TurnAccumulators& acc) {
+  const int rows = chunks.rows(tile, kHalf), row0 = tile.row0 + 64 * kHalf + chunks.first_row;
+  if (rows == 0) return;
+  const int lane = chunks.lane;
+  const RowWeightPair weight(p.tile.weight == nullptr ? nullptr : p.tile.weight + row0,
+                             {0, lane, rows});
   float dot[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int c = 0; c < kTurnColumns / kChunkColumns; ++c) {
-    const int column = tile.column0 + c * kChunkColumns;
-    if (column >= p.F) break;
+  for (int c = 0; c < kDgradChunks; ++c) {
+    if (c >= DgradChunks::count(p, tile)) break;
+    wait_barrier(chunks.loaded(c), chunks.parity(c));
+    chunks.look_ahead(p, tile, kHalf, c);
     __syncwarp();
-    load_lines(warp, 0, gate_up.first(warp, row0, column), gate_up.stride);
-    load_lines(warp, kWarpScratchBytes, gate_up.first(warp, row0, p.F + column), gate_up.stride);
-    prefetch_gate_up(p, warp, row0, column + kChunkColumns);
-    wait_copies();
+    finish_dgrad_chunk(chunks.buffer(c), lane, weight, dot, acc, c * kDgradChunkColumns / 2);
+    fence_async_proxy();
     __syncwarp();
-    finish_dgrad_chunk(warp, weight, dot, acc, c * kChunkColumns / 2);
-    __syncwarp();
-    store_lines(warp, 0, d_gate_up.first(warp, row0, column), d_gate_up.stride);
-    store_lines(warp, kWarpScratchBytes, d_gate_up.first(warp, row0, p.F + column),
-                d_gate_up.stride);
-    store_lines(warp, 2 * kWarpScratchBytes, weighted_h.first(warp, row0, column),
-                weighted_h.stride);
+    chunks.store(p, tile, kHalf, c);
   }
-  if (p.partial_dot == nullptr) return;
-  float* partial = p.partial_dot + int64_t{tile.column0 / kTurnColumns} * p.R + row0;
+  chunks.rounds += DgradChunks::count(p, tile) / kDgradBuffers;
+  if (p.tile.partial_dot == nullptr) return;
+  float* partial = p.tile.partial_dot + int64_t{tile.column0 / kTurnColumns} * p.tile.R + row0;
   for (int half = 0; half < 2; ++half) {
     dot[half] += __shfl_xor_sync(kAllLanes, dot[half], 1);
     dot[half] += __shfl_xor_sync(kAllLanes, dot[half], 2);
-    const int at = warp.lane / 4 + 8 * half;
-    if (warp.lane % 4 == 0 && at < warp.rows) partial[at] = dot[half];
+    const int at = lane / 4 + 8 * half;
+    if (lane % 4 == 0 && at < rows) partial[at] = dot[half];
   }
 }
 
 template <class = void>
 __global__ void __launch_bounds__(kTurnThreads, 1)
-    grouped_down_dgrad_kernel(const __grid_constant__ GroupedTileParams p) {
+    grouped_down_dgrad_kernel(const __grid_constant__ DownDgradParams p) {
   using Schedule = RowSchedule<kTurnCluster>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const TurnShared shared(memory);
   const int rank = static_cast<int>(cluster_rank());
-  begin_turns<Schedule>(p.extent, shared, p.b_map);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 4 * kTurnGroups * kDgradBuffers; ++i) init_barrier(shared.own(i), 1);
+  }
+  begin_turns<Schedule>(p.tile.extent, shared, p.tile.b_map);
   if (threadIdx.x < kWarpgroupThreads) {
     DgradRegisters::give();
-    fetch_dgrad_tiles(p, shared, rank);
+    fetch_dgrad_tiles(p.tile, shared, rank);
   } else {
     DgradRegisters::take();
-    const int lane = threadIdx.x % kWarpLanes;
-    const int first = static_cast<int>(threadIdx.x) % kWarpgroupThreads / kWarpLanes * kWarpRows;
-    const auto rows_of = [&](const GroupedTile& tile, int group, int half_row) {
-      const uint32_t scratch =
-          shared.scratch(group) + first / kWarpRows * (kDgradPieces * kWarpScratchBytes);
-      return WarpRows{scratch, lane, max(0, min(kWarpRows, tile.rows - half_row - first))};
-    };
+    const int thread = static_cast<int>(threadIdx.x);
+    DgradChunks chunks(shared, thread / kWarpgroupThreads - 1, thread % kWarpgroupThreads);
     take_turns<Schedule, 0>(
-        p.extent, shared, rank,
-        [&](const GroupedTile& tile) {
-          for (int half_row = 0; half_row < kTileRows; half_row += 64) {
-            prefetch_gate_up(p, rows_of(tile, 0, half_row), tile.row0 + half_row + first,
-                             tile.column0);
-          }
-        },
-        [&](const GroupedTile& tile, int group, const TurnAccumulators& top,
+        p.tile.extent, shared, rank, [&](const GroupedTile& tile) { chunks.prepare(p, tile); },
+        [&](const GroupedTile& tile, int, const TurnAccumulators& top,
             const TurnAccumulators& bottom) {
-          finish_dgrad_half(p, tile, rows_of(tile, group, 0), tile.row0 + first, top);
-          finish_dgrad_half(p, tile, rows_of(tile, group, 64), tile.row0 + 64 + first, bottom);
+          finish_dgrad_half<0>(p, tile, chunks, top);
+          finish_dgrad_half<1>(p, tile, chunks, bottom);
         });
+    wait_stores();
   }
   end_turns();
 }

@@ -21,7 +21,16 @@ GroupedExtent extent_of(const In<int32_t>& expert_offset_e1, int64_t depth, int6
           .columns_of_tile = columns_of_tile};
 }
 
-void launch_down_dgrad(const GroupedTileParams& p, Stream& stream) {
+// Rows of `view` as a warp of the down input gradient moves them.
+CUtensorMap dgrad_map(const RawView& view) {
+  return tensor_map_of(tile_rows(view),
+                       {.extent = {view.shape[1], view.shape[0], 1},
+                        .stride = {view.row_stride, view.row_stride * view.shape[0]},
+                        .box = {kDgradChunkColumns, kWarpRows, 1},
+                        .swizzle_bytes = kDgradRowBytes});
+}
+
+void launch_down_dgrad(const DownDgradParams& p, Stream& stream) {
   launch_persistent("grouped_down_dgrad", grouped_down_dgrad_kernel<>,
                     {kTurnCluster, kTurnThreads, TurnShared::kBytes}, p, stream);
 }
@@ -80,15 +89,17 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Stream& stream) {
                     F, a.w_down_eDF[0])) {
     return grouped_down_dgrad_rows(a, stream);
   }
-  GroupedTileParams p{};
+  DownDgradParams params{};
+  params.gate_up_map = dgrad_map(a.gate_up_RN);
+  params.d_gate_up_map = dgrad_map(a.d_gate_up_RN);
+  params.weighted_h_map = dgrad_map(a.weighted_h_RF);
+  GroupedTileParams& p = params.tile;
   p.extent = extent_of(a.expert_offset_e1, D, F, kTurnColumns);
   p.b_map = weights_map(a.w_down_eDF, kTurnBoxDepthOfB);
   p.a = tile_rows(a.d_y_RD);
   p.a_stride = a.d_y_RD.row_stride;
   p.a_token = a.row_token_R.pointer();
   p.F = static_cast<int>(F);
-  p.gate_up = tile_rows(a.gate_up_RN);
-  p.gate_up_stride = a.gate_up_RN.row_stride;
   p.wide = tile_rows_out(a.d_gate_up_RN);
   p.wide_stride = a.d_gate_up_RN.row_stride;
   p.narrow = tile_rows_out(a.weighted_h_RF);
@@ -96,7 +107,7 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Stream& stream) {
   p.weight = a.weight_R.pointer();
   p.R = static_cast<int>(R);
   if (a.d_weight_R.empty()) {
-    return launch_down_dgrad(p, stream);
+    return launch_down_dgrad(params, stream);
   }
   const cudaStream_t native = native_stream(stream);
   const int parts = static_cast<int>((F + kTurnColumns - 1) / kTurnColumns);
@@ -104,7 +115,7 @@ void grouped_down_dgrad(const GroupedDownDgradArgs& a, Stream& stream) {
   check_cuda(cudaMallocAsync(&partial, sizeof(float) * static_cast<size_t>(parts * R), native),
              "grouped_down_dgrad partial sums");
   p.partial_dot = static_cast<float*>(partial);
-  launch_down_dgrad(p, stream);
+  launch_down_dgrad(params, stream);
   constexpr int kThreads = 256;
   const auto blocks = static_cast<unsigned>((R + kThreads - 1) / kThreads);
   sum_partials_kernel<<<blocks, kThreads, 0, native>>>(p.partial_dot, parts, p.R,

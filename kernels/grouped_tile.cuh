@@ -60,8 +60,6 @@ struct GroupedTileParams {
   int64_t a_stride = 0;
   const int32_t* a_token = nullptr;        // optional
   int F = 0;                               // up, down_dgrad
-  const __nv_bfloat16* gate_up = nullptr;  // down_dgrad
-  int64_t gate_up_stride = 0;
   __nv_bfloat16* wide = nullptr;  // [R, 2F]: gate_up or its gradient
   int64_t wide_stride = 0;
   __nv_bfloat16* narrow = nullptr;  // h, weighted_h, y or d_x

@@ -41,7 +41,7 @@ struct TurnRegisters {
 struct TurnShared {
   static constexpr int kScratch = kTurnStages * kTurnStageBytes;
   static constexpr int kBarriers = kScratch + kTurnGroups * kTurnScratchBytes;
-  static constexpr int kOwnBarriers = 8;
+  static constexpr int kOwnBarriers = 16;
   static constexpr int kTable = kBarriers + 16 * kTurnStages + 8 * (kTurnGroups + kOwnBarriers);
   static constexpr int kBytes = kTable + static_cast<int>(sizeof(GroupedTable));
   static_assert(kBytes <= 232448, "what a CTA may have");
