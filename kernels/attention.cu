@@ -64,14 +64,6 @@ bool fits_tensor_cores(const Args& a) {
   return fits && a.q_THQ.dtype == DType::bf16;
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  return count;
-}
-
 template <class Shape>
 int64_t persistent_blocks(const Shape& shape) {
   const int64_t tiles = int64_t{shape.query_tiles()} * shape.sequences * shape.H;

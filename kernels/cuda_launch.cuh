@@ -29,6 +29,14 @@ inline cudaStream_t native_stream(const Stream& stream) {
 constexpr int kWarpLanes = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return count;
+}
+
 constexpr int64_t blocks_for(int64_t items, int64_t items_per_block) {
   return (items + items_per_block - 1) / items_per_block;
 }

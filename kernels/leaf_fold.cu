@@ -10,7 +10,8 @@ namespace cambium::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kDepth = 24;  // a thread's run has at most 2^24 leaves
+constexpr int kLeavesAhead = 8;  // whose loads are under way together
+constexpr int kDepth = 24;       // a thread's run has at most 2^24 leaves
 
 struct LeafFold {
   Rows<const float> leaf_BN;
@@ -31,12 +32,19 @@ __device__ __forceinline__ void fold_range(const LeafFold& a, int first, int end
   const int64_t length = power_of_two_from((end - first + runs - 1) / runs);
   const int64_t begin = first + run * length, stop = min(int64_t{end}, begin + length);
   TreeStack<float, 1, kDepth> stack;
-  for (int64_t leaf = begin; leaf < stop && column < a.N; ++leaf) {
-    float sum[1] = {0.0f};
-    const int64_t row = leaf * a.rows_per_block;
-#pragma unroll 8
-    for (int r = 0; r < a.rows_per_block; ++r) sum[0] += a.leaf_BN.row(row + r)[column];
-    stack.push(static_cast<int>(leaf - begin), sum);
+  for (int64_t leaf = begin; leaf < stop && column < a.N; leaf += kLeavesAhead) {
+    float leaves[kLeavesAhead][1] = {};
+    for (int r = 0; r < a.rows_per_block; ++r) {
+#pragma unroll
+      for (int i = 0; i < kLeavesAhead; ++i) {
+        if (leaf + i >= stop) continue;
+        leaves[i][0] += a.leaf_BN.row((leaf + i) * a.rows_per_block + r)[column];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLeavesAhead; ++i) {
+      if (leaf + i < stop) stack.push(static_cast<int>(leaf + i - begin), leaves[i]);
+    }
   }
   float sum[1] = {0.0f};
   stack.finish(sum);

@@ -1,5 +1,5 @@
 // Router on the GPU: one warp a token. Lane l holds experts l, l + 32, ... in registers; the K
-// choices are K warp-wide argmax rounds, and lane k keeps choice k.
+// choices are K warp-wide argmax rounds (two reductions each), and lane k keeps choice k.
 //
 // D2: a token's arithmetic depends on E and K alone, never on T or on its neighbours.
 // Napkin, forward: T (8 E + 8 K) bytes of traffic; at E = 128, K = 8 about 40 shuffle steps a round
@@ -37,25 +37,23 @@ struct RouterForward {
   int64_t weight_stride;
 };
 
+// Larger score first; equal scores, lower index first.
 struct Candidate {
   float score;
   int expert;
-  float prob;
 };
 
-// Larger score first; equal scores, lower index first.
-__device__ __forceinline__ bool is_better(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.expert < b.expert);
+// Floats in the order of unsigned integers; -0 counts as 0.
+__device__ __forceinline__ uint32_t ordered_bits(float value) {
+  const uint32_t bits = __float_as_uint(value + 0.0f);
+  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ Candidate warp_best(Candidate best) {
-  for (int step = kWarpLanes / 2; step > 0; step /= 2) {
-    const Candidate other{__shfl_xor_sync(kAllLanes, best.score, step),
-                          __shfl_xor_sync(kAllLanes, best.expert, step),
-                          __shfl_xor_sync(kAllLanes, best.prob, step)};
-    if (is_better(other, best)) best = other;
-  }
-  return best;
+// The expert of the best candidate of all lanes.
+__device__ __forceinline__ int warp_best(const Candidate& best) {
+  const uint32_t score = ordered_bits(best.score);
+  const uint32_t most = __reduce_max_sync(kAllLanes, score);
+  return __reduce_min_sync(kAllLanes, score == most ? best.expert : INT_MAX);
 }
 
 // probs[i] = softmax over the token's experts; slots beyond E hold 0.
@@ -83,14 +81,16 @@ __device__ __forceinline__ void softmax_row(const float* logits, int E, int lane
 
 // A NaN score counts as -infinity, as in the reference: indices stay valid and distinct.
 template <int kSlots>
-__device__ __forceinline__ Candidate lane_best(const float* score, const float* probs,
-                                               uint32_t taken, int E, int lane) {
-  Candidate best{-INFINITY, INT_MAX, 0.0f};
+__device__ __forceinline__ Candidate lane_best(const float* score, uint32_t taken, int E,
+                                               int lane) {
+  Candidate best{-INFINITY, INT_MAX};
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     const int e = lane + kWarpLanes * i;
-    const Candidate candidate{score[i], e, probs[i]};
-    if (e < E && (taken >> i & 1u) == 0 && is_better(candidate, best)) best = candidate;
+    const bool is_first = best.expert == INT_MAX;
+    if (e < E && (taken >> i & 1u) == 0 && (is_first || score[i] > best.score)) {
+      best = {score[i], e};
+    }
   }
   return best;
 }
@@ -130,11 +130,15 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
     }
   }
   for (int k = 0; k < K && a.forced_index_TK == nullptr; ++k) {
-    const Candidate best = warp_best(lane_best<kSlots>(score, probs, taken, E, lane));
-    if (best.expert % kWarpLanes == lane) taken |= 1u << (best.expert / kWarpLanes);
+    const int expert = warp_best(lane_best<kSlots>(score, taken, E, lane));
+    float prob = 0;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) prob = expert / kWarpLanes == i ? probs[i] : prob;
+    prob = __shfl_sync(kAllLanes, prob, expert % kWarpLanes);
+    if (expert % kWarpLanes == lane) taken |= 1u << (expert / kWarpLanes);
     if (lane == k) {
-      my_expert = best.expert;
-      my_weight = best.prob;
+      my_expert = expert;
+      my_weight = prob;
     }
   }
   const float sum = ordered_sum(my_weight, K);
