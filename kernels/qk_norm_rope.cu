@@ -4,10 +4,14 @@
 //
 // D2: a head's sum depends on Q and the vector width, a full width's on the heads too. Forward: a
 // block takes a token, a warp some of its query or key heads, 32 / lanes in a pass; it reads the
-// angle once for all its passes, whose loads are under way together. Backward: a block per leaf,
-// all heads of a token at once; a lane adds its columns' d_gain over the leaf's tokens in order,
-// then heads are added in order, so that leaves do not depend on who computes them (D3).
-// Napkin: at 32 + 4 heads of 128 in bf16, 8 lanes a head, 3 warps and 9 KB of loads a token.
+// angle once for all its passes, whose loads are under way together. Backward without a norm is the
+// same by the opposite angle. With a norm a block has a leaf, and its order of d_gain's sum is the
+// leaf's own, whoever computes it (D3). per_head: the queries and the keys of a leaf have a block
+// each, warp w takes the leaf's tokens w, w + 4, ... and of each token the passes in order; lanes
+// that hold the same columns are added by a butterfly, then the warps in order. full_width: all
+// heads of a token at once, a lane adds its columns over the tokens in order.
+// Napkin: at 32 + 4 heads of 128 in bf16, 8 lanes a head, 3 warps and 9 KB of loads a token; 16
+// warps of a multiprocessor with 6 KB of loads each under way in the backward pass.
 #include "kernels/qk_norm_rope.h"
 
 #include "kernels/qk_norm_rope_backward.cuh"
@@ -40,35 +44,79 @@ BlockShape forward_shape(int64_t H, int64_t G, int64_t half, int vec, int per) {
   return {static_cast<int>(lanes), threads, warps(H)};
 }
 
-// All heads at once.
-BlockShape backward_shape(int64_t heads, int64_t half, int vec, int per) {
+// A leaf's queries, or its keys, by warps.
+BlockShape leaf_shape(int64_t half, int vec, int per) {
   const int64_t lanes = lanes_of(half, vec, per);
-  if (lanes > kWarpLanes || heads * lanes > max_threads(per)) return {};
+  if (lanes > kWarpLanes) return {};
+  return {static_cast<int>(lanes), kLeafThreads};
+}
+
+// All heads at once.
+BlockShape full_shape(int64_t heads, int64_t half, int vec, int per) {
+  const int64_t lanes = lanes_of(half, vec, per);
+  if (lanes > kWarpLanes || heads * lanes > full_threads(per)) return {};
   return {static_cast<int>(lanes),
           static_cast<int>(blocks_for(heads * lanes, kWarpLanes) * kWarpLanes)};
 }
 
-// body.operator()<kPer, kKind>(shape) with the fewest vectors a lane that fit a block, by
+// body.operator()<kPer>(shape) with the fewest vectors a lane that fit a block, by
 // shape_of(vec, per).
 template <int kVec, class ShapeOf, class Body>
-void with_heads(const char* op, QkNormKind kind, const ShapeOf& shape_of, Body&& body) {
-  auto with_kind = [&]<int kPer>(const BlockShape& shape) {
-    switch (kind) {
-      case QkNormKind::none:
-        return body.template operator()<kPer, QkNormKind::none>(shape);
-      case QkNormKind::per_head:
-        return body.template operator()<kPer, QkNormKind::per_head>(shape);
-      case QkNormKind::full_width:
-        return body.template operator()<kPer, QkNormKind::full_width>(shape);
-    }
-  };
+void with_vectors(const char* op, const ShapeOf& shape_of, Body&& body) {
   if constexpr (kVec > 1) {
     const BlockShape narrow = shape_of(kVec, 1);
-    if (narrow.lanes > 0) return with_kind.template operator()<1>(narrow);
+    if (narrow.lanes > 0) return body.template operator()<1>(narrow);
   }
   const BlockShape wide = shape_of(kVec, kMaxPer);
-  if (wide.lanes > 0) return with_kind.template operator()<kMaxPer>(wide);
+  if (wide.lanes > 0) return body.template operator()<kMaxPer>(wide);
   fail(ExitCode::usage, "{}: these heads do not fit a block of the CUDA kernel", op);
+}
+
+template <class T, int kVec>
+void launch_forward(const char* op, QkNormKind kind, RopeForward<T> a, int64_t T_count,
+                    Stream& stream) {
+  const int H = a.q.shape.heads, G = a.k.shape.heads;
+  const auto shape_of = [&](int vec, int per) { return forward_shape(H, G, a.Q / 2, vec, per); };
+  with_vectors<kVec>(op, shape_of, [&]<int kPer>(const BlockShape& shape) {
+    a.lanes = shape.lanes, a.q_warps = shape.q_warps;
+    LaunchShape blocks{.blocks = T_count, .threads = shape.threads};
+    switch (kind) {
+      case QkNormKind::none:
+        return launch(op, qk_norm_rope_kernel<T, kVec, kPer, QkNormKind::none>, blocks, stream, a);
+      case QkNormKind::per_head:
+        return launch(op, qk_norm_rope_kernel<T, kVec, kPer, QkNormKind::per_head>, blocks, stream,
+                      a);
+      case QkNormKind::full_width:
+        blocks.shared_bytes = 4 * (H + G);
+        return launch(op, qk_norm_rope_kernel<T, kVec, kPer, QkNormKind::full_width>, blocks,
+                      stream, a);
+    }
+  });
+}
+
+// With a norm.
+template <class T, int kVec>
+void launch_backward(const char* op, QkNormKind kind, RopeBackward<T> a, Stream& stream) {
+  const int heads = a.q.shape.heads + a.k.shape.heads;
+  const bool is_full = kind == QkNormKind::full_width;
+  const auto shape_of = [&](int vec, int per) {
+    return is_full ? full_shape(heads, a.Q / 2, vec, per) : leaf_shape(a.Q / 2, vec, per);
+  };
+  with_vectors<kVec>(op, shape_of, [&]<int kPer>(const BlockShape& shape) {
+    a.lanes = shape.lanes;
+    const int64_t queued =
+        kIsQueued<kVec, kPer> ? int64_t{kStages * kStageVectors * 16} * shape.threads : 0;
+    if (is_full) {
+      return launch(op, full_backward_kernel<T, kVec, kPer>,
+                    {.blocks = a.leaves, .threads = shape.threads, .shared_bytes = queued}, stream,
+                    a);
+    }
+    launch(op, head_backward_kernel<T, kVec, kPer>,
+           {.blocks = 2 * a.leaves,
+            .threads = shape.threads,
+            .shared_bytes = std::max(queued, int64_t{4 * kLeafWarps} * a.Q)},
+           stream, a);
+  });
 }
 
 // Halves of a head are whole vectors too.
@@ -88,13 +136,6 @@ Angles<T> angles_of(const Args& args) {
           args.position_T.pointer(), args.cos_SC[0]};
 }
 
-// Shared memory of a backward block: the queue, or a leaf's gradients by head, `width` in all.
-template <int kVec, int kPer>
-int64_t backward_bytes(const BlockShape& shape, int64_t width) {
-  const int64_t queued = kIsQueued<kVec, kPer> ? kStages * kStageVectors * 16 * shape.threads : 0;
-  return std::max(queued, 4 * width);
-}
-
 }  // namespace
 
 void qk_norm_rope(const QkNormRopeArgs& args, Stream& stream) {
@@ -106,28 +147,17 @@ void qk_norm_rope(const QkNormRopeArgs& args, Stream& stream) {
   const bool vectors = heads_are_vectors(Q, dtype, args.q_THQ, args.k_TGQ, args.q_gain, args.k_gain,
                                          args.cos_SC, args.sin_SC, args.q_out_THQ, args.k_out_TGQ);
   with_storage(dtype, vectors, [&]<class T, int kVec>() {
-    RopeForward<T> a{.q = {head_shape(args.kind, H, 0, Q), rows_of<const T>(args.q_THQ),
-                           static_cast<const T*>(args.q_gain.data), rows_of<T>(args.q_out_THQ),
-                           rows_of<float>(args.q_rstd)},
-                     .k = {head_shape(args.kind, G, H, Q), rows_of<const T>(args.k_TGQ),
-                           static_cast<const T*>(args.k_gain.data), rows_of<T>(args.k_out_TGQ),
-                           rows_of<float>(args.k_rstd)},
-                     .angles = angles_of<T>(args),
-                     .Q = static_cast<int>(Q),
-                     .lanes = 0,
-                     .q_warps = 0,
-                     .epsilon = args.epsilon};
-    const auto shape_of = [&](int vec, int per) { return forward_shape(H, G, Q / 2, vec, per); };
-    with_heads<kVec>("qk_norm_rope", args.kind, shape_of,
-                     [&]<int kPer, QkNormKind kKind>(const BlockShape& shape) {
-                       a.lanes = shape.lanes, a.q_warps = shape.q_warps;
-                       const bool is_full = kKind == QkNormKind::full_width;
-                       launch("qk_norm_rope", qk_norm_rope_kernel<T, kVec, kPer, kKind>,
-                              {.blocks = T_count,
-                               .threads = shape.threads,
-                               .shared_bytes = is_full ? 4 * (H + G) : 0},
-                              stream, a);
-                     });
+    launch_forward<T, kVec>("qk_norm_rope", args.kind,
+                            {.q = {head_shape(args.kind, H, 0, Q), rows_of<const T>(args.q_THQ),
+                                   static_cast<const T*>(args.q_gain.data),
+                                   rows_of<T>(args.q_out_THQ), rows_of<float>(args.q_rstd)},
+                             .k = {head_shape(args.kind, G, H, Q), rows_of<const T>(args.k_TGQ),
+                                   static_cast<const T*>(args.k_gain.data),
+                                   rows_of<T>(args.k_out_TGQ), rows_of<float>(args.k_rstd)},
+                             .angles = angles_of<T>(args),
+                             .Q = static_cast<int>(Q),
+                             .epsilon = args.epsilon},
+                            T_count, stream);
   });
 }
 
@@ -140,32 +170,33 @@ void qk_norm_rope_backward(const QkNormRopeBackwardArgs& args, Stream& stream) {
   const bool vectors = heads_are_vectors(Q, dtype, args.d_q_out_THQ, args.d_k_out_TGQ, args.q_THQ,
                                          args.k_TGQ, args.q_gain, args.k_gain, args.cos_SC,
                                          args.sin_SC, args.d_q_THQ, args.d_k_TGQ);
-  const int64_t block_tokens = args.kind == QkNormKind::none ? kPlainTokens : args.block_tokens;
+  const char* op = "qk_norm_rope_backward";
   with_storage(dtype, vectors, [&]<class T, int kVec>() {
-    RopeBackward<T> a{.q = {head_shape(args.kind, H, 0, Q), rows_of<const T>(args.d_q_out_THQ),
-                            rows_of<const T>(args.q_THQ), static_cast<const T*>(args.q_gain.data),
-                            rows_of<const float>(args.q_rstd), rows_of<T>(args.d_q_THQ),
-                            rows_of<float>(args.d_q_gain_leaf_BN)},
-                      .k = {head_shape(args.kind, G, H, Q), rows_of<const T>(args.d_k_out_TGQ),
-                            rows_of<const T>(args.k_TGQ), static_cast<const T*>(args.k_gain.data),
-                            rows_of<const float>(args.k_rstd), rows_of<T>(args.d_k_TGQ),
-                            rows_of<float>(args.d_k_gain_leaf_BN)},
-                      .angles = angles_of<T>(args),
-                      .T_count = T_count,
-                      .block_tokens = block_tokens,
-                      .Q = static_cast<int>(Q),
-                      .lanes = 0};
-    const auto shape_of = [&](int vec, int per) { return backward_shape(H + G, Q / 2, vec, per); };
-    with_heads<kVec>("qk_norm_rope_backward", args.kind, shape_of,
-                     [&]<int kPer, QkNormKind kKind>(const BlockShape& shape) {
-                       a.lanes = shape.lanes;
-                       launch("qk_norm_rope_backward",
-                              qk_norm_rope_backward_kernel<T, kVec, kPer, kKind>,
-                              {.blocks = blocks_for(T_count, block_tokens),
-                               .threads = shape.threads,
-                               .shared_bytes = backward_bytes<kVec, kPer>(shape, (H + G) * Q)},
-                              stream, a);
-                     });
+    const HeadShape q = head_shape(args.kind, H, 0, Q), k = head_shape(args.kind, G, H, Q);
+    if (args.kind == QkNormKind::none) {
+      return launch_forward<T, kVec>(
+          op, args.kind,
+          {.q = {q, rows_of<const T>(args.d_q_out_THQ), nullptr, rows_of<T>(args.d_q_THQ), {}},
+           .k = {k, rows_of<const T>(args.d_k_out_TGQ), nullptr, rows_of<T>(args.d_k_TGQ), {}},
+           .angles = angles_of<T>(args),
+           .Q = static_cast<int>(Q),
+           .direction = -1},
+          T_count, stream);
+    }
+    launch_backward<T, kVec>(
+        op, args.kind,
+        {.q = {q, rows_of<const T>(args.d_q_out_THQ), rows_of<const T>(args.q_THQ),
+               static_cast<const T*>(args.q_gain.data), rows_of<const float>(args.q_rstd),
+               rows_of<T>(args.d_q_THQ), rows_of<float>(args.d_q_gain_leaf_BN)},
+         .k = {k, rows_of<const T>(args.d_k_out_TGQ), rows_of<const T>(args.k_TGQ),
+               static_cast<const T*>(args.k_gain.data), rows_of<const float>(args.k_rstd),
+               rows_of<T>(args.d_k_TGQ), rows_of<float>(args.d_k_gain_leaf_BN)},
+         .angles = angles_of<T>(args),
+         .T_count = T_count,
+         .block_tokens = args.block_tokens,
+         .leaves = blocks_for(T_count, args.block_tokens),
+         .Q = static_cast<int>(Q)},
+        stream);
   });
 }
 

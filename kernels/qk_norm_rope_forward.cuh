@@ -8,10 +8,7 @@
 namespace cambium::cuda {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxPer = 4;        // vectors of a half that a lane may hold
-constexpr int kPlainTokens = 16;  // tokens of a backward block without a norm
-constexpr int kStages = 4;        // tokens in shared memory: the one worked on and the next
-constexpr int kStageVectors = 4;  // a lane's: both halves of d_out and of x
+constexpr int kMaxPer = 4;  // vectors of a half that a lane may hold
 
 struct HeadShape {
   int heads = 0;    // of queries, or of keys
@@ -45,67 +42,11 @@ template <class T>
 struct RopeForward {
   HeadForward<T> q, k;
   Angles<T> angles;
-  int Q, lanes;  // lanes of a head
-  int q_warps;   // of a block; the others have keys
-  float epsilon;
+  int Q, lanes = 0;  // lanes of a head
+  int q_warps = 0;   // of a block; the others have keys
+  float epsilon = 0;
+  float direction = 1;  // of the angle without a norm, 1 or -1
 };
-
-template <class T>
-struct HeadBackward {
-  HeadShape shape;
-  Rows<const T> d_out, x;
-  const T* gain;
-  Rows<const float> rstd;
-  Rows<T> d_x;
-  Rows<float> d_gain_leaf;
-};
-
-template <class T>
-struct RopeBackward {
-  HeadBackward<T> q, k;
-  Angles<T> angles;
-  int64_t T_count, block_tokens;
-  int Q, lanes;
-};
-
-// Threads of a block: 128 registers each where a lane holds one vector.
-constexpr int max_threads(int per) { return per == 1 ? kMaxThreads / 2 : kMaxThreads; }
-
-// This thread's place: a lane of a head. Lanes of no head take part in shuffles only.
-struct Lane {
-  int head, lane;  // head counts queries, then keys
-  bool is_query;
-  bool is_there;
-
-  template <class Args>
-  __device__ __forceinline__ explicit Lane(const Args& a)
-      : head(threadIdx.x / a.lanes),
-        lane(threadIdx.x % a.lanes),
-        is_query(head < a.q.shape.heads),
-        is_there(head < a.q.shape.heads + a.k.shape.heads) {}
-  // Column of vector `i` in a half; `half` or more where there is none.
-  template <int kVec>
-  __device__ __forceinline__ int column(int i, int lanes) const {
-    return is_there ? (i * lanes + lane) * kVec : INT_MAX;
-  }
-};
-
-// Sums over the lanes of a head, or over all heads of the queries or keys; the same bits in every
-// lane that shares the sum. `shared` holds a float a head and is free after the next barrier.
-template <QkNormKind kKind>
-__device__ __forceinline__ float group_sum(float value, const Lane& place, int lanes,
-                                           const HeadShape& shape, float* shared) {
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, step);
-  }
-  if constexpr (kKind == QkNormKind::full_width) {
-    if (place.is_there && place.lane == 0) shared[place.head] = value;
-    __syncthreads();
-    value = 0.0f;
-    for (int h = 0; h < shape.heads; ++h) value += shared[shape.first + h];
-  }
-  return value;
-}
 
 // Offset of the head's gain: the heads share one, or have their own.
 template <QkNormKind kKind>
@@ -203,7 +144,8 @@ __device__ __forceinline__ void turn(const float (&n)[2][kVec], const float (&co
   }
 }
 
-extern __shared__ uint4 queue[];  // forward, full width: sums by head; backward: see there
+// Forward, full width: sums by head. Backward: the queue, then a leaf's gradients by warp.
+extern __shared__ uint4 queue[];
 
 // Lanes without a head or a vector load and store nothing; what they hold is zeros or unused.
 template <class T, int kVec, int kPer, QkNormKind kKind>
@@ -235,6 +177,10 @@ __global__ void __launch_bounds__(forward_threads(kPer))
     if (column_of(i) >= half) continue;
     load_floats<kVec>(a.angles.cos_SC.row(angle) + column_of(i), cos[i]);
     load_floats<kVec>(a.angles.sin_SC.row(angle) + column_of(i), sin[i]);
+    if constexpr (kKind == QkNormKind::none) {
+#pragma unroll
+      for (float& value : sin[i]) value *= a.direction;
+    }
   }
   if constexpr (kKind != QkNormKind::none) {
 #pragma unroll

@@ -280,6 +280,7 @@ std::vector<QkNormRopeCase> cuda_qk_norm_rope_cases() {
     cases.push_back({6, 70, 5, 16, 4, kind});
     cases.push_back({7, 37, 5, 32, 3, kind});
     cases.push_back({3, 72, 24, 256, 2, kind});
+    cases.push_back({45, 9, 2, 64, 13, kind});  // the last leaf has six tokens
   }
   return cases;
 }
