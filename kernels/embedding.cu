@@ -1,11 +1,14 @@
-// Embedding on the GPU: the forward pass gathers rows; the weight gradient gives each token id to
-// one block, which reads the id's rows of d_x in position order.
+// Embedding on the GPU: the forward pass gathers rows; the weight gradient gives an id's rows of
+// d_x, in position order, to whoever adds them.
 //
 // A first kernel counts every id's rows (integer atomics: sums do not depend on their order) and
-// finds its first one. `accumulate`: a block per position, at work where the id occurs first; it
-// walks the tokens until it has met all of the id's rows, so an id that occurs once costs no walk.
-// `nodes`: a block per id and the canonical tree of kernels/canonical_tree.cuh.
-// Napkin, accumulate: d_x once, 8 D per distinct id, at most 2 T bytes of tokens an id that
+// finds its first one. `accumulate`: a warp per position, at work where the id occurs first; it
+// walks the tokens until it has met all of the id's rows, so an id that occurs once costs no walk,
+// and adds them. The order of the sum is that of positions, from the destination's value on, so an
+// id of many rows cannot be cut into partial sums: its warp lists the rows, and blocks take 128
+// bytes of its columns each, with 112 rows on their way. `nodes`: a block per id and the canonical
+// tree of kernels/canonical_tree.cuh.
+// Napkin, accumulate: d_x once, 8 D per distinct id, at most 4 T bytes of tokens an id that
 // repeats.
 #include "kernels/embedding.h"
 
@@ -18,12 +21,25 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRowsInFlight = 8;
-constexpr int kDepth = 31;  // a token's block number is an int
+constexpr int kWarpRows = 8;     // of an id that one warp adds
+constexpr int kTokensAhead = 8;  // of a lane that looks for an id's rows
+constexpr int kChunks = 2;       // vectors of a row that a lane has at once
+constexpr int kDepth = 31;       // a token's block number is an int
 
-// What the ids' blocks need to know: rows of an id, and its first position (INT_MAX: none).
+// What is known of an id: how many rows it has, and the first one's position (INT_MAX: none).
+struct alignas(8) IdRows {
+  int32_t count, first;
+};
+// Ids of more than kWarpRows rows are hot: their number is hot[0], the rows of them all are hot[1],
+// and a hot id's rows begin at `begin` of row_T. Which place an id gets is chance; its rows are
+// not.
+struct HotId {
+  int32_t id, begin;
+};
 struct IdTable {
-  int32_t* count_V;
-  int32_t* first_V;
+  IdRows* rows_V;
+  int32_t *hot, *row_T;
+  HotId* hot_H;
 };
 
 struct EmbeddingWgrad {
@@ -40,9 +56,9 @@ struct EmbeddingWgrad {
 
 __global__ void __launch_bounds__(kThreads) clear_ids_kernel(IdTable ids, int V) {
   const int v = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+  if (v < 2) ids.hot[v] = 0;
   if (v >= V) return;
-  ids.count_V[v] = 0;
-  ids.first_V[v] = INT_MAX;
+  ids.rows_V[v] = {0, INT_MAX};
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -51,8 +67,8 @@ __global__ void __launch_bounds__(kThreads)
   if (t >= T_count) return;
   const int32_t id = token_T[t];
   device_check(id >= 0 && id < V);
-  atomicAdd(ids.count_V + id, 1);  // tidy: allow float-atomics: integers
-  atomicMin(ids.first_V + id, t);
+  atomicAdd(&ids.rows_V[id].count, 1);  // tidy: allow float-atomics: integers
+  atomicMin(&ids.rows_V[id].first, t);
 }
 
 // Positions t in [begin, begin + kThreads) below `end` with token `id`, ascending, into `found`;
@@ -76,16 +92,15 @@ __device__ __forceinline__ int find_rows(const int32_t* token_T, int begin, int 
   return total;
 }
 
-// body(row, values) for the rows of `id` in [begin, end), ascending, until `rows` were met;
-// `values` are the row's elements at `column`.
+// body(row, values) for the rows of `id` in [begin, end), ascending; `values` are the row's
+// elements at `column`.
 template <class T, int kVec, class Body>
 __device__ __forceinline__ void for_rows(const EmbeddingWgrad& a, int32_t id, int begin, int end,
-                                         int rows, int column, Body&& body) {
+                                         int column, Body&& body) {
   __shared__ int found[kThreads];
   const T* d_x = static_cast<const T*>(a.d_x_TD) + column;
-  for (int tile = begin; tile < end && rows > 0; tile += kThreads) {
+  for (int tile = begin; tile < end; tile += kThreads) {
     const int count = find_rows(a.token_T, tile, end, id, found);
-    rows -= count;
     if (column >= a.D) continue;
     for (int first = 0; first < count; first += kRowsInFlight) {
       Packed<T, kVec> packed[kRowsInFlight];
@@ -106,29 +121,159 @@ __device__ __forceinline__ void for_rows(const EmbeddingWgrad& a, int32_t id, in
   }
 }
 
+// body(lanes, t, met) for each run of 32 positions from t on with the lanes that hold `id`, after
+// `met` rows, until all `rows` of the id were met. `begin` is the first.
+template <class Body>
+__device__ __forceinline__ void for_matches(const EmbeddingWgrad& a, int32_t id, int begin,
+                                            int rows, Body&& body) {
+  const int lane = threadIdx.x % kWarpLanes;
+  int met = 0;
+  for (int first = begin; met < rows; first += kTokensAhead * kWarpLanes) {
+    device_check(first < a.T_count);
+    int32_t token[kTokensAhead];
+#pragma unroll
+    for (int i = 0; i < kTokensAhead; ++i) {
+      const int t = first + i * kWarpLanes + lane;
+      token[i] = t < a.T_count ? a.token_T[t] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kTokensAhead; ++i) {
+      const unsigned lanes = __ballot_sync(kAllLanes, token[i] == id);
+      if (lanes != 0) body(lanes, first + i * kWarpLanes, met);
+      met += __popc(lanes);
+    }
+  }
+}
+
+// Lists the rows of a hot id for wgrad_hot_kernel. The warp calls it.
+__device__ __forceinline__ void list_hot_id(const EmbeddingWgrad& a, int32_t id, int first,
+                                            int rows) {
+  const int lane = threadIdx.x % kWarpLanes;
+  int begin = 0;
+  if (lane == 0) {
+    begin = atomicAdd(a.ids.hot + 1, rows);                   // tidy: allow float-atomics: integers
+    a.ids.hot_H[atomicAdd(a.ids.hot, 1)] = HotId{id, begin};  // tidy: allow float-atomics: integers
+  }
+  begin = __shfl_sync(kAllLanes, begin, 0);
+  for_matches(a, id, first, rows, [&](unsigned lanes, int t, int met) {
+    const int before = __popc(lanes & ((1u << lane) - 1));
+    if ((lanes >> lane & 1) != 0) a.ids.row_T[begin + met + before] = t + lane;
+  });
+}
+
+// Adds the rows `row` of the first `rows` lanes, in order, to the id's gradient. The warp calls it.
+template <class T, int kVec>
+__device__ __forceinline__ void add_rows(const EmbeddingWgrad& a, int32_t id, int row, int rows) {
+  constexpr int kColumns = kWarpLanes * kVec;  // of a chunk
+  const T* d_x = static_cast<const T*>(a.d_x_TD);
+  for (int chunk = 0; chunk < a.D; chunk += kChunks * kColumns) {
+    const int first = chunk + threadIdx.x % kWarpLanes * kVec;
+    float* to = a.d_w_SVD.data + int64_t{id} * a.D + first;
+    float sum[kChunks][kVec];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (first + c * kColumns < a.D) load_floats<kVec>(to + c * kColumns, sum[c]);
+    }
+    for (int i = 0; i < rows; ++i) {
+      const T* from = d_x + __shfl_sync(kAllLanes, row, i) * a.d_x_stride + first;
+      Packed<T, kVec> packed[kChunks];
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        if (first + c * kColumns < a.D) packed[c] = load_packed<T, kVec>(from + c * kColumns);
+      }
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        float values[kVec];
+        unpack(packed[c], values);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) sum[c][j] += values[j];
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      if (first + c * kColumns < a.D) store_floats<kVec>(to + c * kColumns, sum[c]);
+    }
+  }
+}
+
+// A warp per position.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) wgrad_accumulate_kernel(const EmbeddingWgrad a) {
-  const int t = static_cast<int>(blockIdx.x);
+  const int lane = threadIdx.x % kWarpLanes;
+  const int t = static_cast<int>(blockIdx.x) * (kThreads / kWarpLanes) + threadIdx.x / kWarpLanes;
+  if (t >= a.T_count) return;
   const int32_t id = a.token_T[t];
-  if (a.ids.first_V[id] != t) return;
-  const int rows = a.ids.count_V[id];
-  for (int first = 0; first < a.D; first += kThreads * kVec) {
-    const int column = first + threadIdx.x * kVec;
-    float* to = a.d_w_SVD.data + int64_t{id} * a.D + column;
-    float sum[kVec] = {};
-    if (column < a.D) load_floats<kVec>(to, sum);
-    const auto add = [&](int, const float(&values)[kVec]) {
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) sum[j] += values[j];
+  const auto [rows, first_t] = a.ids.rows_V[id];
+  if (first_t != t) return;
+  if (rows > kWarpRows) return list_hot_id(a, id, t, rows);
+  int row = t;  // of the id's row number `lane`
+  if (rows > 1) {
+    for_matches(a, id, t, rows, [&](unsigned lanes, int first, int met) {
+      const int number = lane - met;
+      if (number >= 0 && number < __popc(lanes)) row = first + __fns(lanes, 0, number + 1);
+    });
+  }
+  add_rows<T, kVec>(a, id, row, rows);
+}
+
+// A hot id's columns by blocks. A stage is kHotRows rows of kHotVectors vectors, of which every
+// thread copies one; then each thread of the first columns adds its own, row by row.
+constexpr int kHotVectors = 8, kHotRows = 16, kHotStages = 8;  // 128 bytes of a row, 112 rows ahead
+constexpr int kHotThreads = kHotVectors * kHotRows;
+constexpr int kHotBlocks = 1024;  // that share the hot ids, however many there are
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kHotThreads) wgrad_hot_kernel(const EmbeddingWgrad a) {
+  constexpr int kColumns = kHotVectors * kVec;
+  static_assert(kColumns <= kHotThreads);
+  __shared__ alignas(16) T stages[kHotStages][kHotRows][kColumns];
+  const int own_row = threadIdx.x / kHotVectors, own_column = threadIdx.x % kHotVectors * kVec;
+  const int groups = (a.D + kColumns - 1) / kColumns;
+  const T* d_x = static_cast<const T*>(a.d_x_TD);
+  for (int item = blockIdx.x; item < a.ids.hot[0] * groups; item += kHotBlocks) {
+    const HotId hot = a.ids.hot_H[item / groups];
+    const int first = item % groups * kColumns, column = first + threadIdx.x;
+    const int rows = a.ids.rows_V[hot.id].count, stage_count = (rows + kHotRows - 1) / kHotRows;
+    const bool is_summing = threadIdx.x < kColumns && column < a.D;
+    const auto row_of = [&](int stage) {
+      const int number = stage * kHotRows + own_row;
+      return number < rows ? a.ids.row_T[hot.begin + number] : -1;
     };
-    if (rows > 1) {
-      for_rows<T, kVec>(a, id, t, a.T_count, rows, column, add);
-    } else if (column < a.D) {
-      float values[kVec];
-      load_values<T, kVec>(static_cast<const T*>(a.d_x_TD) + t * a.d_x_stride + column, values);
-      add(t, values);
+    const auto start = [&](int stage, int row) {
+      T* to = &stages[stage % kHotStages][own_row][own_column];
+      if (row >= 0 && first + own_column < a.D) {
+        const T* from = d_x + row * a.d_x_stride + first + own_column;
+        if constexpr (kVec == 1) {
+          *to = *from;
+        } else {
+          copy_async(reinterpret_cast<uint4*>(to), from);
+        }
+      }
+      end_copy_group();
+    };
+    int ahead[kHotStages];
+#pragma unroll
+    for (int stage = 0; stage < kHotStages; ++stage) ahead[stage] = row_of(stage);
+#pragma unroll
+    for (int stage = 0; stage < kHotStages - 1; ++stage) start(stage, ahead[stage]);
+    int next_row = ahead[kHotStages - 1];
+    float* to = a.d_w_SVD.data + int64_t{hot.id} * a.D + column;
+    float sum = is_summing ? *to : 0.0f;
+    for (int stage = 0; stage < stage_count; ++stage) {
+      wait_copy_groups<kHotStages - 2>();
+      __syncthreads();  // the stage is there, and the one before it was read
+      start(stage + kHotStages - 1, next_row);
+      next_row = row_of(stage + kHotStages);
+      const int count = min(kHotRows, rows - stage * kHotRows);
+      if (!is_summing) continue;
+      const T(&values)[kHotRows][kColumns] = stages[stage % kHotStages];
+#pragma unroll
+      for (int row = 0; row < kHotRows; ++row) {
+        if (row < count) sum += to_f32(values[row][threadIdx.x]);
+      }
     }
-    if (column < a.D) store_floats<kVec>(to, sum);
+    if (is_summing) *to = sum;
+    __syncthreads();  // the last stages were read
   }
 }
 
@@ -139,7 +284,7 @@ __device__ __forceinline__ bool tree_sum_rows(const EmbeddingWgrad& a, int32_t i
   TreeStack<float, kVec, kDepth> stack;
   float leaf[kVec];
   int block = -1;  // of `leaf`
-  for_rows<T, kVec>(a, id, begin * a.block_tokens, end * a.block_tokens, INT_MAX, column,
+  for_rows<T, kVec>(a, id, begin * a.block_tokens, end * a.block_tokens, column,
                     [&](int row, const float(&values)[kVec]) {
                       if (row / a.block_tokens != block) {
                         if (block >= 0) stack.push(block - begin, leaf);
@@ -198,8 +343,8 @@ __global__ void __launch_bounds__(kThreads) wgrad_nodes_kernel(const EmbeddingWg
     const int end = static_cast<int>(node[kNodeEndBlock] - a.first_block);
     device_check(begin >= 0 && begin < end && int64_t{end} * a.block_tokens <= a.T_count);
     device_check(node[kNodeDestination] >= 0 && node[kNodeDestination] < a.slots);
-    const bool has_rows =
-        a.ids.count_V[id] > 0 && occurs_in(a, id, begin * a.block_tokens, end * a.block_tokens);
+    const bool has_rows = a.ids.rows_V[id].count > 0 &&
+                          occurs_in(a, id, begin * a.block_tokens, end * a.block_tokens);
     const bool is_present = has_rows || any_fold_present(a, node, id);
     for (int first = 0; first < a.D && is_present; first += kThreads * kVec) {
       const int column = first + threadIdx.x * kVec;
@@ -226,14 +371,18 @@ void embedding_wgrad(const EmbeddingWgradArgs& args, Stream& stream) {
   if (args.target.mode == GradMode::store) {
     zero_matrices(args.d_w_SVD.pointer(), 1, V * D, V * D, stream);
   }
-  const StreamScratch scratch(8 * V, stream);
+  const int64_t hot_ids = T_count / (kWarpRows + 1);
+  const StreamScratch scratch(4 * (2 * V + 2 + T_count + 2 * hot_ids), stream);
+  int32_t* const tables = scratch.as<int32_t>();
+  const IdTable ids{reinterpret_cast<IdRows*>(tables), tables + 2 * V, tables + 2 * V + 2,
+                    reinterpret_cast<HotId*>(tables + 2 * V + 2 + T_count)};
   const EmbeddingWgrad a{.d_x_TD = args.d_x_TD.data,
                          .d_x_stride = args.d_x_TD.row_stride,
                          .token_T = args.token_T.pointer(),
                          .d_w_SVD = rows_of<float>(args.d_w_SVD),
                          .present_SV = rows_of<uint8_t>(args.present_SV),
                          .node_table_NC = rows_of<const int32_t>(args.target.node_table_NC),
-                         .ids = {scratch.as<int32_t>(), scratch.as<int32_t>() + V},
+                         .ids = ids,
                          .first_block = args.first_block,
                          .T_count = static_cast<int>(T_count),
                          .D = static_cast<int>(D),
@@ -249,9 +398,14 @@ void embedding_wgrad(const EmbeddingWgradArgs& args, Stream& stream) {
   const RawView row(In<float>(args.d_w_SVD.pointer(), Shape(1, D)));  // ids lie D elements apart
   const bool vectors = rows_are_vectors(args.d_x_TD, args.d_w_SVD, row);
   with_storage(args.d_x_TD.dtype, vectors, [&]<class T, int kVec>() {
-    launch("embedding_wgrad",
-           is_nodes ? wgrad_nodes_kernel<T, kVec> : wgrad_accumulate_kernel<T, kVec>,
-           {.blocks = is_nodes ? V : T_count, .threads = kThreads}, stream, a);
+    if (is_nodes) {
+      return launch("embedding_wgrad", wgrad_nodes_kernel<T, kVec>,
+                    {.blocks = V, .threads = kThreads}, stream, a);
+    }
+    launch("embedding_wgrad", wgrad_accumulate_kernel<T, kVec>,
+           {.blocks = blocks_for(T_count, kThreads / kWarpLanes), .threads = kThreads}, stream, a);
+    launch("embedding_wgrad", wgrad_hot_kernel<T, kVec>,
+           {.blocks = hot_ids > 0 ? kHotBlocks : 0, .threads = kHotThreads}, stream, a);
   });
 }
 

@@ -7,8 +7,9 @@
 //   NeoX halves (HF rotate_half), c and s of the token's position, i < Q/2:
 //     out_i = n_i c_i - n_{i+Q/2} s_i,   out_{i+Q/2} = n_{i+Q/2} c_i + n_i s_i
 // Rotary embedding: arXiv 2104.09864. Backward rotates by the opposite angle, then the RMSNorm
-// gradient of kernels/rms_norm.h; gain gradients are one row per block, tokens in position order
-// (per_head: heads in order within a token).
+// gradient of kernels/rms_norm.h; gain gradients are one row per block, a sum in an order that is
+// the block's own: tokens in position order, heads in order within a token, on the CPU; see
+// kernels/qk_norm_rope.cu for the GPU's.
 // Napkin: 8 T (H + G) Q bytes forward, 12 backward; memory bound.
 #pragma once
 

@@ -198,6 +198,8 @@ TEST(Embedding, CudaGivesTheReferencesBits) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
   std::vector<EmbeddingCase> cases = kEmbeddingCases;
   cases.push_back({24, 32, 50, 2056});  // more columns than a block has at once
+  cases.push_back({40, 16, 2, 72});     // ids of more rows than are under way at once
+  cases.push_back({40, 16, 2, 71});     // the same where rows are no vectors
   for (const EmbeddingCase& c : cases) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
       SCOPED_TRACE(testing::Message() << c.T() << " tokens, " << c.V << " ids of " << c.D);

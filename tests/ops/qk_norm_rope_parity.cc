@@ -269,14 +269,18 @@ TEST(QkNormRope, MustFailForInterleavedPairsAndBadPositions) {
   EXPECT_THROW(t.forward(), Error);
 }
 
-// Beside the common cases: production heads, which are whole vectors, and heads that need several
-// vectors a lane.
+// Beside the common cases: production heads, which are whole vectors, heads that need several
+// vectors a lane, and warps whose passes have more or fewer heads than there are.
 std::vector<QkNormRopeCase> cuda_qk_norm_rope_cases() {
   std::vector<QkNormRopeCase> cases = kQkNormRopeCases;
   for (const QkNormKind kind : {QkNormKind::none, QkNormKind::per_head, QkNormKind::full_width}) {
     cases.push_back({21, 32, 4, 128, 8, kind});
     cases.push_back({9, 5, 1, 80, 4, kind});
     cases.push_back({5, 60, 4, 128, 4, kind});
+    cases.push_back({6, 70, 5, 16, 4, kind});
+    cases.push_back({7, 37, 5, 32, 3, kind});
+    cases.push_back({3, 72, 24, 256, 2, kind});
+    cases.push_back({45, 9, 2, 64, 13, kind});  // the last leaf has six tokens
   }
   return cases;
 }
