@@ -5,8 +5,8 @@
 // finds its first one. `accumulate`: a warp per position, at work where the id occurs first; it
 // walks the tokens until it has met all of the id's rows, so an id that occurs once costs no walk,
 // and adds them. The order of the sum is that of positions, from the destination's value on, so an
-// id of many rows cannot be cut into partial sums: its warp lists the rows, and blocks take 128
-// bytes of its columns each, with 112 rows on their way. `nodes`: a block per id and the canonical
+// id of many rows cannot be cut into partial sums: its warp lists the rows, and blocks take 64
+// bytes of its columns each, with 224 rows on their way. `nodes`: a block per id and the canonical
 // tree of kernels/canonical_tree.cuh.
 // Napkin, accumulate: d_x once, 8 D per distinct id, at most 4 T bytes of tokens an id that
 // repeats.
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 4) wgrad_accumulate_kernel(const Emb
 
 // A hot id's columns by blocks. A stage is kHotRows rows of kHotVectors vectors, of which every
 // thread copies one; then each thread of the first columns adds its own, row by row.
-constexpr int kHotVectors = 8, kHotRows = 16, kHotStages = 8;  // 128 bytes of a row, 112 rows ahead
+constexpr int kHotVectors = 4, kHotRows = 32, kHotStages = 8;  // 64 bytes of a row, 224 rows ahead
 constexpr int kHotThreads = kHotVectors * kHotRows;
 constexpr int kHotBlocks = 1024;  // that share the hot ids, however many there are
 

@@ -1,10 +1,12 @@
 // RMSNorm on the GPU. Forward: a warp takes a row, which its lanes hold in registers between the
-// only read and the write; a block takes one that is longer than they hold.
+// only read and the write; a block takes one that is longer than they hold, or one with a residual,
+// so that fewer rows of those four tensors are under way at a time.
 //
-// D2: a row's sum depends on D and the vector width alone. Backward: one block per leaf, which adds
-// its rows' d_gain in token order, so that leaves do not depend on who computes them (D3); a thread
-// owns the same columns of each row; rows come through a queue in shared memory.
-// Napkin: at D = 2048 in bf16 a warp has 4 KB of loads in flight, 8 with a residual (forward).
+// D2: a row's sum depends on D, the vector width and whether there is a residual. Backward: one
+// block per leaf, which adds its rows' d_gain in token order, so that leaves do not depend on who
+// computes them (D3); a thread owns the same columns of each row; rows come through a queue in
+// shared memory.
+// Napkin: at D = 2048 in bf16 a warp has 4 KB of loads in flight (forward), a block 8.
 #include "kernels/cuda_launch.cuh"
 #include "kernels/rms_norm.h"
 
@@ -281,11 +283,12 @@ void rms_norm(const RmsNormArgs& args, Stream& stream) {
                            T_count,
                            static_cast<int>(D),
                            args.epsilon};
-    const bool by_warp = with_warp<kVec>(D, [&]<int kPer>() {
-      launch("rms_norm", rms_norm_kernel<T, kVec, kPer, RowOwner::warp>,
-             {.blocks = blocks_for(T_count, kRowWarps), .threads = kRowWarps * kWarpLanes}, stream,
-             a);
-    });
+    const bool by_warp =
+        args.residual_TD.empty() && with_warp<kVec>(D, [&]<int kPer>() {
+          launch("rms_norm", rms_norm_kernel<T, kVec, kPer, RowOwner::warp>,
+                 {.blocks = blocks_for(T_count, kRowWarps), .threads = kRowWarps * kWarpLanes},
+                 stream, a);
+        });
     if (by_warp) return;
     with_threads<kVec>("rms_norm", D, [&]<int kPer>(int threads) {
       launch("rms_norm", rms_norm_kernel<T, kVec, kPer, RowOwner::block>,

@@ -101,6 +101,7 @@ TEST(BalanceLoss, CudaAgreesWithTheReference) {
   if (!has_gpu()) GTEST_SKIP() << kNoGpu;
   std::vector<BalanceLossCase> cases = kBalanceLossCases;
   cases.push_back({{1000, 128, 8, Spread::random}, 500, 100});
+  cases.push_back({{2600, 300, 5, Spread::random}, 1300, 52});  // parts of sequences, tails
   for (const BalanceLossCase& c : cases) {
     for (const CountSource source : kSources) {
       BalanceLossTensors t(c, source, 3);
