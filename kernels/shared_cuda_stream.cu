@@ -29,7 +29,8 @@ DeviceInfo device_info() {
           .free_bytes = static_cast<int64_t>(free_bytes)};
 }
 
-NativeStream::NativeStream(Stream& stream, LaunchOrder order) : stream_(stream) {
+NativeStream::NativeStream(Stream& stream, LaunchOrder order, JoinLaunches join)
+    : stream_(stream) {
   CHECK(stream.device() == nullptr);
   cudaStream_t native = nullptr;
   check_cuda(cudaStreamCreateWithFlags(&native, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -37,10 +38,12 @@ NativeStream::NativeStream(Stream& stream, LaunchOrder order) : stream_(stream) 
   cudaEvent_t event = nullptr;
   check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
   event_ = event;
+  if (join == JoinLaunches::to_graphs) graphs_ = std::make_unique<LaunchGraphs>(native_);
   stream.set_device(this, order);
 }
 
 NativeStream::~NativeStream() {
+  graphs_.reset();
   cudaEventDestroy(static_cast<cudaEvent_t>(event_));
   cudaStreamDestroy(static_cast<cudaStream_t>(native_));
   stream_.set_device(nullptr);
@@ -51,11 +54,12 @@ void NativeStream::wait_for(const DeviceStream& other) {
   if (&other == this) return;
   const auto event = static_cast<cudaEvent_t>(event_);
   check_cuda(cudaEventRecord(event, static_cast<cudaStream_t>(other.native())), "cudaEventRecord");
-  check_cuda(cudaStreamWaitEvent(static_cast<cudaStream_t>(native_), event), "cudaStreamWaitEvent");
+  check_cuda(cudaStreamWaitEvent(static_cast<cudaStream_t>(native()), event),
+             "cudaStreamWaitEvent");
 }
 
 void NativeStream::synchronize() {
-  check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(native_)), stream_.name().c_str());
+  check_cuda(cudaStreamSynchronize(static_cast<cudaStream_t>(native())), stream_.name().c_str());
 }
 
 EventTimer::~EventTimer() { take_ms(); }

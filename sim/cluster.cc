@@ -158,9 +158,11 @@ class SimEnvironment final : public RankEnvironment {
     if (virtual_rank_ != nullptr) virtual_rank_->add_stream(*streams_.back());
     if constexpr (kHasCuda) {
       if (options_.device == Device::cuda) {
+        const bool in_turn = options_.schedule_seed != 0;
+        const bool joins = options_.cuda_graphs && options_.ranks == 1 && !in_turn;
         native_streams_.push_back(std::make_unique<cuda::NativeStream>(
-            *streams_.back(),
-            options_.schedule_seed == 0 ? LaunchOrder::at_once : LaunchOrder::in_turn));
+            *streams_.back(), in_turn ? LaunchOrder::in_turn : LaunchOrder::at_once,
+            joins ? cuda::JoinLaunches::to_graphs : cuda::JoinLaunches::no));
       }
     }
     return *streams_.back();

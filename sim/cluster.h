@@ -113,6 +113,7 @@ struct ClusterOptions {
   ScheduleTape* record = nullptr;        // an explored run's deviations, of a failing one too
   std::vector<int> slow_ranks = {};      // explored runs: go on only when no other rank can
   Poison poison = Poison::off;
+  bool cuda_graphs = false;  // of launches that repeat: one rank on a GPU, nothing explored
   ReductionOrder reduction_order = ReductionOrder::rank;
   std::vector<CommFault> faults = {};
   int64_t watchdog_ns = INT64_MAX;  // of virtual time that a rank may wait for a delayed one

@@ -25,6 +25,7 @@ namespace {
 
 constexpr int64_t kSequences = 4, kSequenceLength = 4096;
 constexpr const char* kNoGpu = "skipped: no GPU";
+const LaunchOptions kOneGpu{.ranks = 1, .device = DeviceKind::cuda, .cuda_graphs = true};
 
 Config gpu_config(int64_t layers, int64_t vocab, const char* state_dtype = "fp32") {
   return parse_config(
@@ -203,7 +204,7 @@ void gpu_moe(benchmark::State& state) {
   const double flops = (passes == Passes::both ? 18.0 : 6.0) * kSequences * kSequenceLength *
                        static_cast<double>(m.top_k * m.hidden * m.expert_hidden);
   for (auto _ : state) {
-    launch_ranks({.ranks = 1, .device = DeviceKind::cuda}, [&](RankEnvironment& environment) {
+    launch_ranks(kOneGpu, [&](RankEnvironment& environment) {
       Rank rank(config, environment);
       TrainStep step(rank, config.model);
       Model& model = step.model();
@@ -236,7 +237,7 @@ void gpu_layer(benchmark::State& state) {
   const double flops = (derived.training_flops_per_token - head_flops) *
                        static_cast<double>(derived.tokens_per_step);
   for (auto _ : state) {
-    launch_ranks({.ranks = 1, .device = DeviceKind::cuda}, [&](RankEnvironment& environment) {
+    launch_ranks(kOneGpu, [&](RankEnvironment& environment) {
       Rank rank(config, environment);
       TrainStep step(rank, config.model);
       Model& model = step.model();
@@ -271,7 +272,7 @@ void gpu_step(benchmark::State& state) {
   constexpr int64_t kWarmUp = 3, kCounted = 9;
   for (auto _ : state) {
     std::vector<int64_t> times;
-    launch_ranks({.ranks = 1, .device = DeviceKind::cuda}, [&](RankEnvironment& environment) {
+    launch_ranks(kOneGpu, [&](RankEnvironment& environment) {
       Rank rank(config, environment);
       TrainStep step(rank, config.model);
       step.model().initialize(1);

@@ -5,6 +5,7 @@
 // shards digest the blocks they hold, and the sums add up to the same value for any layout.
 #pragma once
 
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -26,7 +27,7 @@ struct Digest128 {
     high += other.high + (low < other.low ? 1 : 0);
     return *this;
   }
-  bool operator==(const Digest128&) const = default;
+  auto operator<=>(const Digest128&) const = default;
   // 32 lowercase hexadecimal digits, most significant first.
   std::string hex() const;
 };

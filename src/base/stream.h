@@ -25,12 +25,22 @@ namespace cambium {
 
 class Stream;
 
+// A launch as data: the same bytes are the same launch.
+struct DeviceLaunch {
+  void (*call)(const void* object, Workers&) = nullptr;
+  const void* object = nullptr;  // copied by whoever keeps it; padding is zero
+  int64_t bytes = 0;
+};
+
 // What a stream is on a GPU (kernels/cuda_stream.h). There a task is complete when it has been
 // launched: streams are ordered on the device, and the host waits for it in `Host::wait` alone.
 class DeviceStream {
  public:
   virtual ~DeviceStream() = default;
   virtual void* native() const = 0;  // a cudaStream_t
+  // Takes the launch over, to do it together with others, but before anything that asks for
+  // native(), wait_for() or synchronize(). False: it is to be done now.
+  virtual bool take_over(const DeviceLaunch&) { return false; }
   // What is launched from now on runs after everything launched so far on `other`.
   virtual void wait_for(const DeviceStream& other) = 0;
   // Returns when everything launched so far is done; reports a failed kernel.
@@ -180,17 +190,22 @@ class Stream {
   template <class Args>
   void launch(const char* op_name, void (*run)(const Args&, Stream&), const Args& args) {
     static_assert(std::is_trivially_copyable_v<Args>, "args structs own nothing");
+    constexpr auto kCall = [](const void* object, Workers&) {
+      const auto& call = *static_cast<const StoredLaunch<Args>*>(object);
+      call.run(call.args, *call.stream);
+    };
     if (launches_at_once()) {
-      run(args, *this);
+      StoredLaunch<Args> launch{run, this, args};
+      __builtin_clear_padding(&launch);
+      if (device_ == nullptr || !device_->take_over({kCall, &launch, sizeof launch})) {
+        run(args, *this);
+      }
       count_launched();
       return;
     }
     Task& task = push(TaskKind::op, op_name, sizeof(StoredLaunch<Args>));
     new (task.payload()) StoredLaunch<Args>{run, this, args};
-    task.call = [](const void* object, Workers&) {
-      const auto& call = *static_cast<const StoredLaunch<Args>*>(object);
-      call.run(call.args, *call.stream);
-    };
+    task.call = kCall;
   }
 
   // An event that completes when everything enqueued so far has run.

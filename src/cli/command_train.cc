@@ -264,7 +264,9 @@ TrainOutcome run_ranks(const TrainPlan& plan, const LoadedData& data, TrainRun r
                 .workers = plan.config.run.workers,
                 .faults = config.faults,
                 .fast_order = config.numerics.fast_order,
-                .watchdog_s = plan.config.run.watchdog_s},
+                .watchdog_s = plan.config.run.watchdog_s,
+                // A profile names each op's launch.
+                .cuda_graphs = plan.config.run.cuda_graphs && run.profile_step == 0},
                [&](RankEnvironment& environment) {
                  const TrainOutcome own = train_rank(environment, run);
                  if (plan.job != nullptr || environment.rank() == 0) outcome = own;

@@ -179,7 +179,8 @@ void launch_detail::launch(const LaunchOptions& options,
       }
       const NcclOptions nccl{.job = options.job,
                              .worker_threads = static_cast<int>(worker_threads(options.workers)),
-                             .poison = options.poison};
+                             .poison = options.poison,
+                             .cuda_graphs = options.cuda_graphs};
       return run_nccl_rank(nccl, main, body);
     }
   }
@@ -192,6 +193,7 @@ void launch_detail::launch(const LaunchOptions& options,
   cluster.worker_threads = static_cast<int>(worker_threads(options.workers));
   cluster.schedule_seed = options.schedule_seed;
   cluster.poison = options.poison;
+  cluster.cuda_graphs = options.cuda_graphs;
   cluster.watchdog_ns = std::llround(1e9 * options.watchdog_s);
   if (options.fast_order == FastOrder::ring) {
     cluster.reduction_order = sim::ReductionOrder::ring;

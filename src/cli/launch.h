@@ -30,6 +30,7 @@ struct LaunchOptions {
   std::vector<FaultConfig> faults;  // those of the communicator strike; others are the trainer's
   FastOrder fast_order = FastOrder::rank;
   double watchdog_s = 300;  // of virtual time that a rank may wait for a delayed one
+  bool cuda_graphs = false;  // of launches that repeat, where this process has one rank on a GPU
 };
 
 namespace launch_detail {

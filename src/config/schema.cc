@@ -447,6 +447,9 @@ const KeySpec kKeys[] = {
      "seconds that ranks wait for a missing process, and that a collective may run (exit 20, 21)"},
     {"run", "allow_faults", in_section<kRun, &Run::allow_faults>, kNoRange, kNoChoices, kMay,
      nullptr, "let `train` run with [[faults]]"},
+    {"run", "cuda_graphs", in_section<kRun, &Run::cuda_graphs>, kNoRange, kNoChoices, kMay, nullptr,
+     "launches that repeat become CUDA graphs where a process has one rank; bits do not depend on "
+     "it"},
 
     {"plan", "machine", in_section<kPlan, &PlanConfig::machine>, kNoRange, kNoChoices, kSame,
      nullptr, "machine name or file"},

@@ -1,0 +1,89 @@
+// Launches joined to CUDA graphs (kernels/cuda_stream.h): what is joined, that results are those of
+// launches one by one, and that whatever looks at the stream sees them done.
+#include <vector>
+
+#include "kernels/copy.h"
+#include "kernels/cuda_stream.h"
+#include "tests/ops/cuda_test.h"
+
+namespace cambium {
+namespace {
+
+constexpr int64_t kValues = 1000;
+
+struct GraphStream {
+  Stream stream{"test GPU"};
+  cuda::NativeStream native{stream, LaunchOrder::at_once, cuda::JoinLaunches::to_graphs};
+  OpContext context;
+  GraphStream() {
+    context.backend = Backend::cuda;
+    context.stream = &stream;
+  }
+  void scale(const cuda::DeviceMemory& memory, float factor) {
+    scale_values(
+        {.value_N = {static_cast<float*>(memory.data()), Shape(kValues)}, .factor = factor},
+        context);
+  }
+  const cuda::LaunchGraphs::Counts& counts() const { return native.graphs()->counts(); }
+};
+
+void fill(const cuda::DeviceMemory& memory, float value) {
+  const std::vector<float> values(kValues, value);
+  cuda::copy_bytes(values.data(), memory.data(), 4 * kValues);
+}
+std::vector<float> read(const cuda::DeviceMemory& memory) {
+  std::vector<float> values(kValues);
+  cuda::copy_bytes(memory.data(), values.data(), 4 * kValues);
+  return values;
+}
+std::vector<float> all(float value) { return std::vector<float>(kValues, value); }
+
+TEST(LaunchGraphs, CudaJoinsWhatRepeats) {
+  if (!test::has_gpu()) GTEST_SKIP() << "skipped: no GPU";
+  if constexpr (kHasCuda) {
+    const cuda::DeviceMemory memory(4 * kValues);
+    GraphStream s;
+    for (int pass = 0; pass < 3; ++pass) {
+      fill(memory, 1);
+      for (const float factor : {2.0f, 3.0f, 5.0f, 7.0f, 11.0f}) s.scale(memory, factor);
+      s.native.synchronize();
+      EXPECT_EQ(read(memory), all(2310)) << pass;
+      EXPECT_EQ(s.counts().joined, 5 * pass);
+      EXPECT_EQ(s.counts().captures, pass > 0 ? 1 : 0);
+    }
+    EXPECT_EQ(s.counts().graphs, 2);
+    // A launch that never was ends the segment before it and is no part of one.
+    fill(memory, 1);
+    for (const float factor : {2.0f, 3.0f, 5.0f, 7.0f, 13.0f, 2.0f, 3.0f}) s.scale(memory, factor);
+    s.native.synchronize();
+    EXPECT_EQ(read(memory), all(2 * 3 * 5 * 7 * 13 * 2 * 3));
+    EXPECT_EQ(s.counts().joined, 14) << "four before it; two after it are too few";
+    EXPECT_EQ(s.counts().captures, 2);
+  }
+}
+
+TEST(LaunchGraphs, CudaLaunchesBeforeOthersLook) {
+  if (!test::has_gpu()) GTEST_SKIP() << "skipped: no GPU";
+  if constexpr (kHasCuda) {
+    const cuda::DeviceMemory memory(4 * kValues);
+    GraphStream a, b;
+    for (int pass = 0; pass < 3; ++pass) {
+      fill(memory, 1);
+      for (int i = 0; i < 6; ++i) a.scale(memory, 2);
+      b.stream.wait(a.stream.record());
+      b.scale(memory, 3);
+      a.stream.wait(b.stream.record());
+      for (int i = 0; i < 300; ++i) a.scale(memory, i % 2 == 0 ? 0.5f : 2.0f);
+      // What takes the stream without an op comes after them.
+      cuda::fill_async(memory.data(), 0, 4, a.stream);
+      a.native.synchronize();
+      std::vector<float> expected = all(64 * 3);
+      expected[0] = 0;
+      EXPECT_EQ(read(memory), expected) << pass;
+    }
+    EXPECT_GE(a.counts().joined, 2 * 300);
+  }
+}
+
+}  // namespace
+}  // namespace cambium
