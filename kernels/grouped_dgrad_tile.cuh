@@ -23,7 +23,6 @@ constexpr int kDgradPieceBytes = kWarpRows * kDgradRowBytes;
 constexpr int kDgradPieces = 3;  // gate, up, weighted_h
 constexpr int kDgradBuffers = 2;
 constexpr int kDgradWarpBytes = kDgradBuffers * kDgradPieces * kDgradPieceBytes;
-constexpr int kDgradAhead = 4;  // chunks that go to the L2 before they are loaded
 static_assert(4 * kDgradWarpBytes <= kTurnScratchBytes);
 static_assert(4 * kTurnGroups * kDgradBuffers <= TurnShared::kOwnBarriers);
 static_assert(64 % (kDgradBuffers * kDgradChunkColumns) == 0, "a half has whole rounds of buffers");
@@ -60,7 +59,7 @@ __device__ __forceinline__ void fetch_dgrad_tiles(const GroupedTileParams& p,
 
 // --- Results ---
 
-// A warp's chunks: `chunk` counts those of a half, and goes on into the second half.
+// A warp's way through the chunks of its tiles.
 struct DgradChunks {
   uint32_t buffers, loaded_0;
   int lane, first_row;  // of the warp in a half
@@ -73,11 +72,15 @@ struct DgradChunks {
     buffers = shared.scratch(group) + warp * kDgradWarpBytes;
     loaded_0 = shared.own((group * 4 + warp) * kDgradBuffers);
   }
+  // Of a half of the tile.
   __device__ __forceinline__ static int count(const DownDgradParams& p, const GroupedTile& tile) {
     return min(kDgradChunks, (p.tile.F - tile.column0) / kDgradChunkColumns);
   }
-  __device__ __forceinline__ int rows(const GroupedTile& tile, int half) const {
-    return max(0, min(kWarpRows, tile.rows - 64 * half - first_row));
+  // Rows from the warp's first one in the half to the tile's end: the warp has none of them, some,
+  // or kWarpRows and more. NOTE: clamped to that range and compared with its ends, ptxas 13.0 takes
+  // the comparison from a predicate of VIMNMX.RELU, which is not it.
+  __device__ __forceinline__ int rows_left(const GroupedTile& tile, int half) const {
+    return tile.rows - 64 * half - first_row;
   }
   __device__ __forceinline__ uint32_t buffer(int chunk) const {
     return buffers + chunk % kDgradBuffers * (kDgradPieces * kDgradPieceBytes);
@@ -88,58 +91,50 @@ struct DgradChunks {
   __device__ __forceinline__ uint32_t parity(int chunk) const {
     return (rounds + chunk / kDgradBuffers) % 2;
   }
-  // Calls move(gate's place in memory, up's) for a chunk that exists.
-  template <class Move>
-  __device__ __forceinline__ void place(const DownDgradParams& p, const GroupedTile& tile, int half,
-                                        int chunk, Move&& move) const {
-    const int chunks = count(p, tile);
-    if (chunk >= chunks) {
-      chunk -= chunks;
-      ++half;
-    }
-    if (half > 1 || chunk >= chunks || rows(tile, half) == 0) return;
-    const int row = tile.row0 + 64 * half + first_row;
-    const int column = tile.column0 + chunk * kDgradChunkColumns;
-    move(TensorCoordinate{column, row, 0}, TensorCoordinate{p.tile.F + column, row, 0});
+  // Gate and up of a chunk, by one thread.
+  __device__ __forceinline__ void load(const DownDgradParams& p, int chunk, int column,
+                                       int row) const {
+    arrive_expecting(loaded(chunk), 2 * kDgradPieceBytes);
+    copy_tensor(buffer(chunk), p.gate_up_map, loaded(chunk), {column, row, 0});
+    copy_tensor(buffer(chunk) + kDgradPieceBytes, p.gate_up_map, loaded(chunk),
+                {p.tile.F + column, row, 0});
   }
-  __device__ __forceinline__ void load(const DownDgradParams& p, const GroupedTile& tile, int half,
-                                       int chunk) const {
-    place(p, tile, half, chunk, [&](TensorCoordinate gate, TensorCoordinate up) {
-      arrive_expecting(loaded(chunk), 2 * kDgradPieceBytes);
-      copy_tensor(buffer(chunk), p.gate_up_map, loaded(chunk), gate);
-      copy_tensor(buffer(chunk) + kDgradPieceBytes, p.gate_up_map, loaded(chunk), up);
-    });
-  }
+  // A half's chunks on their way into the L2, gate or up of one by each lane.
   __device__ __forceinline__ void prefetch(const DownDgradParams& p, const GroupedTile& tile,
-                                           int half, int chunk) const {
-    place(p, tile, half, chunk, [&](TensorCoordinate gate, TensorCoordinate up) {
-      prefetch_tensor(p.gate_up_map, gate);
-      prefetch_tensor(p.gate_up_map, up);
-    });
+                                           int half) const {
+    if (rows_left(tile, half) <= 0 || lane >= 2 * count(p, tile)) return;
+    prefetch_tensor(p.gate_up_map,
+                    {lane % 2 * p.tile.F + tile.column0 + lane / 2 * kDgradChunkColumns,
+                     tile.row0 + 64 * half + first_row, 0});
   }
   __device__ __forceinline__ void prepare(const DownDgradParams& p, const GroupedTile& tile) const {
-    if (lane != 0) return;
-    wait_stores_read<0>();
-    for (int chunk = 0; chunk < kDgradBuffers; ++chunk) load(p, tile, 0, chunk);
-    for (int chunk = kDgradBuffers; chunk < kDgradAhead; ++chunk) prefetch(p, tile, 0, chunk);
+    if (rows_left(tile, 0) <= 0) return;
+    if (lane == 0) {
+      wait_stores_read<0>();
+      for (int chunk = 0; chunk < kDgradBuffers; ++chunk) {
+        load(p, chunk, tile.column0 + chunk * kDgradChunkColumns, tile.row0 + first_row);
+      }
+    }
+    __syncwarp();
+    prefetch(p, tile, 0);
   }
-  // While a chunk is worked on, the next one comes into the other buffer, once that one's results
-  // have left it.
+  // While chunk `chunk` is worked on, the next one comes into the other buffer, once that one's
+  // results have left it: in the half's columns or, after its last, in the second half.
   __device__ __forceinline__ void look_ahead(const DownDgradParams& p, const GroupedTile& tile,
                                              int half, int chunk) const {
-    if (lane != 0) return;
-    if (half > 0 || chunk > 0) {  // prepare() loaded the first two
-      wait_stores_read<0>();
-      load(p, tile, half, chunk + 1);
-    }
-    prefetch(p, tile, half, chunk + kDgradAhead);
+    if (half == 0 && chunk == 0) return prefetch(p, tile, 1);  // prepare() loaded the first two
+    const bool is_last = chunk + 1 == count(p, tile);
+    if (lane != 0 || (is_last && (half == 1 || rows_left(tile, 1) <= 0))) return;
+    wait_stores_read<0>();
+    load(p, chunk + 1, tile.column0 + (is_last ? 0 : (chunk + 1) * kDgradChunkColumns),
+         tile.row0 + 64 * (is_last ? half + 1 : half) + first_row);
   }
   __device__ __forceinline__ void store(const DownDgradParams& p, const GroupedTile& tile, int half,
                                         int chunk) const {
     const uint32_t from = buffer(chunk);
-    const int row = tile.row0 + 64 * half + first_row, exist = rows(tile, half);
+    const int row = tile.row0 + 64 * half + first_row, left = rows_left(tile, half);
     const int column = tile.column0 + chunk * kDgradChunkColumns;
-    if (exist == kWarpRows) {
+    if (left >= kWarpRows) {
       if (lane != 0) return;
       store_tensor(p.d_gate_up_map, from, {column, row, 0});
       store_tensor(p.d_gate_up_map, from + kDgradPieceBytes, {p.tile.F + column, row, 0});
@@ -147,7 +142,7 @@ struct DgradChunks {
       return commit_stores();
     }
 #pragma unroll 1
-    for (int i = lane; i < exist * 4; i += kWarpLanes) {  // 16 bytes of a row
+    for (int i = lane; i < left * 4; i += kWarpLanes) {  // 16 bytes of a row
       const uint32_t at = from + i / 4 * kDgradRowBytes + ((i % 4 ^ i / 8 % 4) << 4);
       __nv_bfloat16* wide =
           p.tile.wide + int64_t{row + i / 4} * p.tile.wide_stride + column + i % 4 * 8;
@@ -196,11 +191,11 @@ template <int kHalf>
 __device__ __forceinline__ void finish_dgrad_half(const DownDgradParams& p, const GroupedTile& tile,
                                                   DgradChunks& chunks,
                                                   const TurnAccumulators& acc) {
-  const int rows = chunks.rows(tile, kHalf), row0 = tile.row0 + 64 * kHalf + chunks.first_row;
-  if (rows == 0) return;
+  const int left = chunks.rows_left(tile, kHalf), row0 = tile.row0 + 64 * kHalf + chunks.first_row;
+  if (left <= 0) return;
   const int lane = chunks.lane;
   const RowWeightPair weight(p.tile.weight == nullptr ? nullptr : p.tile.weight + row0,
-                             {0, lane, rows});
+                             {0, lane, min(left, kWarpRows)});
   float dot[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int c = 0; c < kDgradChunks; ++c) {
@@ -220,7 +215,7 @@ __device__ __forceinline__ void finish_dgrad_half(const DownDgradParams& p, cons
     dot[half] += __shfl_xor_sync(kAllLanes, dot[half], 1);
     dot[half] += __shfl_xor_sync(kAllLanes, dot[half], 2);
     const int at = lane / 4 + 8 * half;
-    if (lane % 4 == 0 && at < rows) partial[at] = dot[half];
+    if (lane % 4 == 0 && at < left) partial[at] = dot[half];
   }
 }
 
