@@ -27,35 +27,35 @@ struct CombineRows {
   int D, K;
 };
 
-// sum = r_0 + r_1 + ...; `is_begun` says whether there was a row before.
+// sum = r_0 + r_1 + ...; `added` counts the rows.
 template <class T, int kVec>
-__device__ __forceinline__ void add_row(const Packed<T, kVec>& row, bool& is_begun,
+__device__ __forceinline__ void add_row(const Packed<T, kVec>& row, int& added,
                                         float (&sum)[kVec]) {
   float values[kVec];
   unpack(row, values);
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) sum[j] = is_begun ? sum[j] + values[j] : values[j];
-  is_begun = true;
+  for (int j = 0; j < kVec; ++j) sum[j] = added > 0 ? sum[j] + values[j] : values[j];
+  ++added;
 }
 
 // The residual, where there is one, is added last.
 template <class T, int kVec>
-__device__ __forceinline__ void store_sum(const CombineRows<T>& a, int64_t t, int column,
-                                          bool has_rows, float (&sum)[kVec]) {
+__device__ __forceinline__ void store_sum(const CombineRows<T>& a, int64_t t, int column, int added,
+                                          float (&sum)[kVec]) {
   if (!a.residual_TD.is_absent()) {
     float residual[kVec];
     load_values<T, kVec>(a.residual_TD.row(t) + column, residual);
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) sum[j] = has_rows ? residual[j] + sum[j] : residual[j];
+    for (int j = 0; j < kVec; ++j) sum[j] = added > 0 ? residual[j] + sum[j] : residual[j];
   }
   store_values<T, kVec>(a.out_TD.row(t) + column, sum);
 }
 
-// The sum of the rows of `index` at this lane's column; false without a row.
+// The sum of the rows of `index` at this lane's column, and their number.
 template <class T, int kVec>
-__device__ __forceinline__ bool sum_rows(const CombineRows<T>& a, const int32_t* index, int column,
-                                         float (&sum)[kVec]) {
-  bool is_begun = false;
+__device__ __forceinline__ int sum_rows(const CombineRows<T>& a, const int32_t* index, int column,
+                                        float (&sum)[kVec]) {
+  int added = 0;
   for (int k = 0; k < a.K; k += kRowsInFlight) {
     int64_t row[kRowsInFlight];
     Packed<T, kVec> packed[kRowsInFlight];
@@ -70,10 +70,10 @@ __device__ __forceinline__ bool sum_rows(const CombineRows<T>& a, const int32_t*
     }
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
-      if (row[i] >= 0) add_row<T, kVec>(packed[i], is_begun, sum);
+      if (row[i] >= 0) add_row<T, kVec>(packed[i], added, sum);
     }
   }
-  return is_begun;
+  return added;
 }
 
 template <class T, int kVec>
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
   const int32_t* index = a.row_index_TK.row(t);
   for (int column = threadIdx.x % kWarpLanes * kVec; column < a.D; column += kWarpLanes * kVec) {
     float sum[kVec] = {};
-    const bool has_rows = sum_rows<T, kVec>(a, index, column, sum);
-    store_sum<T, kVec>(a, t, column, has_rows, sum);
+    const int added = sum_rows<T, kVec>(a, index, column, sum);
+    store_sum<T, kVec>(a, t, column, added, sum);
   }
 }
 
@@ -168,14 +168,14 @@ __device__ __forceinline__ void add_rows(const CombineRows<T>& a, const CombineR
     const unsigned char* rows = memory + place.stage * a.K * ring.row_bytes;
     for (int column = thread * kVec; column < columns; column += ring.adders * kVec) {
       float sum[kVec] = {};
-      bool is_begun = false;
+      int added = 0;
 #pragma unroll 4
       for (int k = 0; k < a.K; ++k) {
         if ((present >> k & 1u) == 0) continue;
         const auto* row = reinterpret_cast<const T*>(rows + k * ring.row_bytes);
-        add_row<T, kVec>(load_packed<T, kVec>(row + column), is_begun, sum);
+        add_row<T, kVec>(load_packed<T, kVec>(row + column), added, sum);
       }
-      store_sum<T, kVec>(a, item / ring.pieces, first + column, is_begun, sum);
+      store_sum<T, kVec>(a, item / ring.pieces, first + column, added, sum);
     }
     __syncwarp();
     if (thread % kWarpLanes == 0) arrive(shared_address(&state.empty[place.stage]));

@@ -58,9 +58,9 @@ struct GroupedTileParams {
   GroupedExtent extent;
   const __nv_bfloat16* a = nullptr;  // where it comes row by row
   int64_t a_stride = 0;
-  const int32_t* a_token = nullptr;        // optional
-  int F = 0;                               // up, down_dgrad
-  __nv_bfloat16* wide = nullptr;  // [R, 2F]: gate_up or its gradient
+  const int32_t* a_token = nullptr;  // optional
+  int F = 0;                         // up, down_dgrad
+  __nv_bfloat16* wide = nullptr;     // [R, 2F]: gate_up or its gradient
   int64_t wide_stride = 0;
   __nv_bfloat16* narrow = nullptr;  // h, weighted_h, y or d_x
   int64_t narrow_stride = 0;

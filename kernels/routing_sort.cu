@@ -51,9 +51,10 @@ __global__ void __launch_bounds__(kScanThreads) routing_count_kernel(const Routi
   const int end = a.end_slot();
   for (int first = a.first_slot(); first < end; first += kTile) {
     const int expert = a.choice(first + static_cast<int>(threadIdx.x), end);
-    if (expert >= 0) atomicAdd(&count_E[expert], 1);  // integers: no order in their sum
+    if (expert >= 0) atomicAdd(&count_E[expert], 1);  // tidy: allow float-atomics: integers
     const unsigned there = __ballot_sync(kAllLanes, expert >= 0);
-    if (threadIdx.x % kWarpLanes == 0) atomicAdd(&count_E[a.experts], __popc(there));
+    if (threadIdx.x % kWarpLanes != 0) continue;
+    atomicAdd(&count_E[a.experts], __popc(there));  // tidy: allow float-atomics: integers
   }
   __syncthreads();
   int32_t* to = a.count_CE + int64_t{blockIdx.x} * (a.experts + 1);

@@ -7,8 +7,8 @@ namespace cambium::cuda {
 
 namespace {
 
-constexpr size_t kFewest = 4;   // launches worth a graph
-constexpr size_t kMost = 256;   // of a segment: the GPU is not kept waiting for longer ones
+constexpr size_t kFewest = 4;  // launches worth a graph
+constexpr size_t kMost = 256;  // of a segment: the GPU is not kept waiting for longer ones
 constexpr size_t kMostGraphs = 4096;
 constexpr size_t kMostSeen = size_t{1} << 20;
 constexpr size_t kObjectAlignment = 16;

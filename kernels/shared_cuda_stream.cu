@@ -29,8 +29,7 @@ DeviceInfo device_info() {
           .free_bytes = static_cast<int64_t>(free_bytes)};
 }
 
-NativeStream::NativeStream(Stream& stream, LaunchOrder order, JoinLaunches join)
-    : stream_(stream) {
+NativeStream::NativeStream(Stream& stream, LaunchOrder order, JoinLaunches join) : stream_(stream) {
   CHECK(stream.device() == nullptr);
   cudaStream_t native = nullptr;
   check_cuda(cudaStreamCreateWithFlags(&native, cudaStreamNonBlocking), "cudaStreamCreate");

@@ -3,9 +3,10 @@
 #
 # BIN holds `cambium` and, for parity, `test_ops` and `test_train` (default: build/cuda). It checks
 # that the kernels and whole models agree with their references, that 3 runs of 50 steps have the
-# same bits, that exact mode has the bits of one rank in layouts of 2 to 8 virtual ranks, that
-# layouts that share sequences repeat theirs and stay near one rank, that losses follow the CPU's in
-# bf16, and each golden directory in bf16. It ends in a table, and with 1 when a row failed.
+# same bits, that CUDA graphs have those of launches, that exact mode has the bits of one rank in
+# layouts of 2 to 8 virtual ranks, that layouts that share sequences repeat theirs and stay near one
+# rank, that losses follow the CPU's in bf16, and each golden directory in bf16. It ends in a table,
+# and with 1 when a row failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${1:-build/cuda}
@@ -56,6 +57,18 @@ repeats() {
   done
   "$bin/cambium" compare "$work/repeat-a" "$work/repeat-b" &&
     "$bin/cambium" compare "$work/repeat-a" "$work/repeat-c"
+}
+
+# CUDA graphs of launches that repeat, against launches one by one, in both modes.
+graphs() {
+  for reduction in fast exact; do
+    for graph in true false; do
+      train "graphs-$graph" configs/quickstart.toml 30 run.device=cuda parallel.dp=1 parallel.ep=1 \
+        numerics.reduction=$reduction run.cuda_graphs=$graph || return
+    done
+    "$bin/cambium" compare "$work/graphs-true" "$work/graphs-false" || return
+    rm -rf "$work"/graphs-*
+  done
 }
 
 # pp dp ep sharding schedule
@@ -181,6 +194,7 @@ row doctor "$bin/cambium" doctor
 [ -x "$bin/test_train" ] && row "gradients of whole models" \
   "$bin/test_train" --gtest_brief=1 "--gtest_filter=*Cuda*"
 row "3 runs of 50 steps, same bits" repeats
+row "CUDA graphs have the bits of launches" graphs
 row "exact: layouts of 2 to 8 virtual ranks" layouts
 row "exact: shared expert, recomputation" shared_expert
 row "exact: shared sequences on 2 to 8 virtual ranks" exact_contexts

@@ -179,8 +179,7 @@ void launch_detail::launch(const LaunchOptions& options,
       }
       const NcclOptions nccl{.job = options.job,
                              .worker_threads = static_cast<int>(worker_threads(options.workers)),
-                             .poison = options.poison,
-                             .cuda_graphs = options.cuda_graphs};
+                             .poison = options.poison};
       return run_nccl_rank(nccl, main, body);
     }
   }

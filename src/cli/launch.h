@@ -29,8 +29,8 @@ struct LaunchOptions {
   RaceReport* races = nullptr;      // not null: races are looked for, and this is what was seen
   std::vector<FaultConfig> faults;  // those of the communicator strike; others are the trainer's
   FastOrder fast_order = FastOrder::rank;
-  double watchdog_s = 300;  // of virtual time that a rank may wait for a delayed one
-  bool cuda_graphs = false;  // of launches that repeat, where this process has one rank on a GPU
+  double watchdog_s = 300;   // of virtual time that a rank may wait for a delayed one
+  bool cuda_graphs = false;  // of launches that repeat, where one rank has the GPU to itself
 };
 
 namespace launch_detail {

@@ -162,7 +162,6 @@ class NcclEnvironment final : public RankEnvironment {
   explicit NcclEnvironment(const NcclOptions& options)
       : job_(*options.job),
         poison_(options.poison),
-        join_(options.cuda_graphs ? cuda::JoinLaunches::to_graphs : cuda::JoinLaunches::no),
         workers_(options.worker_threads),
         host_(job_) {}
   int rank() const override { return job_.rank(); }
@@ -173,8 +172,7 @@ class NcclEnvironment final : public RankEnvironment {
 
   Stream& make_stream(const std::string& name) override {
     streams_.push_back(std::make_unique<Stream>(fmt::format("rank {} {}", rank(), name)));
-    native_streams_.push_back(std::make_unique<cuda::NativeStream>(
-        *streams_.back(), LaunchOrder::at_once, join_));
+    native_streams_.push_back(std::make_unique<cuda::NativeStream>(*streams_.back()));
     return *streams_.back();
   }
 
@@ -208,7 +206,6 @@ class NcclEnvironment final : public RankEnvironment {
  private:
   Job& job_;
   Poison poison_;
-  cuda::JoinLaunches join_;
   Workers workers_;
   NcclHost host_;
   std::vector<std::unique_ptr<Stream>> streams_;

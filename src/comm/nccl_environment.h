@@ -22,7 +22,6 @@ struct NcclOptions {
   Job* job = nullptr;
   int worker_threads = 1;
   Poison poison = Poison::off;
-  bool cuda_graphs = false;
 };
 
 // Runs main(body, environment) as this process's rank, on the GPU that is selected. An error of it

@@ -169,7 +169,7 @@ struct RunConfig {
   Transport transport = Transport::automatic;
   double watchdog_s = 300;    // how long a collective between processes may run
   bool allow_faults = false;  // `train` refuses [[faults]] without it
-  bool cuda_graphs = true;    // of a process with one rank
+  bool cuda_graphs = true;    // of a run of one rank
 };
 
 struct PlanConfig {

@@ -404,8 +404,7 @@ const KeySpec kKeys[] = {
      kNoChoices, kSame, nullptr, "positions of a block, the unit of exact sums"},
     {"numerics", "attention", in_section<kNumerics, &Numerics::attention>, kNoRange,
      kAttentionNames, kSame, nullptr,
-     "a GPU's kernel where sequences are train.sequence_length long; cudnn: fast mode alone, no "
-     "document mask"},
+     "a GPU's kernel of whole sequences; cudnn: fast mode alone, no document mask"},
 
     {"checkpoint", "every_steps", in_section<kCheckpoint, &Checkpoint::every_steps>, kOptionalCount,
      kNoChoices, kMay, nullptr, "steps between checkpoints; 0 = only after the last step"},
@@ -448,8 +447,7 @@ const KeySpec kKeys[] = {
     {"run", "allow_faults", in_section<kRun, &Run::allow_faults>, kNoRange, kNoChoices, kMay,
      nullptr, "let `train` run with [[faults]]"},
     {"run", "cuda_graphs", in_section<kRun, &Run::cuda_graphs>, kNoRange, kNoChoices, kMay, nullptr,
-     "launches that repeat become CUDA graphs where a process has one rank; bits do not depend on "
-     "it"},
+     "a run of one rank: launches that repeat become CUDA graphs, of the same bits"},
 
     {"plan", "machine", in_section<kPlan, &PlanConfig::machine>, kNoRange, kNoChoices, kSame,
      nullptr, "machine name or file"},

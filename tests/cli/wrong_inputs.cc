@@ -154,6 +154,7 @@ const WrongInput kWrongInputs[] = {
     {"train $Q --set run.seed=-1", 2, "run\\.seed"},
     {"train $Q --set run.device=gpu", 2, "run\\.device.*cpu"},
     {"train $Q --set run.watchdog_s=0", 2, "run\\.watchdog_s"},
+    {"train $Q --set run.cuda_graphs=3", 2, "run\\.cuda_graphs"},
     {"train $Q --set run.transport=nccl", 2, "run\\.device = cuda"},
     {"train $Q --set numerics.compute=fp16", 2, "numerics\\.compute.*fp32"},
     {"train $Q --set parallel.context=rings", 2, "did you mean ring"},
