@@ -37,8 +37,8 @@ DeviceInfo device_info();
 // Launches that come again in the same bytes, joined to CUDA graphs: a graph's kernels start
 // without the host, which takes 3 us for one. Nobody says where a segment begins: a launch seen
 // before waits for its successors; a new one, and whatever else asks for the stream, ends the
-// segment. A segment met for the first time is captured, and launched as a graph from then on:
-// what a graph holds is the launches that it stands for, so nothing can be out of date.
+// segment. A segment met for the second time is captured, and launched as a graph from then
+// on: what a graph holds is the launches that it stands for, so nothing can be out of date.
 class LaunchGraphs {
  public:
   explicit LaunchGraphs(void* native);  // a cudaStream_t
@@ -63,6 +63,7 @@ class LaunchGraphs {
   void run_all() const;
   void* capture() const;  // a cudaGraphExec_t
   void forget_graphs();
+  void make_room();
 
   void* native_;
   // A stream that waits for this one ends its segment, from another thread perhaps.
@@ -71,7 +72,7 @@ class LaunchGraphs {
   std::vector<Launch> launches_;  // of the segment so far
   std::vector<std::byte> objects_;
   std::set<Digest128> seen_;
-  std::map<Digest128, void*> graphs_;
+  std::map<Digest128, void*> graphs_;  // of segments; null after the first meeting
   Counts counts_;
 };
 

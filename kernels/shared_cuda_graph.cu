@@ -34,9 +34,15 @@ LaunchGraphs::~LaunchGraphs() { forget_graphs(); }
 
 void LaunchGraphs::forget_graphs() {
   for (const auto& [digest, graph] : graphs_) {
-    cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+    if (graph != nullptr) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
   }
   graphs_.clear();
+}
+
+// First of what was met once; of all where that is less than half.
+void LaunchGraphs::make_room() {
+  std::erase_if(graphs_, [](const auto& segment) { return segment.second == nullptr; });
+  if (graphs_.size() > kMostGraphs / 2) forget_graphs();
 }
 
 bool LaunchGraphs::take_over(const DeviceLaunch& launch) {
@@ -86,8 +92,11 @@ void LaunchGraphs::end_segment() {
   if (runs_ || launches_.empty()) return;
   const Running running(*this);
   if (launches_.size() < kFewest) return run_all();
-  if (graphs_.size() == kMostGraphs) forget_graphs();
-  void*& graph = graphs_[xxh3_128(objects_.data(), objects_.size())];
+  if (graphs_.size() == kMostGraphs) make_room();
+  const auto [segment, is_new] =
+      graphs_.try_emplace(xxh3_128(objects_.data(), objects_.size()), nullptr);
+  if (is_new) return run_all();
+  void*& graph = segment->second;
   if (graph == nullptr) {
     graph = capture();
     ++counts_.captures;
