@@ -10,7 +10,7 @@
 namespace cambium {
 namespace {
 
-constexpr int64_t kValues = 1000;
+constexpr int64_t kGraphValues = 1000;
 
 struct GraphStream {
   Stream stream{"test GPU"};
@@ -22,43 +22,43 @@ struct GraphStream {
   }
   void scale(const cuda::DeviceMemory& memory, float factor) {
     scale_values(
-        {.value_N = {static_cast<float*>(memory.data()), Shape(kValues)}, .factor = factor},
+        {.value_N = {static_cast<float*>(memory.data()), Shape(kGraphValues)}, .factor = factor},
         context);
   }
   const cuda::LaunchGraphs::Counts& counts() const { return native.graphs()->counts(); }
 };
 
-void fill(const cuda::DeviceMemory& memory, float value) {
-  const std::vector<float> values(kValues, value);
-  cuda::copy_bytes(values.data(), memory.data(), 4 * kValues);
+void set_all(const cuda::DeviceMemory& memory, float value) {
+  const std::vector<float> values(kGraphValues, value);
+  cuda::copy_bytes(values.data(), memory.data(), 4 * kGraphValues);
 }
-std::vector<float> read(const cuda::DeviceMemory& memory) {
-  std::vector<float> values(kValues);
-  cuda::copy_bytes(memory.data(), values.data(), 4 * kValues);
+std::vector<float> values_of(const cuda::DeviceMemory& memory) {
+  std::vector<float> values(kGraphValues);
+  cuda::copy_bytes(memory.data(), values.data(), 4 * kGraphValues);
   return values;
 }
-std::vector<float> all(float value) { return std::vector<float>(kValues, value); }
+std::vector<float> all_values(float value) { return std::vector<float>(kGraphValues, value); }
 
 TEST(LaunchGraphs, CudaJoinsWhatRepeats) {
   if (!test::has_gpu()) GTEST_SKIP() << "skipped: no GPU";
   if constexpr (kHasCuda) {
-    const cuda::DeviceMemory memory(4 * kValues);
+    const cuda::DeviceMemory memory(4 * kGraphValues);
     GraphStream s;
-    for (int pass = 0; pass < 4;
-         ++pass) {  // launches are new, a segment is, it is captured, launched
-      fill(memory, 1);
+    // The launches are new, then the segment; it is captured, and launched again.
+    for (int pass = 0; pass < 4; ++pass) {
+      set_all(memory, 1);
       for (const float factor : {2.0f, 3.0f, 5.0f, 7.0f, 11.0f}) s.scale(memory, factor);
       s.native.synchronize();
-      EXPECT_EQ(read(memory), all(2310)) << pass;
+      EXPECT_EQ(values_of(memory), all_values(2310)) << pass;
       EXPECT_EQ(s.counts().joined, 5 * std::max(0, pass - 1));
       EXPECT_EQ(s.counts().captures, pass > 1 ? 1 : 0);
     }
     EXPECT_EQ(s.counts().graphs, 2);
     // A launch that never was ends the segment before it, which then is a new one.
-    fill(memory, 1);
+    set_all(memory, 1);
     for (const float factor : {2.0f, 3.0f, 5.0f, 7.0f, 13.0f, 2.0f, 3.0f}) s.scale(memory, factor);
     s.native.synchronize();
-    EXPECT_EQ(read(memory), all(2 * 3 * 5 * 7 * 13 * 2 * 3));
+    EXPECT_EQ(values_of(memory), all_values(2 * 3 * 5 * 7 * 13 * 2 * 3));
     EXPECT_EQ(s.counts().joined, 10);
     EXPECT_EQ(s.counts().captures, 1);
   }
@@ -67,10 +67,10 @@ TEST(LaunchGraphs, CudaJoinsWhatRepeats) {
 TEST(LaunchGraphs, CudaLaunchesBeforeOthersLook) {
   if (!test::has_gpu()) GTEST_SKIP() << "skipped: no GPU";
   if constexpr (kHasCuda) {
-    const cuda::DeviceMemory memory(4 * kValues);
+    const cuda::DeviceMemory memory(4 * kGraphValues);
     GraphStream a, b;
     for (int pass = 0; pass < 4; ++pass) {
-      fill(memory, 1);
+      set_all(memory, 1);
       for (int i = 0; i < 6; ++i) a.scale(memory, 2);
       b.stream.wait(a.stream.record());
       b.scale(memory, 3);
@@ -79,9 +79,9 @@ TEST(LaunchGraphs, CudaLaunchesBeforeOthersLook) {
       // What takes the stream without an op comes after them.
       cuda::fill_async(memory.data(), 0, 4, a.stream);
       a.native.synchronize();
-      std::vector<float> expected = all(64 * 3);
+      std::vector<float> expected = all_values(64 * 3);
       expected[0] = 0;
-      EXPECT_EQ(read(memory), expected) << pass;
+      EXPECT_EQ(values_of(memory), expected) << pass;
     }
     EXPECT_GE(a.counts().joined, 2 * 300);
   }
