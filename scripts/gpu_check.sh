@@ -5,8 +5,9 @@
 # that the kernels and whole models agree with their references, that 3 runs of 50 steps have the
 # same bits, that CUDA graphs have those of launches, that exact mode has the bits of one rank in
 # layouts of 2 to 8 virtual ranks, that layouts that share sequences repeat theirs and stay near one
-# rank, that losses follow the CPU's in bf16, and each golden directory in bf16. It ends in a table,
-# and with 1 when a row failed.
+# rank, that losses follow the CPU's in bf16, and each golden directory in bf16. CHECK_SANITIZER=1
+# adds small shapes under compute-sanitizer, minutes. It ends in a table, and with 1 when a row
+# failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${1:-build/cuda}
@@ -204,6 +205,14 @@ row "quickstart: losses follow the CPU's in bf16" follows_cpu configs/quickstart
 row "quickstart with every expert chosen" follows_cpu configs/quickstart.toml 5 5e-4 model.top_k=8
 row "check, schedules explored" "$bin/cambium" check configs/tiny.toml --seeds 2 \
   --set run.device=cuda --set numerics.compute=bf16 --set parallel.dp=4 --set parallel.ep=2
+small='Combine.*:RoutingSort.*:RouterTopk.*:LeafFold.*:RmsNorm.*:QkNormRope.*:Embedding.*'
+small+=':BalanceLoss.*:Swiglu.*:GradNorm.*:GroupedGemm.CudaRunsHaveTheSameBits:LaunchGraphs.*'
+if [ -n "${CHECK_SANITIZER:-}" ]; then
+  for tool in memcheck racecheck initcheck; do
+    row "compute-sanitizer $tool" compute-sanitizer --tool $tool --error-exitcode 1 \
+      "$bin/test_ops" --gtest_brief=1 "--gtest_filter=$small"
+  done
+fi
 for golden in "$@"; do
   row "parity $(basename "$golden")" "$bin/cambium" parity "$golden" --device cuda
 done
