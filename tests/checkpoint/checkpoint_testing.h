@@ -1,5 +1,4 @@
-// What the checkpoint tests share: temporary directories, files, and the exit code of an
-// expression.
+// What the checkpoint tests share: temporary directories, files; tests/outcome.h.
 #pragma once
 
 #include <unistd.h>
@@ -10,6 +9,7 @@
 #include <string>
 
 #include "src/base/check.h"
+#include "tests/outcome.h"
 
 namespace cambium {
 
@@ -41,22 +41,6 @@ class TemporaryDirectory {
 
 inline void write_text(const std::string& path, const std::string& text) {
   std::ofstream(path, std::ios::binary | std::ios::trunc) << text;
-}
-
-struct Outcome {
-  int code = 0;
-  std::string message;
-};
-
-// 0, or the exit code and message of the Error that `body` throws.
-template <class Body>
-Outcome outcome_of(Body&& body) {
-  try {
-    body();
-    return {};
-  } catch (const Error& error) {
-    return {static_cast<int>(error.exit_code()), error.what()};
-  }
 }
 
 }  // namespace cambium

@@ -45,7 +45,7 @@ TEST(DataCommands, RefuseBadInputsBeforeAnythingIsMade) {
   const std::string text = scratch.write("a.txt", "one");
   const std::string out = scratch.path("out.h5");
   const auto build = [&](const std::string& input, const std::string& output) {
-    return outcome_of([&] { command_data_build({.inputs = {input}, .out = output}); }).exit_code;
+    return outcome_of([&] { command_data_build({.inputs = {input}, .out = output}); }).code;
   };
   EXPECT_EQ(build(scratch.path("none.txt"), out), 32);
   EXPECT_EQ(build(scratch.write("a.pdf", "x"), out), 32);

@@ -9,7 +9,7 @@
 #include <iterator>
 #include <string>
 
-#include "src/base/error.h"
+#include "tests/outcome.h"
 
 namespace cambium {
 
@@ -40,27 +40,11 @@ class ScratchDirectory {
   std::filesystem::path path_;
 };
 
-struct Outcome {
-  int exit_code = 0;  // 0 = no error
-  std::string message;
-};
-
-// Runs `body`; an Error becomes its exit code and message.
-template <class Body>
-Outcome outcome_of(Body&& body) {
-  try {
-    body();
-  } catch (const Error& error) {
-    return {static_cast<int>(error.exit_code()), error.what()};
-  }
-  return {};
-}
-
 // `body` must end with this exit code and a message that holds `text`.
 template <class Body>
 void expect_fails(int exit_code, const std::string& text, Body&& body) {
   const Outcome outcome = outcome_of(body);
-  EXPECT_EQ(outcome.exit_code, exit_code) << outcome.message;
+  EXPECT_EQ(outcome.code, exit_code) << outcome.message;
   EXPECT_NE(outcome.message.find(text), std::string::npos) << outcome.message;
 }
 

@@ -91,11 +91,11 @@ struct HandMade {
 };
 
 TEST_F(TokenFileTest, InconsistentFilesAreRefused) {
-  EXPECT_EQ(HandMade{}.open_at(h5_).exit_code, 0);
+  EXPECT_EQ(HandMade{}.open_at(h5_).code, 0);
   auto damage = [&](auto&& change) {
     HandMade file;
     change(file);
-    return file.open_at(h5_).exit_code;
+    return file.open_at(h5_).code;
   };
   EXPECT_EQ(damage([](HandMade& f) { f.tokens[1] = 300; }), 30);  // an id beyond the vocabulary
   EXPECT_EQ(damage([](HandMade& f) { f.tokens[2] = 7; }), 30);    // no eos at a document's end
@@ -151,9 +151,8 @@ TEST_F(TokenFileTest, MutationsNeverPassWithOtherTokens) {
       EXPECT_EQ(file->document_offsets(), original->document_offsets()) << "trial " << trial;
       EXPECT_EQ(file->tokenizer_hash(), original->tokenizer_hash()) << "trial " << trial;
     });
-    refused += outcome.exit_code != 0 ? 1 : 0;
-    ASSERT_TRUE(outcome.exit_code == 0 || outcome.exit_code == 30 || outcome.exit_code == 34)
-        << outcome.message;
+    refused += outcome.code != 0 ? 1 : 0;
+    ASSERT_TRUE(outcome.code == 0 || outcome.code == 30 || outcome.code == 34) << outcome.message;
   }
   EXPECT_GT(refused, 1000);
 }

@@ -24,7 +24,7 @@ TEST(BytesTokenizer, EveryByteRoundTrips) {
 
 // The library is present exactly when loading a missing file is not answered with exit 2.
 bool has_sentencepiece() {
-  return outcome_of([] { Tokenizer::load_sentencepiece("/none.model"); }).exit_code != 2;
+  return outcome_of([] { Tokenizer::load_sentencepiece("/none.model"); }).code != 2;
 }
 
 std::string english(int64_t words) {
@@ -121,9 +121,8 @@ TEST_F(SentencePieceTest, BadModelsAndVocabulariesAreRefused) {
                [&] { Tokenizer::load_sentencepiece(scratch_.path("junk.model")); });
   const std::string model = scratch_.read("a.model");
   scratch_.write("short.model", model.substr(0, model.size() / 2));
-  EXPECT_NE(
-      outcome_of([&] { Tokenizer::load_sentencepiece(scratch_.path("short.model")); }).exit_code,
-      0);
+  EXPECT_NE(outcome_of([&] { Tokenizer::load_sentencepiece(scratch_.path("short.model")); }).code,
+            0);
   expect_fails(2, "too small", [&] { train("d.model", 100); });
   expect_fails(2, "data.tokenizer_vocab", [&] { train("d.model", 100'000); });
   EXPECT_FALSE(std::filesystem::exists(scratch_.path("d.model")));
