@@ -54,7 +54,7 @@ void spread_tokens(Model& model) {
   }
 }
 
-// Rows of the busiest expert over the mean, layers alike; the peers' is 1.1.
+// Rows of the busiest expert over the mean, layers alike; of experts drawn at random it is 1.1.
 void report_loads(benchmark::State& state, Model& model) {
   const int64_t layers = model.config().layers, experts = model.config().experts;
   std::vector<int32_t> count(static_cast<size_t>(layers * experts));

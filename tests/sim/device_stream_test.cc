@@ -1,5 +1,6 @@
 // Streams with a device behind them, without a GPU: what is launched at once, what waits its turn,
 // and which device waits between streams stand where the trainer asked for them.
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -89,6 +90,54 @@ TEST(DeviceStream, InTurnLaunchesNothingBeforeTheDriver) {
   s.compute.drain(s.workers);
   s.comm.drain(s.workers);
   EXPECT_EQ(s.log, (Log{"a: x", "b after a"}));
+}
+
+// Takes launches over, and does them when asked for the stream.
+class JoiningDevice final : public DeviceStream {
+ public:
+  void* native() const override { return nullptr; }
+  void wait_for(const DeviceStream&) override {}
+  void synchronize() override {}
+  bool take_over(const DeviceLaunch& launch) override {
+    const auto* bytes = static_cast<const char*>(launch.object);
+    taken.emplace_back(bytes, bytes + launch.bytes);
+    calls.push_back(launch.call);
+    return takes;
+  }
+  bool takes = true;
+  std::vector<std::string> taken;
+  std::vector<void (*)(const void*, Workers&)> calls;
+};
+
+struct PaddedArgs {
+  std::vector<int>* log;
+  char small;
+  double large;
+};
+void log_small(const PaddedArgs& args, Stream&) { args.log->push_back(args.small); }
+
+TEST(DeviceStream, SameLaunchesHaveTheSameBytes) {
+  JoiningDevice device;
+  Stream stream("joining");
+  stream.set_device(&device);
+  std::vector<int> log;
+  const auto launch = [&](int garbage, char small) {
+    alignas(PaddedArgs) unsigned char memory[sizeof(PaddedArgs)];
+    std::memset(memory, garbage, sizeof memory);
+    auto& args = *reinterpret_cast<PaddedArgs*>(memory);
+    args.log = &log, args.small = small, args.large = 2;
+    stream.launch("x", log_small, args);
+  };
+  launch(0x11, 1), launch(0xee, 1), launch(0x11, 3);
+  EXPECT_TRUE(log.empty() && stream.is_idle());
+  EXPECT_EQ(device.taken[0], device.taken[1]) << "what lies between the members is none of it";
+  EXPECT_NE(device.taken[0], device.taken[2]);
+  Workers workers(1);
+  device.calls[2](device.taken[2].data(), workers);
+  device.takes = false;
+  launch(0, 5);
+  EXPECT_EQ(log, (std::vector<int>{3, 5})) << "what was not taken over is done at once";
+  stream.set_device(nullptr);
 }
 
 }  // namespace
