@@ -110,17 +110,6 @@ struct RingState {
   uint32_t rows[kMostStages];  // bit k: the token has a k-th row
 };
 
-// Where a block is in its walk over (token, piece): every gridDim.x-th one.
-struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage < stages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
 // One warp: lane k asks for the k-th row.
 template <class T>
 __device__ __forceinline__ void fetch_rows(const CombineRows<T>& a, const CombineRing& ring,
@@ -130,7 +119,7 @@ __device__ __forceinline__ void fetch_rows(const CombineRows<T>& a, const Combin
   const auto row_of = [&](int64_t item) {
     return item < items && lane < a.K ? a.row_index_TK.row(item / ring.pieces)[lane] : -1;
   };
-  RingPlace place;
+  PipelineStage place;  // in a walk over every gridDim.x-th (token, piece)
   int64_t row = row_of(blockIdx.x);
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t next = row_of(item + gridDim.x);
@@ -138,15 +127,15 @@ __device__ __forceinline__ void fetch_rows(const CombineRows<T>& a, const Combin
     const int column = static_cast<int>(item % ring.pieces) * ring.columns;
     const auto bytes = static_cast<uint32_t>(min(ring.columns, a.D - column) * sizeof(T));
     const uint32_t present = __ballot_sync(kAllLanes, row >= 0);
-    wait_barrier(shared_address(&state.empty[place.stage]), place.parity ^ 1);
-    const uint32_t full = shared_address(&state.full[place.stage]);
+    wait_barrier(shared_address(&state.empty[place.index]), place.parity ^ 1);
+    const uint32_t full = shared_address(&state.full[place.index]);
     if (lane == 0) {
-      state.rows[place.stage] = present;
+      state.rows[place.index] = present;
       arrive_expecting(full, __popc(present) * bytes);
     }
     __syncwarp();
     if (row >= 0) {
-      const int at = (place.stage * a.K + lane) * ring.row_bytes;
+      const int at = (place.index * a.K + lane) * ring.row_bytes;
       copy_bulk(shared_address(memory + at), a.y_RD.row(row) + column, bytes, full);
     }
     row = next;
@@ -159,13 +148,13 @@ __device__ __forceinline__ void add_rows(const CombineRows<T>& a, const CombineR
                                          const unsigned char* memory, RingState& state) {
   const int thread = static_cast<int>(threadIdx.x) - kWarpLanes;
   const int64_t items = a.T_count * ring.pieces;
-  RingPlace place;
+  PipelineStage place;  // in a walk over every gridDim.x-th (token, piece)
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int first = static_cast<int>(item % ring.pieces) * ring.columns;
     const int columns = min(ring.columns, a.D - first);
-    wait_barrier(shared_address(&state.full[place.stage]), place.parity);
-    const uint32_t present = state.rows[place.stage];
-    const unsigned char* rows = memory + place.stage * a.K * ring.row_bytes;
+    wait_barrier(shared_address(&state.full[place.index]), place.parity);
+    const uint32_t present = state.rows[place.index];
+    const unsigned char* rows = memory + place.index * a.K * ring.row_bytes;
     for (int column = thread * kVec; column < columns; column += ring.adders * kVec) {
       float sum[kVec] = {};
       int added = 0;
@@ -178,7 +167,7 @@ __device__ __forceinline__ void add_rows(const CombineRows<T>& a, const CombineR
       store_sum<T, kVec>(a, item / ring.pieces, first + column, added, sum);
     }
     __syncwarp();
-    if (thread % kWarpLanes == 0) arrive(shared_address(&state.empty[place.stage]));
+    if (thread % kWarpLanes == 0) arrive(shared_address(&state.empty[place.index]));
     place.advance(ring.stages);
   }
 }

@@ -120,6 +120,17 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// A place in a ring of stages, and the parity of its barriers there.
+struct PipelineStage {
+  int index = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++index < stages) return;
+    index = 0;
+    parity ^= 1;
+  }
+};
+
 // --- Clusters, named barriers, register shares ---
 
 __device__ __forceinline__ uint32_t cluster_rank() {

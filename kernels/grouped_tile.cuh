@@ -89,16 +89,6 @@ struct GroupedShared {
   __device__ uint32_t scratch(int group) const { return stages + kScratch + group * kScratchBytes; }
 };
 
-struct PipelineStage {
-  int index = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++index < kStages) return;
-    index = 0;
-    parity ^= 1;
-  }
-};
-
 __device__ __forceinline__ int slices_of(int rows) { return ceil_divide(rows, kSliceRows); }
 __device__ __forceinline__ int stages_of(const GroupedTile& tile) {
   return ceil_divide(tile.depth, kTileDepth);
@@ -185,7 +175,7 @@ __device__ __forceinline__ void fetch_tiles(const GroupedTileParams& p, const Gr
   while (schedule.next(tile)) {
     const int slices = slices_of(tile.rows);
     const uint32_t bytes = b_bytes<kProduct>(p, tile) + slices * kSliceBytes;
-    for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance()) {
+    for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance(kStages)) {
       const uint32_t full = shared.full + 8 * stage.index;
       wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
       arrive_expecting(full, bytes);
@@ -209,7 +199,7 @@ __device__ __forceinline__ void fetch_tiles_by_row(const GroupedTileParams& p,
   while (schedule.next(tile)) {
     const int slices = slices_of(tile.rows);
     rows.find(p, tile);
-    for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance()) {
+    for (int k = 0; k < tile.depth; k += kTileDepth, stage.advance(kStages)) {
       const uint32_t full = shared.full + 8 * stage.index;
       wait_barrier(shared.empty + 8 * stage.index, stage.parity ^ 1);
       if (threadIdx.x == 0) {
@@ -282,7 +272,7 @@ __device__ __forceinline__ void multiply_tile(const GroupedShared& shared, Consu
       release_stage<kCluster>(shared, previous, consumer.lane);
     }
     previous = stage.index;
-    consumer.stage.advance();
+    consumer.stage.advance(kStages);
   }
   wgmma_wait<0>();
   release_stage<kCluster>(shared, previous, consumer.lane);
@@ -296,7 +286,7 @@ __device__ __forceinline__ void skip_tile(const GroupedShared& shared, Consumer&
   for (int i = 0; i < stages; ++i) {
     wait_barrier(shared.full + 8 * consumer.stage.index, consumer.stage.parity);
     release_stage<kCluster>(shared, consumer.stage.index, consumer.lane);
-    consumer.stage.advance();
+    consumer.stage.advance(kStages);
   }
 }
 
